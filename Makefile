@@ -1,0 +1,56 @@
+# `make help` lists the targets. Variables that may be set on the command line:
+#   PYTHON  the interpreter the virtual environment is made with (python3, 3.10 or newer)
+#   VENV    where the virtual environment lies (.venv); an existing one with torch in it is used as it is
+#   TORCH   what pip installs where torch cannot be imported, with any pip option behind it
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+
+.PHONY: help demo test check ext clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+demo: $(VENV)/.installed  ## train the digits network dense and pruned, and report into runs/demo
+	$(BIN)/dynaprune compare digits --out runs/demo
+
+test: $(VENV)/.installed  ## the tests that need no GPU (PYTEST_ARGS adds options)
+	$(BIN)/python -m pytest -q -m "not gpu" --durations=10 $(PYTEST_ARGS)
+
+check: $(VENV)/.checkers  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ext: $(VENV)/.torch  ## compile the extension in place, after a change in csrc/
+	$(BIN)/python setup.py --quiet build_py build_ext --inplace
+
+clean:  ## remove what was built, but not the virtual environment
+	rm -rf build dist *.egg-info python/*.egg-info dynaprune_kernels/_C*.so dynaprune_kernels/_build.json
+	rm -f $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "dynaprune needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install its venv module" \
+		"(Debian, Ubuntu: apt install python3-venv) or name another interpreter with PYTHON=..." >&2; exit 1; }
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test]'
+	@$(BIN)/python -m dynaprune_kernels.info
+	@touch $@
+
+$(VENV)/.checkers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test,dev]'
+	@touch $@
