@@ -1,8 +1,8 @@
 """Builds `dynaprune_kernels/_C.abi3.so` where torch and a C++ compiler are there, else a pure-Python package.
 
 Everything that is not about the compiled extension is in pyproject.toml. Environment variables:
-DYNAPRUNE_NO_EXT=1 leaves the extension out, CXX names the compiler, MAX_JOBS limits parallel compilation, DEBUG=1
-compiles without optimisation and with debug information.
+DYNAPRUNE_NO_EXT=1 leaves the extension out, CXX names the compiler, MAX_JOBS limits parallel compilation,
+DEBUG=1 compiles without optimisation and with debug information.
 """
 
 import json
@@ -40,12 +40,12 @@ def reason_against_extension(sources: list[str]) -> str | None:
         return "DYNAPRUNE_NO_EXT was set during the installation"
     if torch is None:
         return (
-            "torch could not be imported during the installation; install torch, setuptools and ninja first, then "
-            "run `pip install --no-build-isolation .`"
+            "torch could not be imported during the installation; install torch, setuptools and ninja first, "
+            "then run `pip install --no-build-isolation .`"
         )
     if cpp_compiler() is None:
         wanted = os.environ.get("CXX") or "c++, g++ or clang++"
-        return f"no C++ compiler was found during the installation (looked for {wanted}; the variable CXX names one)"
+        return f"no C++ compiler was found during the installation (looked for {wanted}; CXX names another)"
     if not sources:
         return "the source tree has no csrc/*.cpp"
     return None
@@ -54,7 +54,9 @@ def reason_against_extension(sources: list[str]) -> str | None:
 def extension_arguments(sources: list[str], flags: list[str]) -> dict[str, Any]:
     """The arguments of `setup` that build the stable-ABI extension."""
     os.environ["CXX"] = cpp_compiler() or "c++"
-    headers = [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc")]
+    headers = [
+        str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc")
+    ]
     extension = CppExtension(
         "dynaprune_kernels._C",
         sources,
@@ -87,7 +89,9 @@ def build_facts(reason: str | None, flags: list[str]) -> dict[str, Any]:
     """What `python -m dynaprune_kernels.info` tells about this build."""
     if reason is not None:
         return {"extension": False, "reason": reason}
-    version = subprocess.run([*os.environ["CXX"].split(), "--version"], capture_output=True, text=True, check=True)
+    version = subprocess.run(
+        [*os.environ["CXX"].split(), "--version"], capture_output=True, text=True, check=True
+    )
     return {
         "extension": True,
         "torch": torch.__version__,
@@ -99,7 +103,9 @@ def build_facts(reason: str | None, flags: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Decides what can be built here and hands it to setuptools."""
     sources = sorted(
-        str(path.relative_to(ROOT)) for part in ("cpu", "bindings") for path in ROOT.glob(f"csrc/{part}/*.cpp")
+        str(path.relative_to(ROOT))
+        for part in ("cpu", "bindings")
+        for path in ROOT.glob(f"csrc/{part}/*.cpp")
     )
     flags = compile_flags()
     reason = reason_against_extension(sources)

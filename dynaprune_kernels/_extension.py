@@ -1,4 +1,4 @@
-"""Finds and loads the compiled extension `_C.abi3.so`, which registers the raw CPU kernels as `torch.ops.dynaprune_cpu`."""
+"""Finds and loads the compiled extension `_C.abi3.so`, whose raw CPU kernels are `torch.ops.dynaprune_cpu`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
-_REBUILD = "run `pip install --no-build-isolation -e .` (in a checkout: `make ext`), then `python -m dynaprune_kernels.info`"
+_REBUILD = (
+    "run `pip install --no-build-isolation -e .` (in a checkout: `make ext`), "
+    "then `python -m dynaprune_kernels.info`"
+)
 
 
 @dataclass(frozen=True)
@@ -68,5 +71,7 @@ def load() -> ExtensionStatus:
     except (OSError, RuntimeError) as error:
         built_with = build_facts().get("torch")
         made = f" (built with torch {built_with}, running torch {torch.__version__})" if built_with else ""
-        return ExtensionStatus(path, f"{path} could not be loaded{made}: {error}; to build it again {_REBUILD}")
+        return ExtensionStatus(
+            path, f"{path} could not be loaded{made}: {error}; to build it again {_REBUILD}"
+        )
     return ExtensionStatus(path, None)

@@ -24,8 +24,11 @@ def seeded() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` and the kernels' outputs start as NaN (integers: the largest), so what is never written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """`torch.empty` starts as NaN (integers: the largest), so that what a kernel never writes shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])

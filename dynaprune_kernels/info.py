@@ -1,0 +1,158 @@
+"""`python -m dynaprune_kernels.info`: versions, the compiled extension, the backends that run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaprune_kernels import _extension
+
+_PACKAGES = ("dynaprune", "torch", "triton", "numpy", "safetensors", "torch-pruning")
+_SWITCHES = ("DYNAPRUNE_DISABLE_EXT", "DYNAPRUNE_CPU_CAPABILITY", "DYNAPRUNE_BACKEND", "OMP_NUM_THREADS")
+
+
+def _version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> dict[str, Any] | None:
+    """Name and compute capability of the current GPU, or None where torch sees none."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "name": torch.cuda.get_device_name(),
+        "capability": f"{major}.{minor}",
+        "count": torch.cuda.device_count(),
+    }
+
+
+def _against_gpu_backend(name: str) -> str | None:
+    """Why the backend `triton` or `cuda` cannot run here; None where it can."""
+    if importlib.util.find_spec(f"dynaprune_kernels.backends.{name}") is None:
+        return f"this version of dynaprune has no {name} kernels"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend with the reason why it does not run here, None where it runs."""
+    return {
+        "cpu": _extension.load().reason,
+        "triton": _against_gpu_backend("triton"),
+        "cuda": _against_gpu_backend("cuda"),
+        "dense": None,
+        "reference": None,
+    }
+
+
+def _stale(path: Path | None) -> bool:
+    """Whether this is a checkout whose C++ sources are newer than the compiled extension."""
+    if path is None:
+        return False
+    built = path.stat().st_mtime
+    csrc = path.parent.parent / "csrc"
+    sources = [file for pattern in ("*/*.cpp", "*/*.h", "*/*.inc") for file in csrc.glob(pattern)]
+    return any(file.stat().st_mtime > built for file in sources)
+
+
+def info() -> dict[str, Any]:
+    """Everything a bug report needs to tell.
+
+    Returns:
+        A dict of plain values: `versions` (distribution -> version or None), `python`, `platform`, `threads`,
+        `environment` (the set switches), `gpu` (None or a dict), `extension` (path, reason, stale, capability,
+        build) and `backends` (name -> None where it runs, else the reason).
+    """
+    status = _extension.load()
+    capability = torch.ops.dynaprune_cpu.capability() if status.loaded else None
+    return {
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name] for name in _SWITCHES if name in os.environ},
+        "gpu": _gpu(),
+        "extension": {
+            "path": str(status.path) if status.path else None,
+            "reason": status.reason,
+            "stale": _stale(status.path),
+            "capability": capability,
+            "build": _extension.build_facts(),
+        },
+        "backends": backends(),
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """`facts` as rows of a name and a text."""
+    extension = facts["extension"]
+    build = extension["build"]
+    rows = [(name, version or "not installed") for name, version in facts["versions"].items()]
+    rows += [
+        ("python", facts["python"]),
+        ("platform", facts["platform"]),
+        ("threads", str(facts["threads"])),
+        (
+            "gpu",
+            "none"
+            if facts["gpu"] is None
+            else "{name}, compute capability {capability}, {count} of them".format(**facts["gpu"]),
+        ),
+        ("extension", extension["path"] or "none"),
+    ]
+    if extension["stale"]:
+        rows.append(("", "older than the sources in csrc/: run `make ext`"))
+    if build.get("extension"):
+        rows.append(("built with", f"torch {build['torch']}, {build['compiler']}"))
+        rows.append(("flags", " ".join(build["flags"])))
+    if extension["capability"]:
+        rows.append(("cpu capability", extension["capability"]))
+    rows += list(facts["environment"].items())
+    return rows
+
+
+def main() -> None:
+    """Prints `info()`, as tables where rich is installed."""
+    facts = info()
+    rows = _lines(facts)
+    verdicts = [(name, "no" if reason else "yes", reason or "") for name, reason in facts["backends"].items()]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        for name, text in rows:
+            print(f"{name:24} {text}")
+        for name, verdict, reason in verdicts:
+            print(f"backend {name:16} {verdict:4}{reason}")
+        return
+    console = Console(soft_wrap=False)
+    about = Table(show_header=False, box=None)
+    about.add_column(style="bold", no_wrap=True)
+    about.add_column(overflow="fold")
+    for row in rows:
+        about.add_row(*row)
+    console.print(about)
+    table = Table("backend", "runs here", "why not")
+    for verdict in verdicts:
+        table.add_row(*verdict)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What the packages do where the extension, triton or rich is missing, and what `info` tells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynaprune_kernels import _extension, info
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def _run(code: str, *arguments: str, **environment: str) -> str:
+    """What a fresh interpreter prints, both streams together."""
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout + finished.stderr
+
+
+_HIDE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_import_without_extension() -> None:
+    code = (
+        "import dynaprune_kernels; from dynaprune_kernels import _extension; "
+        "status = _extension.load(); assert not status.loaded and status.path is None; print(status.reason)"
+    )
+    assert "DYNAPRUNE_DISABLE_EXT is set" in _run(code, DYNAPRUNE_DISABLE_EXT="1")
+
+
+def test_import_knows_neither_triton_nor_the_packages_above() -> None:
+    code = (
+        _HIDE.format(names={"triton", "transformers", "datasets", "dynaprune"}) + "import dynaprune_kernels"
+    )
+    _run(code, PYTHONWARNINGS="error::ImportWarning")
+
+
+def test_import_does_not_load_triton() -> None:
+    _run("import sys, dynaprune_kernels; assert 'triton' not in sys.modules")
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_info_names_every_backend_and_the_reason(disabled: str) -> None:
+    code = (
+        "import json; from dynaprune_kernels.info import info; facts = info(); json.dumps(facts); "
+        "print(*(f'{name}={reason}' for name, reason in facts['backends'].items()), sep='\\n')"
+    )
+    printed = _run(code, DYNAPRUNE_DISABLE_EXT=disabled)
+    names = [line.partition("=")[0] for line in printed.splitlines() if "=" in line]
+    assert {"cpu", "triton", "cuda", "dense", "reference"} <= set(names)
+    assert "reference=None" in printed
+    if disabled == "1":
+        assert "cpu=DYNAPRUNE_DISABLE_EXT is set" in printed
+
+
+@pytest.mark.parametrize("hidden", [set(), {"rich"}])
+def test_info_prints_with_and_without_rich(hidden: set[str]) -> None:
+    code = _HIDE.format(names=hidden or {"-"}) + "from dynaprune_kernels.info import main; main()"
+    printed = _run(code, COLUMNS="200")
+    assert torch.__version__ in printed
+    for name in ("cpu", "triton", "cuda", "dense", "reference"):
+        assert name in printed
+
+
+def test_load_failure_names_file_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_extension, "_PACKAGE", tmp_path)
+    monkeypatch.delenv("DYNAPRUNE_DISABLE_EXT", raising=False)
+    status = _extension.load.__wrapped__()
+    assert not status.loaded
+    assert status.path == broken
+    assert status.reason is not None
+    for part in (str(broken), "could not be loaded", "pip install --no-build-isolation -e ."):
+        assert part in status.reason
+
+
+def test_missing_extension_gives_the_recorded_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_build.json").write_text('{"extension": false, "reason": "no C++ compiler was found"}')
+    monkeypatch.setattr(_extension, "_PACKAGE", tmp_path)
+    monkeypatch.delenv("DYNAPRUNE_DISABLE_EXT", raising=False)
+    status = _extension.load.__wrapped__()
+    assert status.path is None
+    assert status.reason is not None
+    assert "no C++ compiler was found" in status.reason
+
+
+def test_unreadable_build_record_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_build.json").write_text("{")
+    monkeypatch.setattr(_extension, "_PACKAGE", tmp_path)
+    assert _extension.build_facts() == {}
+
+
+def test_extension_loads_here() -> None:
+    """Where the build recorded an extension it must load; a machine without a compiler is told why."""
+    if not _extension.build_facts().get("extension"):
+        pytest.skip(f"built without the extension: {_extension.load().reason}")
+    if os.environ.get("DYNAPRUNE_DISABLE_EXT", "0") not in ("", "0"):
+        pytest.skip("DYNAPRUNE_DISABLE_EXT is set")
+    assert _extension.load().loaded, _extension.load().reason
+    assert info.info()["extension"]["capability"] in {"avx512", "avx2", "neon", "generic"}
+
+
+def test_no_pickle_is_read() -> None:
+    """Files are read as safetensors, JSON, CSV or parquet."""
+    sources = [*(_ROOT / "dynaprune_kernels").rglob("*.py"), *(_ROOT / "python").rglob("*.py")]
+    assert sources
+    reading = (
+        "import pickle",
+        "from pickle",
+        "pickle.load",
+        "torch.load(",
+        "joblib.load",
+        "allow_pickle=True",
+    )
+    found = [
+        f"{file.relative_to(_ROOT)}: {word}"
+        for file in sources
+        for word in reading
+        if word in file.read_text()
+    ]
+    assert found == []
+
+
+def test_kernels_never_import_the_package_above() -> None:
+    sources = list((_ROOT / "dynaprune_kernels").rglob("*.py"))
+    above = (
+        "import dynaprune\n",
+        "import dynaprune.",
+        "from dynaprune ",
+        "from dynaprune.",
+        "import transformers",
+        "import datasets",
+    )
+    assert [f"{file.name}: {word}" for file in sources for word in above if word in file.read_text()] == []
