@@ -42,7 +42,7 @@ $(VENV)/bin/python:
 		"(Debian, Ubuntu: apt install python3-venv) or name another interpreter with PYTHON=..." >&2; exit 1; }
 
 $(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel packaging ninja
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
 	@touch $@
 

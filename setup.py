@@ -13,10 +13,12 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = Version("2.10")  # the first whose stable C interface has all that csrc/bindings uses
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # CPython has no limited API there
 
 try:
@@ -43,6 +45,8 @@ def reason_against_extension(sources: list[str]) -> str | None:
             "torch could not be imported during the installation; install torch, setuptools and ninja first, "
             "then run `pip install --no-build-isolation .`"
         )
+    if Version(torch.__version__) < OLDEST_TORCH:
+        return f"torch {torch.__version__} was found during the installation, the extension needs {OLDEST_TORCH} or newer"
     if cpp_compiler() is None:
         wanted = os.environ.get("CXX") or "c++, g++ or clang++"
         return f"no C++ compiler was found during the installation (looked for {wanted}; CXX names another)"

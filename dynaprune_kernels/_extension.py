@@ -1,4 +1,4 @@
-"""Finds and loads the compiled extension `_C.abi3.so`, whose raw CPU kernels are `torch.ops.dynaprune_cpu`."""
+"""Finds and loads compiled extension `_C.abi3.so`, with the raw CPU kernels `torch.ops.dynaprune_cpu`."""
 
 from __future__ import annotations
 

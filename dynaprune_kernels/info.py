@@ -76,8 +76,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: `versions` (distribution -> version or None), `python`, `platform`, `threads`,
-        `environment` (the set switches), `gpu` (None or a dict), `extension` (path, reason, stale, capability,
-        build) and `backends` (name -> None where it runs, else the reason).
+        `environment` (the set switches), `gpu` (None or a dict), `extension` (path, reason, stale,
+        capability, build) and `backends` (name -> None where it runs, else the reason).
     """
     status = _extension.load()
     capability = torch.ops.dynaprune_cpu.capability() if status.loaded else None
