@@ -46,7 +46,7 @@ def reason_against_extension(sources: list[str]) -> str | None:
             "then run `pip install --no-build-isolation .`"
         )
     if Version(torch.__version__) < OLDEST_TORCH:
-        return f"torch {torch.__version__} was found during the installation, the extension needs {OLDEST_TORCH} or newer"
+        return f"the torch found during the installation is {torch.__version__}, older than {OLDEST_TORCH}"
     if cpp_compiler() is None:
         wanted = os.environ.get("CXX") or "c++, g++ or clang++"
         return f"no C++ compiler was found during the installation (looked for {wanted}; CXX names another)"
