@@ -1,0 +1,59 @@
+"""Progress of one arm: a bar on a terminal, otherwise a line every few epochs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+__all__ = ["EpochProgress"]
+
+_LINES = 10
+
+
+class EpochProgress:
+    """A context manager that shows steps as a bar (stderr is a terminal) or about ten lines a run (it is not)."""
+
+    def __init__(self, arm: str, epochs: int, steps: int, *, quiet: bool = False) -> None:
+        self.arm, self.epochs, self.steps = arm, epochs, steps
+        self.quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> EpochProgress:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description:>9}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.arm, total=self.steps, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is done: ``row`` is its line of ``history.csv``."""
+        note = (
+            f"epoch {row['epoch']}/{self.epochs}  validation loss {row['validation_loss']:.4f}, "
+            f"accuracy {row['validation_accuracy']:.3f}"
+        )
+        if row["sparsity"]:
+            note += f"  sparsity {row['sparsity']:.3f}"
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        elif not self.quiet and (row["epoch"] == 1 or row["epoch"] % max(1, self.epochs // _LINES) == 0):
+            print(f"{self.arm:>9}  {note}", file=sys.stderr, flush=True)

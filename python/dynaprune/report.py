@@ -1,0 +1,207 @@
+"""``report.json``, ``report.md`` and ``history.csv``: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["METRICS", "PRUNED_METRICS", "build_report", "ratios", "write_csv", "write_json", "write_markdown", "write_text"]
+
+METRICS = (
+    "test_accuracy",
+    "test_f1",
+    "train_seconds",
+    "epochs",
+    "step_seconds_first",
+    "step_seconds_last",
+    "peak_memory_bytes",
+    "memory_bytes_last",
+    "training_state_bytes",
+    "parameters_total",
+    "parameters_active",
+    "flops_per_step_first",
+    "flops_per_step_last",
+    "flops_total",
+)
+PRUNED_METRICS = (
+    "sparsity",
+    "target_reached",
+    "neurons_removed",
+    "blocks_removed",
+    "removed_passed",
+    "removed_forced",
+    "removed_untested",
+    "step_seconds_dense",
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either the old or the whole new content."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON; numbers that are not finite become null."""
+    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` (dictionaries with the keys of the first) with a header line."""
+    buffer = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def ratios(baseline: dict[str, Any] | None, pruned: dict[str, Any] | None) -> dict[str, float]:
+    """pruned / baseline for every number of `METRICS` that both have, and ``step_seconds_last_to_dense``."""
+    if not baseline or not pruned:
+        return {}
+    found = {
+        name: pruned[name] / baseline[name]
+        for name in METRICS
+        if isinstance(pruned.get(name), (int, float)) and isinstance(baseline.get(name), (int, float)) and baseline[name]
+    }
+    if pruned.get("step_seconds_dense") and pruned.get("step_seconds_last"):
+        found["step_seconds_last_to_dense"] = pruned["step_seconds_last"] / pruned["step_seconds_dense"]
+    return found
+
+
+def build_report(
+    config: dict[str, Any], environment: dict[str, Any], arms: dict[str, dict[str, Any] | None]
+) -> dict[str, Any]:
+    """The content of ``report.json``: an arm that did not run is null, and ``interrupted`` says whether one was cut."""
+    baseline, pruned = arms.get("baseline"), arms.get("pruned")
+    return {
+        "task": config["task"],
+        "seed": config["seed"],
+        "config": config,
+        "environment": environment,
+        "baseline": baseline,
+        "pruned": pruned,
+        "ratios": ratios(baseline, pruned),
+        "interrupted": any(a is None or a["interrupted"] for a in (baseline, pruned)),
+    }
+
+
+_LABELS = {
+    "test_accuracy": ("test accuracy", "share"),
+    "test_f1": ("test F1", "share"),
+    "train_seconds": ("training time", "seconds"),
+    "epochs": ("epochs", "count"),
+    "step_seconds_first": ("step time, first 20 steps", "time"),
+    "step_seconds_last": ("step time, last 20 steps", "time"),
+    "step_seconds_dense": ("step time of the dense twin, in turn with it", "time"),
+    "peak_memory_bytes": ("peak memory of the process", "bytes"),
+    "memory_bytes_last": ("peak memory in the last 20 steps", "bytes"),
+    "training_state_bytes": ("weights + gradients + optimizer state", "bytes"),
+    "parameters_total": ("parameters as built", "count"),
+    "parameters_active": ("parameters live at the end", "count"),
+    "flops_per_step_first": ("FLOPs of the first step", "flops"),
+    "flops_per_step_last": ("FLOPs of the last step", "flops"),
+    "flops_total": ("FLOPs of the whole training", "flops"),
+    "sparsity": ("sparsity of the prunable weights", "share"),
+    "target_reached": ("target reached", "truth"),
+    "blocks_removed": ("blocks removed", "count"),
+    "neurons_removed": ("neurons removed", "count"),
+    "removed_passed": ("units removed after passing a trial", "count"),
+    "removed_forced": ("units removed by force (backlog)", "count"),
+    "removed_untested": ("units removed untested", "count"),
+}
+
+
+def _scaled(value: float, steps: list[tuple[float, str]]) -> str:
+    for factor, unit in steps:
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def shown(value: Any, kind: str) -> str:
+    """``value`` for people: kinds are share, seconds, time, count, bytes, flops, truth."""
+    if value is None:
+        return "-"
+    if kind == "truth":
+        return "yes" if value else "no"
+    if kind == "share":
+        return f"{100 * value:.2f} %"
+    if kind == "seconds":
+        return f"{value:.1f} s"
+    if kind == "time":
+        return f"{1e3 * value:.3g} ms"
+    if kind == "bytes":
+        return _scaled(value, [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")])
+    if kind == "flops":
+        return _scaled(value, [(1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")])
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """``(what, baseline, pruned, ratio)`` lines for the tables on the screen and in ``report.md``."""
+    baseline, pruned = report["baseline"] or {}, report["pruned"] or {}
+    rows = []
+    for name, (label, kind) in _LABELS.items():
+        if name not in baseline and name not in pruned:
+            continue
+        ratio = report["ratios"].get(name)
+        if name == "step_seconds_dense":
+            ratio = report["ratios"].get("step_seconds_last_to_dense")
+        both = [shown(arm[name], kind) if name in arm else "" for arm in (baseline, pruned)]
+        rows.append((label, both[0], both[1], f"{ratio:.3f}" if ratio is not None else ""))
+    return rows
+
+
+_NOTES = """\
+- The ratio is pruned / baseline; in the line of the dense twin it is the pruned step over the dense one. The twin is the
+  same network dense and without dropout, timed a few steps at a time in turn with the pruned model: the honest reference
+  for its step time (the baseline also pays for dropout).
+- Peak memory of the process is its largest resident set (CUDA: of the allocator). A run that starts dense cannot lower it.
+  The peak of the last 20 steps starts from what is held then, the libraries included; on the CPU free pages of the
+  allocator are handed back first, in both arms.
+- FLOPs are counted in forward and backward at every change of the structure (block-sparse operations count live blocks);
+  the total includes the trials.
+- The step times at the end are 20 further steps after training (40 for the comparison in turn); the weights that are
+  tested were kept before them.
+"""
+
+
+def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> None:
+    """``report.md``: the table, how it was measured, settings and machine."""
+    lines = [f"# dynaprune compare {report['task']}", ""]
+    if report["interrupted"]:
+        lines += ["**This run was interrupted: the figures are of what was done until then.**", ""]
+    lines += ["| | baseline | pruned | ratio |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in table_rows(report)]
+    lines += ["", *[f"![{name.removesuffix('.png')}]({name})" for name in pictures], ""]
+    lines += ["## How this was measured", "", _NOTES]
+    for arm in ("baseline", "pruned"):
+        if report[arm]:
+            done = report[arm]
+            best = f"weights of epoch {done['best_epoch']}" if done["best_epoch"] else "the last weights"
+            lines.append(f"- {arm}: {done['state']} after {done['epochs']} epochs; tested with {best}.")
+    pruned = report["pruned"]
+    if pruned and pruned.get("trial_seconds") is not None:
+        share = pruned["trial_seconds"] / max(pruned["train_seconds"], 1e-9)
+        lines.append(f"- Trials took {pruned['trial_seconds']:.2f} s, {100 * share:.1f} % of the pruned arm's training time.")
+    lines += ["", "## Settings", "", *[f"- {k}: {v}" for k, v in report["config"].items()]]
+    lines += ["", "## Machine", "", *[f"- {k}: {v}" for k, v in report["environment"].items()], ""]
+    write_text(path, "\n".join(lines))

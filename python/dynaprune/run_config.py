@@ -1,0 +1,116 @@
+"""The settings of one run: task defaults, what the user changed, and the checks on both."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaprune.tasks import Split, get_task
+
+__all__ = ["RunConfig", "resolve"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result, the same for both arms (``dropout`` is the baseline's).
+
+    ``target_sparsity`` None means self-paced. ``pruning`` holds further keyword arguments of `dynaprune.PruningConfig`.
+    """
+
+    task: str
+    seed: int = 0
+    fold: int | None = None
+    folds: int | None = None
+    data: str | None = None
+    device: str = "cpu"
+    epochs: int = 50
+    lr: float = 1e-3
+    batch_size: int = 32
+    weight_decay: float = 1e-4
+    patience: int = 5
+    dropout: float = 0.5
+    threshold: float = 0.01
+    block_size: int = 32
+    target_sparsity: float | None = 0.9
+    calibration_samples: int = 1024
+    paper: bool = False
+    pruning: dict[str, Any] = field(default_factory=dict)
+
+    def split(self) -> Split:
+        """Which rows are the test part."""
+        return Split(self.seed, self.fold, self.folds, self.data)
+
+    @property
+    def model_seed(self) -> int:
+        """Seed of the initial weights and of the batch order: another one in each fold."""
+        return self.seed * 1009 + (self.fold or 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as they go into ``report.json``."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> RunConfig:
+        """The configuration written to ``path`` as JSON."""
+        return cls(**json.loads(path.read_text()))
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("device cuda was asked for, and this torch finds no CUDA device (use --device cpu or auto)")
+    return "cuda" if available and name != "cpu" else "cpu"
+
+
+def _positive(name: str, value: float, *, zero: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be {'at least 0' if zero else 'above 0'}, got {value}")
+
+
+def check(config: RunConfig) -> RunConfig:
+    """The configuration itself; ValueError that names the setting, what was expected and what came."""
+    for name in ("epochs", "batch_size", "patience", "block_size", "calibration_samples"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    _positive("lr", config.lr)
+    _positive("weight_decay", config.weight_decay, zero=True)
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {config.dropout}")
+    if not 0 < config.threshold < 1:
+        raise ValueError(f"threshold is a probability above 0 and below 1, got {config.threshold}")
+    if config.target_sparsity is not None and not 0 < config.target_sparsity < 1:
+        raise ValueError(f"target sparsity is a fraction above 0 and below 1, got {config.target_sparsity}")
+    if config.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {config.seed}")
+    if config.folds is not None and config.folds < 2:
+        raise ValueError(f"folds must be at least 2, got {config.folds}")
+    if config.data not in (None, "hub") and not Path(str(config.data)).expanduser().is_dir():
+        raise ValueError(f"data must be 'hub' or a folder, and {config.data} is not a folder")
+    return config
+
+
+def resolve(task: str, *, paper: bool = False, self_paced: bool = False, **given: Any) -> RunConfig:
+    """A checked configuration: the task's defaults, the experiment's literal settings if ``paper``, then what was given.
+
+    ``given`` takes the fields of `RunConfig`; None means not given. ``self_paced`` drops the target sparsity.
+    """
+    known = get_task(task)
+    names = {f.name for f in fields(RunConfig)}
+    defaults = {k: v for k, v in asdict(known.defaults).items() if k in names}
+    config = RunConfig(task=task, paper=paper, **defaults)
+    if paper:
+        config = replace(config, **known.paper)
+    if self_paced:
+        if given.get("target_sparsity") is not None:
+            raise ValueError("--self-paced has no target: leave --target-sparsity out")
+        config = replace(config, target_sparsity=None)
+    config = replace(config, **{k: v for k, v in given.items() if v is not None})
+    return check(replace(config, device=_device(given.get("device") or "auto")))

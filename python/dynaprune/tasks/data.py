@@ -1,0 +1,115 @@
+"""Reading a task's data from a folder or the hub, splitting it, and serving it in batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from dynaprune.tasks import Split
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["batches", "batches_per_epoch", "mlp", "read_table", "split_rows"]
+
+HUB_HINT = (
+    "On a machine without network: set DYNAPRUNE_DATA (or pass --data) to a folder that holds {file}, "
+    "a parquet file with the hub's columns."
+)
+
+
+def split_rows(labels: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers ``(train, validation, test)``, stratified by ``labels [n]``, each sorted, disjoint, together all rows.
+
+    Test: fold ``split.fold`` of ``split.folds``, or one fifth. Validation: one eighth of what is left.
+    """
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
+    rows = np.arange(len(labels))
+    if split.folds is None:
+        rest, test = train_test_split(rows, test_size=0.2, stratify=labels, random_state=split.seed)
+    else:
+        if split.folds < 2:
+            raise ValueError(f"folds must be at least 2, got {split.folds}")
+        if split.fold is None or not 0 <= split.fold < split.folds:
+            raise ValueError(f"fold must be in 0..{split.folds - 1}, got {split.fold}")
+        folds = StratifiedKFold(split.folds, shuffle=True, random_state=split.seed)
+        rest, test = list(folds.split(rows, labels))[split.fold]
+    train, validation = train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=split.seed)
+    return np.sort(train), np.sort(validation), np.sort(test)
+
+
+def read_table(source: str | None, folder: str, hub_name: str, part: str = "train") -> tuple[pandas.DataFrame, str]:
+    """A table of rows and where it came from.
+
+    ``source`` is a folder that holds ``<folder>/<part>.parquet``, ``"hub"``, or None: DYNAPRUNE_DATA where it is set,
+    else the hub data set ``hub_name``. FileNotFoundError for a folder without the file, ConnectionError (with what to
+    do about it) for a hub that cannot be reached.
+    """
+    source = source or os.environ.get("DYNAPRUNE_DATA") or "hub"
+    if source != "hub":
+        path = Path(source).expanduser() / folder / f"{part}.parquet"
+        if not path.is_file():
+            raise FileNotFoundError(f"expected the table {folder}/{part}.parquet in the data folder {source}; it is not there")
+        import pandas
+
+        return pandas.read_parquet(path), f"{folder}/{part}.parquet"
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"reading {hub_name} from the hub needs the package `datasets` (pip install datasets). "
+            + HUB_HINT.format(file=f"{folder}/{part}.parquet")
+        ) from error
+    try:
+        table = datasets.load_dataset(hub_name, split=part)
+    except Exception as error:
+        raise ConnectionError(
+            f"could not load {hub_name!r} from the hub ({type(error).__name__}: {error}). "
+            + HUB_HINT.format(file=f"{folder}/{part}.parquet")
+        ) from error
+    return table.to_pandas(), f"hub:{hub_name}"
+
+
+def batches_per_epoch(dataset: Dataset[Any], batch_size: int) -> int:
+    """Batches in one pass, the last and smaller one included."""
+    return -(-len(dataset) // batch_size)  # type: ignore[arg-type]
+
+
+def batches(
+    dataset: Dataset[Any], batch_size: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[Any, torch.Tensor]]:
+    """``(inputs, targets)`` batches of one pass: in random order by ``generator``, in the data's order without one.
+
+    The order depends on the generator's state alone, so that two arms with the same seed see the same batches.
+    """
+    rows = len(dataset)  # type: ignore[arg-type]
+    if isinstance(dataset, TensorDataset):
+        order = torch.randperm(rows, generator=generator) if generator is not None else None
+        for start in range(0, rows, batch_size):
+            stop = min(start + batch_size, rows)
+            if order is None:
+                yield tuple(t[start:stop] for t in dataset.tensors)  # type: ignore[misc]
+            else:
+                chosen = order[start:stop]
+                yield tuple(t[chosen] for t in dataset.tensors)  # type: ignore[misc]
+        return
+    yield from DataLoader(dataset, batch_size, shuffle=generator is not None, generator=generator)
+
+
+def mlp(widths: list[int], dropout: float) -> torch.nn.Sequential:
+    """Linear-ReLU(-dropout) through ``widths``, ending in a Linear: the same initial weights with and without dropout."""
+    layers: list[torch.nn.Module] = []
+    for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        layers.append(torch.nn.Linear(inputs, outputs))
+        if i < len(widths) - 2:
+            layers.append(torch.nn.ReLU())
+            if dropout > 0:
+                layers.append(torch.nn.Dropout(dropout))
+    return torch.nn.Sequential(*layers)
