@@ -28,7 +28,7 @@ check: $(VENV)/.checkers  ## lint, format and types
 	$(BIN)/mypy
 
 ext: $(VENV)/.torch  ## compile the extension in place, after a change in csrc/
-	$(BIN)/python setup.py --quiet build_py build_ext --inplace
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 clean:  ## remove what was built, but not the virtual environment
 	rm -rf build dist *.egg-info python/*.egg-info dynaprune_kernels/_C*.so dynaprune_kernels/_build.json

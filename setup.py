@@ -55,26 +55,6 @@ def reason_against_extension(sources: list[str]) -> str | None:
     return None
 
 
-def extension_arguments(sources: list[str], flags: list[str]) -> dict[str, Any]:
-    """The arguments of `setup` that build the stable-ABI extension."""
-    os.environ["CXX"] = cpp_compiler() or "c++"
-    headers = [
-        str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc")
-    ]
-    extension = CppExtension(
-        "dynaprune_kernels._C",
-        sources,
-        include_dirs=[str(ROOT / "csrc")],
-        depends=headers,
-        extra_compile_args={"cxx": flags},
-        py_limited_api=not FREE_THREADED,  # torch then adds -DPy_LIMITED_API=0x030A0000
-    )
-    arguments: dict[str, Any] = {"ext_modules": [extension]}
-    if not FREE_THREADED:
-        arguments["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return arguments
-
-
 def compile_flags() -> list[str]:
     """Compiler flags: no -march and no -ffast-math, the kernels choose their instruction set at run time."""
     optimisation = ["-O0", "-g"] if os.environ.get("DEBUG", "0") not in ("", "0") else ["-O3", "-g0"]
@@ -89,50 +69,70 @@ def compile_flags() -> list[str]:
     ]
 
 
-def build_facts(reason: str | None, flags: list[str]) -> dict[str, Any]:
-    """What `python -m dynaprune_kernels.info` tells about this build."""
-    if reason is not None:
-        return {"extension": False, "reason": reason}
-    version = subprocess.run(
-        [*os.environ["CXX"].split(), "--version"], capture_output=True, text=True, check=True
+def record(folder: Path, facts: dict[str, Any]) -> None:
+    """Leaves what `python -m dynaprune_kernels.info` tells about this build beside the extension."""
+    target = folder / "dynaprune_kernels" / "_build.json"
+    unfinished = target.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(facts, indent=2) + "\n")
+    unfinished.replace(target)
+
+
+def pure_arguments(reason: str) -> dict[str, Any]:
+    """The arguments of `setup` for a package without the extension, which remembers why."""
+
+    class BuildPure(build_py):
+        def run(self) -> None:
+            super().run()
+            record(
+                ROOT if self.editable_mode else Path(self.build_lib), {"extension": False, "reason": reason}
+            )
+
+    print(f"dynaprune: installing without the compiled CPU kernels: {reason}")
+    return {"cmdclass": {"build_py": BuildPure}}
+
+
+def extension_arguments(sources: list[str]) -> dict[str, Any]:
+    """The arguments of `setup` for a package with the stable-ABI extension, which remembers how it was built."""
+    compiler = cpp_compiler() or "c++"
+    os.environ["CXX"] = compiler
+    flags = compile_flags()
+    headers = [
+        str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc")
+    ]
+    extension = CppExtension(
+        "dynaprune_kernels._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        depends=headers,
+        extra_compile_args={"cxx": flags},
+        py_limited_api=not FREE_THREADED,  # torch then adds -DPy_LIMITED_API=0x030A0000
     )
-    return {
-        "extension": True,
-        "torch": torch.__version__,
-        "compiler": version.stdout.splitlines()[0],
-        "flags": flags,
-    }
+
+    class BuildRecorded(BuildExtension):
+        def run(self) -> None:
+            super().run()
+            version = subprocess.run(
+                [*compiler.split(), "--version"], capture_output=True, text=True, check=True
+            )
+            facts = {"torch": torch.__version__, "compiler": version.stdout.splitlines()[0], "flags": flags}
+            in_place = self.inplace or self.editable_mode
+            record(ROOT if in_place else Path(self.build_lib), {"extension": True, **facts})
+
+    tag = {} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildRecorded}, "options": tag}
 
 
 def main() -> None:
     """Decides what can be built here and hands it to setuptools."""
+    folders = ("csrc/cpu", "csrc/bindings")
     sources = sorted(
-        str(path.relative_to(ROOT))
-        for part in ("cpu", "bindings")
-        for path in ROOT.glob(f"csrc/{part}/*.cpp")
+        str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.cpp")
     )
-    flags = compile_flags()
     reason = reason_against_extension(sources)
-    arguments = {} if reason else extension_arguments(sources, flags)
-
-    class RecordBuild(build_py):
-        """Leaves the facts of this build beside the extension, where `dynaprune_kernels` reads them."""
-
-        def run(self) -> None:
-            target = ROOT / "dynaprune_kernels" / "_build.json"
-            unfinished = target.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(build_facts(reason, flags), indent=2) + "\n")
-            unfinished.replace(target)
-            super().run()
-
-    commands: dict[str, type] = {"build_py": RecordBuild}
-    if reason:
-        print(f"dynaprune: installing without the compiled CPU kernels: {reason}")
-    else:
-        commands["build_ext"] = BuildExtension
+    arguments = extension_arguments(sources) if reason is None else pure_arguments(reason)
     kernels = find_packages(include=["dynaprune_kernels", "dynaprune_kernels.*"])
     training = find_packages("python", include=["dynaprune", "dynaprune.*"])
-    setup(packages=kernels + training, cmdclass=commands, **arguments)
+    setup(packages=kernels + training, **arguments)
 
 
 main()
