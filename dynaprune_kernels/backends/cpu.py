@@ -1,0 +1,80 @@
+"""The C++ CPU kernels of ``csrc/cpu``: what their raw ops (``torch.ops.dynaprune_cpu``) need that the ops here do not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+
+_raw = torch.ops.dynaprune_cpu
+
+
+def linear_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int) -> Tensor:
+    return _raw.linear_forward(x, values, bias, index, out_features)
+
+
+def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) -> Tensor:
+    return _raw.linear_dgrad(dy, values, index, in_features)
+
+
+def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int]) -> Tensor:
+    return _raw.linear_wgrad(dy, x, index, capacity, *block)
+
+
+def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return _raw.linear_wgrad_saliency(dy, x, values, index)
+
+
+def linear_probe(
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
+) -> Tensor:
+    if not probe:
+        return _no_probe(ceil_div(dy.shape[1], block[1]) * ceil_div(x.shape[1], block[0]), x)
+    return _raw.linear_probe(dy, x, index, *block)
+
+
+def conv2d_forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
+) -> Tensor:
+    return _raw.conv2d_forward(x, values, bias, index, out_channels, conv)
+
+
+def conv2d_dgrad(dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry) -> Tensor:
+    return _raw.conv2d_dgrad(dy, values, index, input_size, conv)
+
+
+def conv2d_wgrad(
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
+) -> Tensor:
+    return _raw.conv2d_wgrad(dy, x, index, capacity, *block, conv)
+
+
+def conv2d_wgrad_saliency(
+    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
+) -> tuple[Tensor, Tensor]:
+    return _raw.conv2d_wgrad_saliency(dy, x, values, index, conv)
+
+
+def conv2d_probe(
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry, probe: Tensor
+) -> Tensor:
+    if not probe:
+        columns = conv.taps * ceil_div(x.shape[1] // conv.groups, block[0])
+        return _no_probe(ceil_div(dy.shape[1], block[1]) * columns, x)
+    return _raw.conv2d_probe(dy, x, index, *block, conv)
+
+
+def _no_probe(blocks: int, x: Tensor) -> Tensor:
+    return x.new_zeros(blocks, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def block_saliency(values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return _raw.block_saliency(values, grad, index, rows, columns)
+
+
+def layout_update(
+    mask: Tensor, slot_of_block: Tensor, index: Tensor, capacity: int, conv: ConvGeometry | None, release: bool
+) -> None:
+    conv = conv or ConvGeometry(1, 1)
+    _raw.layout_update(mask, slot_of_block, index, capacity, conv.groups, conv[0:2], conv[2:4], conv[6:8], release)

@@ -1,0 +1,212 @@
+"""``BlockLayout``: the live mask of one block-sparse weight, the slots of its blocks, and the index lists of kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dynaprune_kernels.geometry import ConvGeometry, check_block, check_int32, conv_grid, linear_grid
+from dynaprune_kernels.index import N_LIVE, OVERFLOW, IndexSections, column_lists, index_size, sections
+
+LADDER_RATIO = 0.75
+
+
+class BlockLayout(nn.Module):
+    """Which blocks of a weight live, where their values are stored, and every index list that kernels need.
+
+    A block is *live* (has a slot and is listed), *suspended* (keeps its slot and values, is not listed) or has no
+    slot. ``values [capacity, bi, bo]`` of the layer that owns the layout is addressed by slot.
+
+    Attributes:
+        mask: bool ``[rows, columns]``, live blocks.
+        slot_of_block: int32 ``[rows, columns]``, -1 without a slot; the only persistent buffer.
+        index: int32, packed as :mod:`dynaprune_kernels.index` says.
+    """
+
+    mask: Tensor
+    slot_of_block: Tensor
+    index: Tensor
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        block: tuple[int, int],
+        *,
+        conv: ConvGeometry | None = None,
+        mask: Tensor | None = None,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Lay out a weight of ``out_features`` x ``in_features`` (channels, for a convolution).
+
+        Args:
+            block: ``(bo, bi)``: outputs and inputs per block.
+            mask: live blocks, all by default.
+            capacity: slots, one per live block by default.
+
+        Raises:
+            TypeError, ValueError: sizes or mask of the wrong kind.
+        """
+        super().__init__()
+        block = check_block(block)
+        if out_features < 1 or in_features < 1:
+            raise ValueError(f"expected at least one output and one input, got {out_features} and {in_features}")
+        self.out_features, self.in_features, self.block, self.conv = out_features, in_features, block, conv
+        if conv is None:
+            self.rows, self.columns = linear_grid(out_features, in_features, block)
+        else:
+            self.rows, self.columns = conv_grid(out_features, in_features, block, conv)
+        check_int32(self.rows, self.columns)
+        if mask is None:
+            mask = torch.ones(self.rows, self.columns, dtype=torch.bool, device=device)
+        mask = self._checked(mask.to(device) if isinstance(mask, Tensor) else mask).clone()
+        if capacity is None:
+            capacity = int(mask.sum())
+        self._check_capacity(max(capacity, 1))
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("slot_of_block", torch.full_like(mask, -1, dtype=torch.int32))
+        self.register_buffer("index", self._new_index(max(capacity, 1)), persistent=False)
+        self.capacity = max(capacity, 1)
+        self._rebuild(release=True)
+
+    def _new_index(self, capacity: int) -> Tensor:
+        size = index_size(self.rows, column_lists(self.columns, self.conv), capacity)
+        return torch.zeros(size, dtype=torch.int32, device=self.mask.device)
+
+    def _check_capacity(self, capacity: int) -> None:
+        if not 1 <= capacity <= self.blocks:
+            raise ValueError(f"expected a capacity from 1 to {self.blocks} blocks, got {capacity}")
+
+    def _checked(self, mask: Tensor) -> Tensor:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"expected a bool mask, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != (self.rows, self.columns):
+            raise ValueError(f"expected a mask of shape {(self.rows, self.columns)}, got {tuple(mask.shape)}")
+        return mask
+
+    def _rebuild(self, *, release: bool) -> None:
+        torch.ops.dynaprune.layout_update(
+            self.mask, self.slot_of_block, self.index, self.capacity, self.conv, release
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the fully live weight."""
+        return self.rows * self.columns
+
+    @property
+    def lists(self) -> IndexSections:
+        """Named views into :attr:`index`."""
+        return sections(self.index, self.rows, self.capacity)
+
+    def update_(self, mask: Tensor, *, release: bool = True) -> None:
+        """Make ``mask`` the live mask, on the device: no host sync, no allocation of index buffers.
+
+        Blocks that die give their slot back with ``release`` and are suspended without. Blocks that come alive keep
+        or get a slot, in row-major order, the lowest free one first; what finds none stays dead and is counted (see
+        :meth:`check`). Values in a new slot are the caller's to initialise.
+
+        Args:
+            mask: bool ``[rows, columns]`` on the layout's device.
+
+        Raises:
+            TypeError, ValueError: dtype, shape or device of the mask.
+        """
+        mask = self._checked(mask)
+        if mask.device != self.mask.device:
+            raise ValueError(f"expected a mask on {self.mask.device}, got {mask.device}")
+        self.mask.copy_(mask)
+        self._rebuild(release=release)
+
+    def suspend_(self, blocks: Tensor) -> None:
+        """Take ``blocks`` (bool ``[rows, columns]``) out of every index list; slots and values stay."""
+        self.update_(self.mask & ~self._checked(blocks), release=False)
+
+    def resume_(self) -> None:
+        """List every suspended block again."""
+        self.update_(self.slot_of_block >= 0, release=False)
+
+    def release_(self, blocks: Tensor) -> None:
+        """Let ``blocks`` die: out of the lists, their slots free."""
+        self.update_(self.mask & ~self._checked(blocks))
+
+    def allocate_(self, blocks: Tensor) -> None:
+        """Let ``blocks`` live: each gets a free slot; initialise its values afterwards."""
+        self.update_(self.mask | self._checked(blocks))
+
+    def live_count(self) -> int:
+        """Number of live blocks; syncs with the device."""
+        return int(self.index[N_LIVE].item())
+
+    def density(self) -> float:
+        """Live blocks over all blocks; syncs with the device."""
+        return self.live_count() / self.blocks
+
+    def check(self) -> None:
+        """Raise RuntimeError when an update wanted more live blocks than there is capacity; syncs."""
+        dropped = int(self.index[OVERFLOW].item())
+        if dropped:
+            raise RuntimeError(
+                f"{dropped} blocks found no free slot (capacity {self.capacity}) and stayed dead: "
+                f"compact to a larger capacity before more blocks come alive"
+            )
+
+    def ladder_capacity(self, least: int) -> int:
+        """Smallest capacity of the ladder ``blocks * 0.75^k`` that holds ``least`` slots."""
+        capacity = self.blocks
+        while (smaller := int(capacity * LADDER_RATIO)) >= max(least, 1):
+            capacity = smaller
+        return capacity
+
+    def compact_(self, capacity: int) -> Tensor:
+        """Change the number of slots; live and suspended blocks move together in front, in order of their slots.
+
+        Returns:
+            int64 ``[capacity]``: for every new slot the old slot to copy from, -1 for a free one. The caller gathers
+            ``values``, gradient and optimizer state with it. Syncs with the device.
+
+        Raises:
+            ValueError: a capacity outside 1..blocks, or below the number of slots in use.
+        """
+        self._check_capacity(capacity)
+        used = torch.nonzero(self.lists.block_of_slot >= 0).squeeze(1)
+        if used.numel() > capacity:
+            raise ValueError(f"expected a capacity of at least the {used.numel()} slots in use, got {capacity}")
+        old_slot = torch.full((capacity,), -1, dtype=torch.int64, device=used.device)
+        old_slot[: used.numel()] = used
+        block = self.lists.block_of_slot[used].long()
+        self.slot_of_block.view(-1)[block] = torch.arange(used.numel(), dtype=torch.int32, device=used.device)
+        self.capacity = capacity
+        self.index = self._new_index(capacity)
+        self._rebuild(release=False)
+        return old_slot
+
+    def restore_(self, slot_of_block: Tensor, capacity: int) -> None:
+        """Adopt the slots of another layout of the same grid (a checkpoint's); blocks with a slot are live.
+
+        Raises:
+            TypeError, ValueError: not int32 of the grid's shape, slots outside the capacity or used twice.
+        """
+        self._check_capacity(capacity)
+        if slot_of_block.dtype != torch.int32:
+            raise TypeError(f"expected int32 slots, got {slot_of_block.dtype}")
+        if slot_of_block.shape != self.slot_of_block.shape:
+            raise ValueError(
+                f"expected slots of shape {tuple(self.slot_of_block.shape)}, got {tuple(slot_of_block.shape)}"
+            )
+        used = slot_of_block[slot_of_block >= 0]
+        if used.numel() and (int(used.max()) >= capacity or used.unique().numel() != used.numel()):
+            raise ValueError(f"expected each slot once and below the capacity {capacity}, got {used.tolist()[:20]}")
+        self.capacity = capacity
+        self.slot_of_block.copy_(slot_of_block)
+        self.mask.copy_(self.slot_of_block >= 0)
+        self.index = self._new_index(capacity)
+        self._rebuild(release=False)
+
+    def extra_repr(self) -> str:
+        kind = "" if self.conv is None else f", kernel={self.conv[0:2]}"
+        return (
+            f"{self.rows}x{self.columns} blocks of {self.block[0]}x{self.block[1]}{kind}, "
+            f"capacity={self.capacity}, density={self.density():.3f}"
+        )

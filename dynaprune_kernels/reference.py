@@ -1,0 +1,280 @@
+"""Every op in plain PyTorch: the truth for tests, the fallback, and the ``dense`` backend.
+
+Works by materialising the live blocks as a dense weight and calling the vendor's library, which is also the right
+thing to do at high density. No function here syncs with the host. Shapes: ``values [capacity, bi, bo]``,
+``x [tokens, in]`` or ``[N, C, H, W]``, ``index`` as in :mod:`dynaprune_kernels.index`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+from dynaprune_kernels.index import N_LIVE, N_SLOTS, OVERFLOW, column_list_of_block, column_lists, sections
+
+
+def _entries(index: Tensor, rows: int, columns: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Block number and slot of each of ``capacity`` entries (int64); dead entries point one past the end."""
+    s = sections(index, rows, capacity)
+    live = s.col_slots >= 0
+    block = torch.where(live, s.col_rows.long() * columns + s.col_cols.long(), rows * columns)
+    return block, torch.where(live, s.col_slots.long(), capacity)
+
+
+def _blocks_by_position(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
+    """Live blocks at their places, zeros elsewhere: ``[rows * columns, bi, bo]``."""
+    block, slot = _entries(index, rows, columns, values.shape[0])
+    placed = values.new_zeros(rows * columns + 1, *values.shape[1:])
+    placed[block] = values[slot.clamp(max=values.shape[0] - 1)]
+    return placed[:-1]
+
+
+def _blocks_by_slot(blocks: Tensor, index: Tensor, rows: int, columns: int, capacity: int) -> Tensor:
+    """The inverse: blocks ``[rows * columns, bi, bo]`` gathered into slots, zeros in unlisted ones."""
+    block, slot = _entries(index, rows, columns, capacity)
+    by_slot = blocks.new_zeros(capacity + 1, *blocks.shape[1:])
+    by_slot[slot] = blocks[block.clamp(max=rows * columns - 1)]
+    return by_slot[:-1]
+
+
+def _live(index: Tensor, rows: int, columns: int, capacity: int) -> Tensor:
+    """Live mask, bool ``[rows * columns]``."""
+    block, _ = _entries(index, rows, columns, capacity)
+    return index.new_zeros(rows * columns + 1, dtype=torch.bool).index_fill_(0, block, True)[:-1]
+
+
+def dense_to_blocks(weight: Tensor, block: tuple[int, int], conv: ConvGeometry | None = None) -> Tensor:
+    """Cut a dense weight into blocks ``[rows * columns, bi, bo]``; ragged edges are padded with zeros.
+
+    Args:
+        weight: ``[out, in]``, or ``[out, in / groups, kh, kw]`` with ``conv``.
+        block: ``(bo, bi)``.
+    """
+    bo, bi = block
+    if conv is not None:
+        weight = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], conv.taps, -1)
+    else:
+        weight = weight.unsqueeze(1)
+    out, taps, inputs = weight.shape
+    weight = F.pad(weight, (0, -inputs % bi, 0, 0, 0, -out % bo))
+    rows, channel_blocks = weight.shape[0] // bo, weight.shape[2] // bi
+    blocks = weight.reshape(rows, bo, taps, channel_blocks, bi).permute(0, 2, 3, 4, 1)
+    return blocks.reshape(rows * taps * channel_blocks, bi, bo)
+
+
+def blocks_to_dense(blocks: Tensor, out_features: int, in_features: int, conv: ConvGeometry | None = None) -> Tensor:
+    """Inverse of :func:`dense_to_blocks`; ``in_features`` is ``in / groups`` for a convolution."""
+    bi, bo = blocks.shape[1:]
+    taps = 1 if conv is None else conv.taps
+    rows, channel_blocks = ceil_div(out_features, bo), ceil_div(in_features, bi)
+    weight = blocks.reshape(rows, taps, channel_blocks, bi, bo).permute(0, 4, 1, 2, 3)
+    weight = weight.reshape(rows * bo, taps, channel_blocks * bi)[:out_features, :, :in_features]
+    if conv is None:
+        return weight.reshape(out_features, in_features)
+    return weight.reshape(out_features, conv.kernel_h, conv.kernel_w, in_features).permute(0, 3, 1, 2).contiguous()
+
+
+def dense_weight(
+    values: Tensor, index: Tensor, out_features: int, in_features: int, conv: ConvGeometry | None = None
+) -> Tensor:
+    """The dense weight of the live blocks: ``[out, in]`` or ``[out, in / groups, kh, kw]``."""
+    rows, columns = _grid(values.shape[2], values.shape[1], out_features, in_features, conv)
+    blocks = _blocks_by_position(values, index, rows, columns)
+    return blocks_to_dense(blocks, out_features, in_features, conv)
+
+
+def _grid(bo: int, bi: int, out_features: int, in_features: int, conv: ConvGeometry | None) -> tuple[int, int]:
+    taps = 1 if conv is None else conv.taps
+    return ceil_div(out_features, bo), taps * ceil_div(in_features, bi)
+
+
+def linear_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int) -> Tensor:
+    """``y = x W^T + b`` over live blocks, ``[tokens, out]``."""
+    return F.linear(x, dense_weight(values, index, out_features, x.shape[1]), bias)
+
+
+def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) -> Tensor:
+    """``dx = dy W`` over live blocks, ``[tokens, in]``."""
+    return dy @ dense_weight(values, index, dy.shape[1], in_features)
+
+
+def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int]) -> Tensor:
+    """``dW = dy^T x`` at live blocks, ``[capacity, bi, bo]``, zeros in unlisted slots and in padding."""
+    return _wgrad_from_dense(dy.t() @ x, index, capacity, block, None)
+
+
+def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """wgrad and, per block, the signed sum of weight x gradient (float32, or float64 of float64 input)."""
+    capacity, bi, bo = values.shape
+    grad = linear_wgrad(dy, x, index, capacity, (bi, bo))
+    rows, columns = _grid(bo, bi, dy.shape[1], x.shape[1], None)
+    return grad, block_saliency(values, grad, index, rows, columns)[0][3]
+
+
+def linear_probe(
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
+) -> Tensor:
+    """Squared Frobenius norm of the dense gradient's blocks that are not live, zeros elsewhere: ``[rows * columns]``.
+
+    All zeros while the bool ``probe`` is false.
+    """
+    return _probe_from_dense(dy.t() @ x, index, capacity, block, None) * probe
+
+
+def conv2d_forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
+) -> Tensor:
+    """Convolution over live (tap, channel block) entries: ``[N, out_channels, OH, OW]``, channels-last memory."""
+    weight = dense_weight(values, index, out_channels, x.shape[1] // conv.groups, conv)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, weight, bias, conv[2:4], conv[4:6], conv[6:8], conv.groups)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def conv2d_dgrad(dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry) -> Tensor:
+    """Gradient of the input, ``input_size``, channels-last memory."""
+    weight = dense_weight(values, index, dy.shape[1], input_size[1] // conv.groups, conv)
+    dx = _convolution_backward(dy, dy.new_empty(input_size), weight, conv, wgrad=False)
+    return dx.contiguous(memory_format=torch.channels_last)
+
+
+def conv2d_wgrad(
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
+) -> Tensor:
+    """Gradient of the values at live blocks, ``[capacity, bi, bo]``, zeros in unlisted slots and in padding."""
+    return _wgrad_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv)
+
+
+def conv2d_wgrad_saliency(
+    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
+) -> tuple[Tensor, Tensor]:
+    """wgrad and, per block, the signed sum of weight x gradient."""
+    capacity, bi, bo = values.shape
+    grad = conv2d_wgrad(dy, x, index, capacity, (bi, bo), conv)
+    rows, columns = _grid(bo, bi, dy.shape[1], x.shape[1] // conv.groups, conv)
+    return grad, block_saliency(values, grad, index, rows, columns)[0][3]
+
+
+def conv2d_probe(
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry, probe: Tensor
+) -> Tensor:
+    """Squared norms of the dense gradient's blocks that are not live; all zeros while ``probe`` is false."""
+    return _probe_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv) * probe
+
+
+def _dense_conv_wgrad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:
+    shape = (dy.shape[1], x.shape[1] // conv.groups, conv.kernel_h, conv.kernel_w)
+    return _convolution_backward(dy, x, x.new_empty(shape), conv, wgrad=True)
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: ConvGeometry, *, wgrad: bool) -> Tensor:
+    if dy.numel() == 0:  # the vendor's backward rejects an empty batch
+        return torch.zeros_like(weight if wgrad else x)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, conv[2:4], conv[4:6], conv[6:8], False, [0, 0], conv.groups, [not wgrad, wgrad, False]
+    )
+    return dw if wgrad else dx
+
+
+def _wgrad_from_dense(
+    grad: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry | None
+) -> Tensor:
+    bi, bo = block
+    rows, columns = _grid(bo, bi, grad.shape[0], grad.shape[1], conv)
+    blocks = dense_to_blocks(grad, (bo, bi), conv)
+    return _blocks_by_slot(blocks, index, rows, columns, capacity)
+
+
+def _probe_from_dense(
+    grad: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry | None
+) -> Tensor:
+    bi, bo = block
+    rows, columns = _grid(bo, bi, grad.shape[0], grad.shape[1], conv)
+    accumulate = _accumulator(grad.dtype)
+    norms = dense_to_blocks(grad, (bo, bi), conv).to(accumulate).square().sum((1, 2))
+    return norms.masked_fill(_live(index, rows, columns, capacity), 0)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_saliency(values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Sums over each live block and over each output.
+
+    Returns:
+        stats ``[4, rows * columns]``: sum w^2, sum g^2, sum |w g|, sum w g (zeros where not live), and
+        neuron ``[rows * bo]``: sum of w g over all inputs of an output, which equals the sum over the batch of
+        pre-activation x its gradient. float32, or float64 of float64 values.
+    """
+    accumulate = _accumulator(values.dtype)
+    w = _blocks_by_position(values, index, rows, columns).to(accumulate)
+    g = _blocks_by_position(grad, index, rows, columns).to(accumulate)
+    wg = w * g
+    stats = torch.stack([w.square().sum((1, 2)), g.square().sum((1, 2)), wg.abs().sum((1, 2)), wg.sum((1, 2))])
+    neuron = wg.reshape(rows, columns, *wg.shape[1:]).sum((1, 2)).reshape(-1)
+    return stats, neuron
+
+
+def layout_update(
+    mask: Tensor, slot_of_block: Tensor, index: Tensor, capacity: int, conv: ConvGeometry | None, release: bool
+) -> None:
+    """Rebuild slots and indices from ``mask`` in place (see :meth:`BlockLayout.update_` for the rules)."""
+    rows, columns = mask.shape
+    blocks, device = rows * columns, mask.device
+    lists = column_lists(columns, conv)
+    s = sections(index, rows, capacity)
+    number = torch.arange(blocks, device=device)
+    live = mask.reshape(-1).clone()
+    slot = slot_of_block.reshape(-1).long()
+    if release:
+        slot = torch.where(live, slot, -1)
+
+    has_slot = slot >= 0
+    taken = torch.zeros(capacity + 1, dtype=torch.bool, device=device)
+    taken[torch.where(has_slot, slot, capacity)] = True
+    free_slots = torch.argsort(taken[:-1].to(torch.uint8), stable=True)
+    wants = live & ~has_slot
+    rank = torch.cumsum(wants, 0) - 1
+    served = wants & (rank < capacity - has_slot.sum())
+    slot = torch.where(served, free_slots[rank.clamp(0, capacity - 1)], slot)
+    dropped = wants & ~served
+    live &= ~dropped
+
+    mask.copy_(live.view_as(mask))
+    slot_of_block.copy_(slot.view_as(slot_of_block))
+    block_of_slot = torch.full((capacity + 1,), -1, dtype=torch.int64, device=device)
+    block_of_slot[torch.where(slot >= 0, slot, capacity)] = number
+    s.block_of_slot.copy_(block_of_slot[:-1])
+
+    n_live = live.sum()
+    s.header.zero_()
+    s.header[N_LIVE], s.header[OVERFLOW], s.header[N_SLOTS] = n_live, dropped.sum(), (slot >= 0).sum()
+    valid = torch.arange(capacity, device=device) < n_live
+
+    by_row = torch.argsort((~live).to(torch.uint8), stable=True)[:capacity]
+    s.row_cols.copy_(torch.where(valid, by_row % columns, -1))
+    s.row_slots.copy_(torch.where(valid, slot[by_row], -1))
+    row_count = live.view(rows, columns).sum(1)
+    _write_pointers(s.row_ptr, s.row_order, row_count)
+
+    list_of_block = column_list_of_block(rows, columns, conv, device).reshape(-1)
+    channel_blocks = columns if conv is None else columns // conv.taps
+    tap, row = number % columns // channel_blocks, number // columns
+    order = torch.argsort((list_of_block * (columns // channel_blocks) + tap) * rows + row)
+    by_list = order[torch.argsort((~live[order]).to(torch.uint8), stable=True)[:capacity]]
+    s.col_rows.copy_(torch.where(valid, by_list // columns, -1))
+    s.col_cols.copy_(torch.where(valid, by_list % columns, -1))
+    s.col_slots.copy_(torch.where(valid, slot[by_list], -1))
+    list_count = torch.zeros(lists, dtype=torch.int64, device=device).index_add_(0, list_of_block, live.long())
+    _write_pointers(s.col_ptr, s.col_order, list_count)
+
+
+def _write_pointers(pointers: Tensor, order: Tensor, count: Tensor) -> None:
+    pointers[0] = 0
+    pointers[1:] = torch.cumsum(count, 0)
+    order.copy_(torch.argsort(count, descending=True, stable=True))
+
+

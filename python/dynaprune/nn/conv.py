@@ -1,0 +1,137 @@
+"""``BlockSparseConv2d`` and ``BlockSparseConv1d``: convolutions over live blocks, one mask per kernel tap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynaprune.nn.block_sparse import BlockSparseLayer, take_over_weight
+from dynaprune_kernels import BlockLayout, ConvGeometry, block_sparse_conv2d
+
+
+class BlockSparseConv2d(BlockSparseLayer):
+    """2-D convolution over live blocks; ``padding_mode`` and ``padding="same"`` as in ``nn.Conv2d``.
+
+    Attributes:
+        pad_before: left, right, top, bottom padding that ``F.pad`` adds before the op, or None: what the op's own
+            symmetric zero padding cannot express.
+    """
+
+    _dense_type: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv2d
+
+    def __init__(
+        self, layout: BlockLayout, values: nn.Parameter, bias: nn.Parameter | None, plain: dict[str, Any]
+    ) -> None:
+        super().__init__(layout, values, bias)
+        self._plain = plain
+        self.padding_mode: str = plain["padding_mode"]
+        self.pad_before: tuple[int, ...] | None = plain["pad_before"]
+
+    @classmethod
+    def from_dense(
+        cls, conv: Any, block_size: int | tuple[int, int], *, mask: Tensor | None = None
+    ) -> BlockSparseConv2d:
+        """Take over a convolution: its ``weight`` Parameter becomes ``values``, the same object.
+
+        Args:
+            block_size: outputs and inputs per block, 8 to 128.
+            mask: live blocks, bool ``[rows, columns]`` with ``columns = taps * channel blocks``; all by default.
+
+        Raises:
+            TypeError, ValueError: another kind of layer, a block that groups cannot hold, a mask that does not fit.
+        """
+        if not isinstance(conv, cls._dense_type):
+            raise TypeError(f"expected nn.{cls._dense_type.__name__}, got {type(conv).__name__}")
+        plain = {
+            "in_channels": conv.in_channels,
+            "out_channels": conv.out_channels,
+            "kernel_size": conv.kernel_size,
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+            "padding_mode": conv.padding_mode,
+        }
+        outside = conv.padding_mode != "zeros" or isinstance(conv.padding, str)
+        own_padding = (0,) * len(conv.kernel_size) if outside else conv.padding
+        sizes = [cls._two(s) for s in (conv.kernel_size, conv.stride, own_padding, conv.dilation)]
+        sizes[2] = sizes[2] if len(conv.kernel_size) == 2 else (0, own_padding[0])
+        geometry = ConvGeometry(*sizes[0], *sizes[1], *sizes[2], *sizes[3], conv.groups)
+        weight = conv.weight
+        layout = BlockLayout(
+            conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
+        )
+        plain["pad_before"] = tuple(conv._reversed_padding_repeated_twice) if outside else None
+        if weight.dim() == 3:
+            weight.data = weight.data.unsqueeze(2)
+            if weight.grad is not None:
+                weight.grad.data = weight.grad.data.unsqueeze(2)
+        take_over_weight(weight, layout)
+        return cls(layout, weight, conv.bias, plain).train(conv.training)
+
+    @staticmethod
+    def _two(size: tuple[int, ...]) -> tuple[int, int]:
+        return (size[0], size[1]) if len(size) == 2 else (1, size[0])
+
+    def _padded(self, x: Tensor) -> Tensor:
+        if self.pad_before is None:
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self.pad_before, mode=mode)
+
+    @property
+    def in_channels(self) -> int:
+        return self.layout.in_features
+
+    @property
+    def out_channels(self) -> int:
+        return self.layout.out_features
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self._plain["kernel_size"]
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self._plain["stride"]
+
+    @property
+    def groups(self) -> int:
+        return self._plain["groups"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return block_sparse_conv2d(
+            self._padded(x), self.values, self.bias, self.layout, tap=self.tap, probe=self.probe
+        )
+
+    def _plain_layer(self) -> nn.Module:
+        sizes = {key: value for key, value in self._plain.items() if key != "pad_before"}
+        return self._dense_type(**sizes, bias=self.bias is not None, device="meta")
+
+    def extra_repr(self) -> str:
+        plain = self._plain
+        return (
+            f"{plain['in_channels']}, {plain['out_channels']}, kernel_size={plain['kernel_size']}, "
+            f"stride={plain['stride']}, padding={plain['padding']}, dilation={plain['dilation']}, "
+            f"groups={plain['groups']}, block={self.layout.block}, density={self.density():.3f}"
+        )
+
+
+class BlockSparseConv1d(BlockSparseConv2d):
+    """1-D convolution: the 2-D one with a kernel of height 1."""
+
+    _dense_type = nn.Conv1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self._padded(x).unsqueeze(-2)
+        return block_sparse_conv2d(
+            image, self.values, self.bias, self.layout, tap=self.tap, probe=self.probe
+        ).squeeze(-2)
+
+    def to_blocks(self, weight: Tensor) -> Tensor:
+        return super().to_blocks(weight.unsqueeze(2))
+
+    def _dense_view(self, dense: Tensor) -> Tensor:
+        return dense.squeeze(2)

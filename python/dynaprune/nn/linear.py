@@ -1,0 +1,54 @@
+"""``BlockSparseLinear``: an ``nn.Linear`` that computes, stores and trains its live blocks only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dynaprune.nn.block_sparse import BlockSparseLayer, take_over_weight
+from dynaprune_kernels import BlockLayout, block_sparse_linear
+
+
+class BlockSparseLinear(BlockSparseLayer):
+    """``y = x W^T + b`` over live blocks."""
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, block_size: int | tuple[int, int], *, mask: Tensor | None = None
+    ) -> BlockSparseLinear:
+        """Take over an ``nn.Linear``: its ``weight`` Parameter becomes ``values``, the same object.
+
+        Args:
+            block_size: outputs and inputs per block, 8 to 128.
+            mask: live blocks, bool ``[rows, columns]``; all by default.
+
+        Raises:
+            TypeError, ValueError: not a Linear, or a block size or mask that does not fit.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"expected nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        layout = BlockLayout(
+            linear.out_features, linear.in_features, block_size, mask=mask, device=weight.device
+        )
+        take_over_weight(weight, layout)
+        return cls(layout, weight, linear.bias).train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.layout.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layout.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return block_sparse_linear(x, self.values, self.bias, self.layout, tap=self.tap, probe=self.probe)
+
+    def _plain_layer(self) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block={self.layout.block}, density={self.density():.3f}"
+        )

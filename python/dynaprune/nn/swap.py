@@ -1,0 +1,190 @@
+"""Swap a model's dense layers for block-sparse ones by rule, and back."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from dynaprune.nn.block_sparse import BlockSparseLayer
+from dynaprune.nn.conv import BlockSparseConv1d, BlockSparseConv2d
+from dynaprune.nn.linear import BlockSparseLinear
+from dynaprune_kernels.geometry import check_block, padding_ratio
+
+SPARSE_TYPES: dict[type[nn.Module], type[BlockSparseLayer]] = {
+    nn.Linear: BlockSparseLinear,
+    nn.Conv2d: BlockSparseConv2d,
+    nn.Conv1d: BlockSparseConv1d,
+}
+_FUNCTIONALLY_READ = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+MAX_PADDING = 1.25
+
+
+@dataclass(frozen=True)
+class SwapEntry:
+    """What happened to one candidate layer: ``reason`` is empty where it was swapped."""
+
+    name: str
+    reason: str
+
+    @property
+    def swapped(self) -> bool:
+        return not self.reason
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module name is in ``patterns``: a full name, the name of a parent, or ``re:`` and an expression."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.fullmatch(pattern[3:], name):
+                return True
+        elif name == pattern or name.startswith(f"{pattern}."):
+            return True
+    return False
+
+
+def swap_layers(
+    model: nn.Module,
+    block_size: int | tuple[int, int],
+    *,
+    types: Sequence[type[nn.Module]] = (nn.Linear, nn.Conv2d, nn.Conv1d),
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> list[SwapEntry]:
+    """Replace dense layers of ``model`` by block-sparse ones, in place, all blocks live.
+
+    The first convolution, the classifier (the last Linear) and layers that would store over 25% of padding stay dense
+    unless ``include`` names them; weights that something else reads stay dense always.
+
+    Args:
+        block_size: outputs and inputs per block, 8 to 128.
+        types: which layer types to swap.
+        include: names, parents' names or ``re:`` patterns; everything by default.
+        exclude: likewise; wins over ``include``.
+
+    Returns:
+        One entry per candidate, with the reason where it stayed dense.
+
+    Raises:
+        TypeError, ValueError: a type that has no block-sparse form, a pattern that matches nothing, a layer asked for by
+            its full name that cannot be swapped, a model in which nothing can be.
+    """
+    block = check_block(block_size)  # type: ignore[arg-type]
+    for type_ in types:
+        if type_ not in SPARSE_TYPES:
+            raise TypeError(f"expected types among {[t.__name__ for t in SPARSE_TYPES]}, got {type_!r}")
+    candidates = [(n, m) for n, m in model.named_modules() if isinstance(m, tuple(types))]
+    for pattern in [*(include or ()), *exclude]:
+        if not any(matches(name, [pattern]) for name, _ in model.named_modules()):
+            raise ValueError(f"expected a pattern that matches a module of the model, got {pattern!r}")
+
+    spared = _spared_by_default(candidates)
+    readers = dict(_outside_readers(model))
+    entries: list[SwapEntry] = []
+    for name, module in candidates:
+        named = include is not None and name in include
+        if matches(name, exclude):
+            reason = "excluded by name"
+        elif include is not None and not matches(name, include):
+            reason = "not among the included names"
+        elif include is None and name in spared:
+            reason = spared[name]
+        elif why := readers.get(name) or _cannot_swap(module, block, named):
+            if named:
+                raise ValueError(f"layer {name!r} was asked for by name but cannot be block-sparse: {why}")
+            reason = why
+        else:
+            reason = ""
+            _replace(model, module, SPARSE_TYPES[type(module)].from_dense(module, block))  # type: ignore[attr-defined]
+        entries.append(SwapEntry(name, reason))
+    if not any(entry.swapped for entry in entries):
+        raise ValueError(
+            "expected a model with at least one prunable layer, got none: "
+            + ("; ".join(f"{e.name}: {e.reason}" for e in entries) or f"no layer of type {_names(types)}")
+        )
+    return entries
+
+
+def swap_back(model: nn.Module) -> nn.Module:
+    """Replace every block-sparse layer by the plain layer of the same function; returns the model (or its successor).
+
+    Gradients come along; optimizer state has to be moved by whoever owns it (the pruner's ``finalize`` does).
+    """
+    for module in [m for m in model.modules() if isinstance(m, BlockSparseLayer)]:
+        if module is model:
+            return module.to_dense()
+        _replace(model, module, module.to_dense())
+    return model
+
+
+def _names(types: Sequence[type[nn.Module]]) -> str:
+    return ", ".join(t.__name__ for t in types)
+
+
+def _spared_by_default(candidates: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    spared = {}
+    convs = [name for name, m in candidates if isinstance(m, (nn.Conv1d, nn.Conv2d))]
+    linears = [name for name, m in candidates if isinstance(m, nn.Linear)]
+    if convs:
+        spared[convs[0]] = "the first convolution stays dense unless named"
+    if linears:
+        spared[linears[-1]] = "the classifier (the last Linear) stays dense unless named"
+    return spared
+
+
+def _outside_readers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Layers whose weight something other than their own forward reads, with the reason."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(name)
+    for name, module in model.named_modules():
+        if isinstance(module, _FUNCTIONALLY_READ):
+            for child, _ in module.named_modules(prefix=name):
+                yield child, f"its weight is read by {type(module).__name__} directly"
+        weight = getattr(module, "weight", None) if isinstance(module, tuple(SPARSE_TYPES)) else None
+        if isinstance(weight, nn.Parameter) and uses[id(weight)] > len(paths[id(module)]):
+            yield name, "its weight is tied to another module"
+
+
+def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str | None:
+    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+        return "its weight is parametrized (weight norm, spectral norm or the like)"
+    if type(module) not in SPARSE_TYPES:
+        return f"{type(module).__name__} is a subclass with behaviour of its own"
+    weight = module.weight
+    if isinstance(weight, UninitializedParameter):
+        return "it is lazy: run a forward pass first"
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is not a Parameter"
+    if not weight.requires_grad:
+        return "it is frozen"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        outputs, inputs = module.out_channels, module.in_channels // module.groups
+        if module.groups > 1 and (outputs // module.groups) % block[0]:
+            return f"out_channels / groups = {outputs // module.groups} is no multiple of the block's {block[0]}"
+    else:
+        outputs, inputs = weight.shape[0], weight.shape[1]
+    ratio = padding_ratio(outputs, inputs, block)
+    if ratio > MAX_PADDING and not named:
+        return f"blocks of {block[0]}x{block[1]} would store {ratio - 1:.0%} of padding for {outputs}x{inputs}"
+    return None
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands in ``model``; its hooks move along."""
+    for attribute in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(new, attribute).update(getattr(old, attribute))
+    for attribute in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        getattr(new, attribute).update(getattr(old, attribute))
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
