@@ -92,7 +92,7 @@ def pure_arguments(reason: str) -> dict[str, Any]:
 
 
 def extension_arguments(sources: list[str]) -> dict[str, Any]:
-    """The arguments of `setup` for a package with the stable-ABI extension, which remembers how it was built."""
+    """The arguments of `setup` for a package with the extension, which remembers how it was built."""
     compiler = cpp_compiler() or "c++"
     os.environ["CXX"] = compiler
     flags = compile_flags()
