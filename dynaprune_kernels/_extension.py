@@ -74,4 +74,8 @@ def load() -> ExtensionStatus:
         return ExtensionStatus(
             path, f"{path} could not be loaded{made}: {error}; to build it again {_REBUILD}"
         )
+    if not hasattr(torch.ops.dynaprune_cpu, "capability"):
+        return ExtensionStatus(
+            path, f"{path} registers no dynaprune_cpu kernels; to build it again {_REBUILD}"
+        )
     return ExtensionStatus(path, None)
