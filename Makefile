@@ -16,7 +16,8 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.i
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
 
-demo: $(VENV)/.installed  ## train the digits network dense and pruned, and report into runs/demo
+demo: $(VENV)/.installed  ## train the digits network dense and pruned; writes runs/demo anew
+	rm -rf runs/demo
 	$(BIN)/dynaprune compare digits --out runs/demo
 
 test: $(VENV)/.installed  ## the tests that need no GPU (PYTEST_ARGS adds options)

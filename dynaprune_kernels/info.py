@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def main() -> None:
-    """Prints `info()`, as tables where rich is installed."""
+def main() -> int:
+    """Prints `info()`, as tables where rich is installed; returns the exit status 0."""
     facts = info()
     rows = _lines(facts)
     verdicts = [(name, "no" if reason else "yes", reason or "") for name, reason in facts["backends"].items()]
@@ -140,19 +141,20 @@ def main() -> None:
             print(f"{name:24} {text}")
         for name, verdict, reason in verdicts:
             print(f"backend {name:16} {verdict:4}{reason}")
-        return
+        return 0
     console = Console(soft_wrap=False)
     about = Table(show_header=False, box=None)
     about.add_column(style="bold", no_wrap=True)
     about.add_column(overflow="fold")
-    for row in rows:
-        about.add_row(*row)
+    for name, text in rows:
+        about.add_row(name, text)
     console.print(about)
     table = Table("backend", "runs here", "why not")
     for verdict in verdicts:
         table.add_row(*verdict)
     console.print(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
