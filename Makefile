@@ -14,7 +14,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.i
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "%-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## train the digits network dense and pruned; writes runs/demo anew
 	rm -rf runs/demo
@@ -39,7 +39,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "dynaprune needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
-		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install its venv module" \
+		{ rm -f $(VENV)/bin/python; echo "$(PYTHON) cannot make a virtual environment: install its venv module" \
 		"(Debian, Ubuntu: apt install python3-venv) or name another interpreter with PYTHON=..." >&2; exit 1; }
 
 $(VENV)/.torch: | $(VENV)/bin/python

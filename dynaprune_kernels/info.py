@@ -150,8 +150,8 @@ def main() -> int:
         about.add_row(name, text)
     console.print(about)
     table = Table("backend", "runs here", "why not")
-    for verdict in verdicts:
-        table.add_row(*verdict)
+    for row in verdicts:
+        table.add_row(*row)
     console.print(table)
     return 0
 
