@@ -12,6 +12,8 @@ struct bf16 {
   uint16_t bits;
 };
 
+enum class DType { float32, bfloat16, float64 };
+
 // Runs body(context, item, worker) once for every item in [0, items). Items are handed out dynamically, so an item
 // must own its outputs and its result must not depend on `worker` (0 <= worker < count), which only selects scratch.
 struct Workers {

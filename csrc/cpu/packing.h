@@ -1,0 +1,64 @@
+// Scratch memory, and panels of an activation cut into blocks of columns. Include after simd.h.
+#pragma once
+
+#include "simd.h"
+
+namespace dynaprune::cpu::DYNAPRUNE_ISA {
+namespace {
+
+// Owned scratch memory, aligned to cache lines; data() is null when it could not be had.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, size_t(((bytes > 0 ? bytes : 1) + 63) / 64 * 64))) {}
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+DYNAPRUNE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+DYNAPRUNE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+DYNAPRUNE_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DYNAPRUNE_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// to[0 .. n) = from[0 .. n), between T and the type sums are kept in.
+template <class T, class U>
+DYNAPRUNE_INLINE void convert_row(const T* from, int64_t n, U* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store(to + i, load(from + i));
+  if (i < n) store_partial(to + i, load_partial(from + i, int(n - i)), int(n - i));
+}
+
+// panel[m][0 .. width) = from[m][0 .. width) for `rows` rows, rows `stride` apart in the panel; the gap after `width` is
+// filled with zeros.
+template <class T, class A>
+void pack_panel(const T* from, int64_t ld, int64_t rows, int64_t width, A* panel, int64_t stride) {
+  for (int64_t m = 0; m < rows; ++m) {
+    convert_row(from + m * ld, width, panel + m * stride);
+    for (int64_t i = width; i < stride; ++i) panel[m * stride + i] = 0;
+  }
+}
+
+template <class T>
+void fill_zero(T* to, int64_t n) {
+  __builtin_memset(to, 0, size_t(n) * sizeof(T));
+}
+
+// Runs in order on the calling thread where the work is too small to share.
+static inline void run_items(const Workers& workers, bool share, int64_t items,
+                             void (*body)(void* context, int64_t item, int64_t worker), void* context) {
+  if (share && items > 1 && workers.count > 1) {
+    workers.run(items, body, context);
+  } else {
+    for (int64_t item = 0; item < items; ++item) body(context, item, 0);
+  }
+}
+
+// Multiply-adds below which waking other threads costs more than it saves.
+constexpr int64_t kShareWork = 200000;
+
+}  // namespace
+}  // namespace dynaprune::cpu::DYNAPRUNE_ISA
