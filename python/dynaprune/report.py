@@ -7,10 +7,11 @@ import io
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ["METRICS", "PRUNED_METRICS", "build_report", "ratios", "write_csv", "write_json", "write_markdown", "write_text"]
+__all__ = ["METRICS", "PRUNED_METRICS", "build_report", "ratios", "write_bytes", "write_csv", "write_csv_lines", "write_json", "write_markdown", "write_text"]
 
 METRICS = (
     "test_accuracy",
@@ -44,6 +45,14 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either the old or the whole new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_bytes(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let ``write`` fill a temporary file, then give it its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        write(file)
     os.replace(temporary, path)
 
 
@@ -205,3 +214,13 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
     lines += ["", "## Settings", "", *[f"- {k}: {v}" for k, v in report["config"].items()]]
     lines += ["", "## Machine", "", *[f"- {k}: {v}" for k, v in report["environment"].items()], ""]
     write_text(path, "\n".join(lines))
+
+
+def write_csv_lines(path: Path, parts: list[Path]) -> None:
+    """Join CSV files with the same header line into one; those that do not exist are left out."""
+    lines: list[str] = []
+    for part in parts:
+        if part.is_file():
+            found = part.read_text(encoding="utf-8").splitlines()
+            lines += found if not lines else found[1:]
+    write_text(path, "\n".join(lines) + "\n" if lines else "")

@@ -25,7 +25,7 @@ from dynaprune.early_stopping import EarlyStopping
 from dynaprune.progress import EpochProgress
 from dynaprune.report import write_csv, write_json
 from dynaprune.run_config import RunConfig
-from dynaprune.structure import DenseStructure
+from dynaprune.structure import DenseStructure, PrunedStructure
 from dynaprune.tasks import Task, TaskData, get_task
 from dynaprune.tasks.data import batches, batches_per_epoch
 
@@ -205,7 +205,7 @@ def run_arm(config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False)
     steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
     structure: DenseStructure
     if pruned:
-        raise NotImplementedError
+        structure = PrunedStructure(model, optimizer, config, task, data.train, total_steps=steps)
     else:
         structure = DenseStructure(model)
 
@@ -312,7 +312,7 @@ def run_arm(config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False)
     test_loss, truth, guess = evaluate(task, tested, data.test, device)
     result["test_loss"] = test_loss
     result["test_accuracy"], result["test_f1"] = metrics.accuracy_and_f1(truth, guess, task.f1_average)
-    structure.write(out, tested)
+    structure.write(out)
     write_json(out / "arm.json", {"arm": arm_name, "environment": metrics.environment(device), "result": result})
     return result
 

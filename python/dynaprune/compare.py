@@ -1,0 +1,122 @@
+"""Both arms of a comparison, each in its own process, and the report of the two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynaprune.report import build_report, write_csv_lines, write_json, write_markdown
+from dynaprune.run_config import RunConfig
+
+__all__ = ["ArmFailed", "Interrupts", "check_empty", "compare"]
+
+ARMS = ("baseline", "pruned")
+
+
+class ArmFailed(RuntimeError):
+    """An arm's process ended without a result. ``code`` is its exit code (2: wrong input, already explained on stderr)."""
+
+    def __init__(self, arm: str, code: int) -> None:
+        super().__init__(f"the {arm} arm ended with exit code {code}; what it said stands above")
+        self.code = code
+
+
+@dataclass
+class Interrupts:
+    """Passes an interrupt on to the arm that is running, and remembers it.
+
+    The arms run in sessions of their own, so that a Ctrl-C reaches them once and through here. The first asks the arm to
+    finish its step and report; the second ends it.
+    """
+
+    seen: int = 0
+    child: subprocess.Popen[bytes] | None = None
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: Any) -> None:
+        self.seen += 1
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(signal.SIGINT if self.seen == 1 else signal.SIGKILL)
+        if self.seen == 1:
+            print("\ninterrupted: the running arm finishes its step and reports; once more to end it", file=sys.stderr)
+
+
+def check_empty(out: Path) -> None:
+    """ValueError unless ``out`` is a folder with nothing in it or does not exist."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out must be new or empty, and {out} holds files: choose another folder or remove it")
+
+
+def _run_arm(config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool) -> dict[str, Any] | None:
+    """The content of the arm's ``arm.json``; None where an interrupt ended it before it could write one."""
+    command = [sys.executable, "-m", "dynaprune.train", str(config_path), "--arm", arm, "--out", str(out / arm)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command + (["--quiet"] if quiet else []), env=environment, start_new_session=True)
+    interrupts.child = process
+    if interrupts.seen:
+        process.send_signal(signal.SIGINT)
+    try:
+        code = process.wait()
+    finally:
+        interrupts.child = None
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    result = out / arm / "arm.json"
+    if result.is_file() and code in (0, 130):
+        return dict(json.loads(result.read_text()))
+    if interrupts.seen:
+        return None
+    raise ArmFailed(arm, code)
+
+
+def compare(
+    config: RunConfig, out: Path, *, quiet: bool = False, pictures: bool = True, interrupts: Interrupts | None = None
+) -> dict[str, Any]:
+    """Train both arms on the same data and write ``out``: the report, histories and pictures. Returns the report.
+
+    After an interrupt the report holds what was done (``interrupted`` true, an arm that never finished an epoch null).
+    """
+    if interrupts is None:
+        with Interrupts() as own:
+            return compare(config, out, quiet=quiet, pictures=pictures, interrupts=own)
+    out.mkdir(parents=True, exist_ok=True)
+    config_path = out / "config.json"
+    write_json(config_path, config.to_json())
+    arms: dict[str, dict[str, Any] | None] = dict.fromkeys(ARMS)
+    environment: dict[str, Any] = {}
+    for arm in ARMS:
+        if interrupts.seen:
+            break
+        found = _run_arm(config_path, arm, out, interrupts, quiet)
+        if found is not None:
+            arms[arm], environment = found["result"], found["environment"]
+    report = build_report(config.to_json(), environment, arms)
+    write_csv_lines(out / "history.csv", [out / arm / "history.csv" for arm in ARMS])
+    write_json(out / "report.json", report)
+    drawn: list[str] = []
+    if pictures and any(arms.values()):
+        from dynaprune.pictures import draw_all
+
+        drawn = draw_all(out, report)
+    write_markdown(out / "report.md", report, drawn)
+    return report
