@@ -65,6 +65,7 @@ def compile_flags() -> list[str]:
         "-fvisibility-inlines-hidden",
         "-Wall",
         "-Wno-psabi",
+        "-Wno-unused-function",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
     ]
 

@@ -151,3 +151,16 @@ def test_kernels_never_import_the_package_above() -> None:
         "import datasets",
     )
     assert [f"{file.name}: {word}" for file in sources for word in above if word in file.read_text()] == []
+
+
+def test_info_sees_an_outdated_extension(tmp_path: Path) -> None:
+    built = tmp_path / "dynaprune_kernels" / "_C.abi3.so"
+    source = tmp_path / "csrc" / "cpu" / "linear.cpp"
+    for file, time in ((built, 1000), (source, 2000)):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time, time))
+    assert info._stale(built)
+    os.utime(built, (3000, 3000))
+    assert not info._stale(built)
+    assert not info._stale(None)
