@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,13 @@ def extension_arguments(sources: list[str]) -> dict[str, Any]:
 
     class BuildRecorded(BuildExtension):
         def run(self) -> None:
-            super().run()
+            try:
+                super().run()
+            except Exception:
+                print(
+                    "dynaprune: DYNAPRUNE_NO_EXT=1 installs without the compiled CPU kernels", file=sys.stderr
+                )
+                raise
             version = subprocess.run(
                 [*compiler.split(), "--version"], capture_output=True, text=True, check=True
             )
