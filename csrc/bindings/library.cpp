@@ -1,0 +1,44 @@
+// The library `dynaprune_cpu`: its schemas, and the module that importing `dynaprune_kernels._C` loads.
+#include <Python.h>
+
+#include <string>
+
+#include "bindings/common.h"
+#include "cpu/capability.h"
+
+STABLE_TORCH_LIBRARY(dynaprune_cpu, m) {
+  m.def("linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_features) -> Tensor");
+  m.def("linear_dgrad(Tensor dy, Tensor values, Tensor index, int in_features) -> Tensor");
+  m.def("linear_wgrad(Tensor dy, Tensor x, Tensor index, int capacity, int bi, int bo) -> Tensor");
+  m.def("linear_wgrad_saliency(Tensor dy, Tensor x, Tensor values, Tensor index) -> (Tensor, Tensor)");
+  m.def("linear_probe(Tensor dy, Tensor x, Tensor index, int bi, int bo) -> Tensor");
+  m.def(
+      "conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_channels, int[] conv) -> Tensor");
+  m.def("conv2d_dgrad(Tensor dy, Tensor values, Tensor index, int[] input_size, int[] conv) -> Tensor");
+  m.def("conv2d_wgrad(Tensor dy, Tensor x, Tensor index, int capacity, int bi, int bo, int[] conv) -> Tensor");
+  m.def("conv2d_wgrad_saliency(Tensor dy, Tensor x, Tensor values, Tensor index, int[] conv) -> (Tensor, Tensor)");
+  m.def("conv2d_probe(Tensor dy, Tensor x, Tensor index, int bi, int bo, int[] conv) -> Tensor");
+  m.def("block_saliency(Tensor values, Tensor grad, Tensor index, int rows, int columns) -> (Tensor, Tensor)");
+  m.def(
+      "layout_update(Tensor(a!) mask, Tensor(b!) slot_of_block, Tensor(c!) index, int capacity, int groups, "
+      "int[] kernel, int[] stride, int[] dilation, bool release) -> ()");
+  m.def("capability() -> str");
+}
+
+namespace dynaprune::bindings {
+namespace {
+
+std::string capability() { return cpu::capability_name(); }
+
+}  // namespace
+}  // namespace dynaprune::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(dynaprune_cpu, CompositeExplicitAutograd, m) {
+  m.impl("capability", TORCH_BOX(&dynaprune::bindings::capability));
+}
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Registers the library dynaprune_cpu with torch.",
+                                   -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

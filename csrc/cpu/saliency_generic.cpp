@@ -1,0 +1,2 @@
+#define DYNAPRUNE_ISA_GENERIC
+#include "saliency_kernels.inc"
