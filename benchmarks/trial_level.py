@@ -1,5 +1,5 @@
-"""Measure what the trial promises: how often it accepts a removal that harms by exactly the tolerance, and how often
-one that is harmless. Prints the tables of docs/trial.md; `--write` puts them there.
+"""Measure what the trial promises: how often it accepts a removal that harms by exactly the tolerance, and
+how often one that is harmless. Prints the tables of docs/trial.md; `--write` puts them there.
 
     python benchmarks/trial_level.py --write docs/trial.md
 """
@@ -73,8 +73,8 @@ def concentrated(share: float, sigma: float = 0.0) -> Draw:
 
 
 def with_classes(in_class: float, elsewhere: float) -> Draw:
-    """Rise `in_class` in class 0 of ten, `elsewhere` in the others. Returns [draws, n, 1 + CLASSES]: the rise, then
-    its contribution by class."""
+    """Rise `in_class` in class 0 of ten, `elsewhere` in the others. Returns [draws, n, 1 + CLASSES]: the
+    rise, then its contribution by class."""
 
     def draw(generator: torch.Generator, draws: int, n: int, noise: float) -> Tensor:
         label = torch.randint(CLASSES, (draws, n), generator=generator)
@@ -84,7 +84,7 @@ def with_classes(in_class: float, elsewhere: float) -> Draw:
     return draw
 
 
-# name: (draw, noise levels, promised); lognormal and t shapes have no scale of their own to be diluted by noise.
+# name: (draw, noise levels, promised). The level of a shape that is all noise does not depend on its scale.
 SHAPES: dict[str, tuple[Draw, tuple[float, ...], bool]] = {
     "Gaussian": (gaussian, (10.0,), True),
     "Student t, 3 degrees": (student_t3, (10.0,), True),
@@ -109,7 +109,7 @@ def rises(draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int) 
 
 
 def acceptance(draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int) -> tuple[float, float]:
-    """(one test at THRESHOLD, whole event of RUNGS independent sets each at THRESHOLD / RUNGS): share accepted."""
+    """Share accepted by (one test at THRESHOLD, an event of RUNGS independent sets at THRESHOLD / RUNGS)."""
     p = torch.cat([harm_p_values(d, 1.0) for d in rises(draw, draws * RUNGS, n, noise, mean, seed)])
     event = (p < THRESHOLD / RUNGS).view(-1, RUNGS).any(1)
     return float((p < THRESHOLD).double().mean()), float(event.double().mean())
@@ -121,7 +121,9 @@ def single_rung_power(draw: Draw, draws: int, n: int, noise: float, mean: float,
     return float((p < THRESHOLD / RUNGS).double().mean())
 
 
-def class_acceptance(in_class: float, elsewhere: float, draws: int, n: int, noise: float, seed: int) -> list[float]:
+def class_acceptance(
+    in_class: float, elsewhere: float, draws: int, n: int, noise: float, seed: int
+) -> list[float]:
     """Share accepted by one test at THRESHOLD / RUNGS: [without the check by class, with it]."""
     generator = torch.Generator().manual_seed(seed)
     draw = with_classes(in_class, elsewhere)
@@ -149,7 +151,7 @@ def uncorrected(draw: Draw, draws: int, n: int, noise: float, seed: int) -> tupl
 def level_tables(draws: int, seed: int) -> tuple[str, dict[int, float]]:
     """Markdown of the levels (worst over the noise levels), and the worst promised level by n."""
     lines = [
-        "| harm exactly at the tolerance, n = 1,024 | plain t, event | Johnson, event | single test | **event** |",
+        "| harm at the tolerance, n = 1,024 | plain t, event | Johnson, event | one test | **event** |",
         "|---|---|---|---|---|",
     ]
     by_size: dict[str, list[float]] = {}
@@ -158,14 +160,16 @@ def level_tables(draws: int, seed: int) -> tuple[str, dict[int, float]]:
         other = [uncorrected(draw, draws, 1024, s, seed) for s in noises]
         plain, johnson = (max(column) for column in zip(*other, strict=True))
         label = name if promised else f"{name} (harder)"
-        lines.append(
-            f"| {label} | {plain:.2%} | {johnson:.2%} | {max(single):.2%} | **{max(event):.2%}** |"
-        )
+        lines.append(f"| {label} | {plain:.2%} | {johnson:.2%} | {max(single):.2%} | **{max(event):.2%}** |")
         by_size[name] = [max(event)]
         for n in SIZES[1:]:
             by_size[name].append(max(acceptance(draw, draws, n, s, 1.0, seed)[1] for s in noises))
         print(name, [f"{x:.4f}" for x in by_size[name]], flush=True)
-    lines += ["", "| event, by n | " + " | ".join(f"{n:,}" for n in SIZES) + " |", "|---" * (1 + len(SIZES)) + "|"]
+    lines += [
+        "",
+        "| event, by n | " + " | ".join(f"{n:,}" for n in SIZES) + " |",
+        "|---" * (1 + len(SIZES)) + "|",
+    ]
     for name, levels in by_size.items():
         label = name if SHAPES[name][2] else f"{name} (harder)"
         lines.append(f"| {label} | " + " | ".join(f"{level:.2%}" for level in levels) + " |")
@@ -176,7 +180,10 @@ def level_tables(draws: int, seed: int) -> tuple[str, dict[int, float]]:
 def power_tables(draws: int, seed: int) -> str:
     """Markdown of the acceptance of removals that harm less than the tolerance, by the noise."""
     noises = (1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 16.0)
-    lines = ["| rise, noise, n | " + " | ".join(f"{s:g}" for s in noises) + " |", "|---" * (1 + len(noises)) + "|"]
+    lines = [
+        "| rise, noise, n | " + " | ".join(f"{s:g}" for s in noises) + " |",
+        "|---" * (1 + len(noises)) + "|",
+    ]
     rows = [
         ("Gaussian", gaussian, 1024, (-0.5, 0.0, 0.25, 0.5, 0.75)),
         ("Student t, 3 degrees", student_t3, 1024, (0.0, 0.5)),
@@ -220,7 +227,9 @@ def replace_block(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--draws", type=int, default=5000, help="events per figure (default 5000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, metavar="MARKDOWN", help="document whose tables are replaced")

@@ -1,4 +1,4 @@
-"""Losses of a calibration sample that leave no trace in the model, its random state or its next training step."""
+"""Losses of a calibration sample that leave no trace in the model, its random state or its training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Losses = Tensor | tuple[Tensor, Tensor | None]
 def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Evaluate `model` for a trial, and put everything back.
 
-    Inside: no gradients; every module in eval mode (all dropout variants, stochastic depth, and functional dropout
-    that reads `module.training` are off), except norm layers with running statistics, which normalise by the
-    statistics of the batch, as in training. A norm layer that the user froze (itself in eval while the model trains)
-    keeps its running statistics. Autocast stays as it is; only its weight cache is off, since casts made without
-    gradients would otherwise be reused by a later training forward.
+    Inside: no gradients; every module in eval mode (all dropout variants, stochastic depth, and functional
+    dropout that reads `module.training` are off), except norm layers with running statistics, which normalise
+    by the statistics of the batch, as in training. A norm layer that the user froze (itself in eval while the
+    model trains) keeps its running statistics. Autocast stays as it is; only its weight cache is off, since
+    casts made without gradients would otherwise be reused by a later training forward.
 
     Afterwards, also when an error leaves the block:
     - each module has its own training flag again;
-    - norm layers have their own statistics tensors again: they worked on copies, so neither the bits nor the version
-      counters (which autograd checks) of the originals moved;
+    - norm layers have their own statistics tensors again: they worked on copies, so neither the bits nor the
+      version counters (which autograd checks) of the originals moved;
     - any other buffer whose bits changed, or that was replaced, added or deleted, is put back, in place;
     - the random states of Python, NumPy, torch on the CPU and on every accelerator in use are what they were.
 
@@ -38,8 +38,8 @@ def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None
 
     Args:
         model: the module to evaluate.
-        seed: seeds all these generators inside the block, so that code that draws even in eval mode draws the same
-            in every evaluation; None leaves them.
+        seed: seeds all these generators inside the block, so that code that draws even in eval mode draws the
+            same in every evaluation; None leaves them.
     """
     with ExitStack() as stack:
         stack.enter_context(_random_state_kept(_accelerators(model), seed))
@@ -55,19 +55,20 @@ def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None
 class CalibrationTrial:
     """The trial's losses: `trial()` evaluates the model on samples drawn by its own generator.
 
-    `redraw()` draws the samples of the next event; all calls until the next `redraw()` see the same samples in the
-    same batches and order, as a paired test needs. Draw from data the scores do not come from: a part of the
-    *training* set held out for this, never the test set. Where the data set has fewer than `samples` items, all are
-    used and `trial.samples` says how many.
+    `redraw()` draws the samples of the next event; all calls until the next `redraw()` see the same samples
+    in the same batches and order, as a paired test needs. Draw from data the scores do not come from: a part
+    of the *training* set held out for this, never the test set. Where the data set has fewer than `samples`
+    items, all are used and `trial.samples` says how many.
 
     Args:
         model: the model that trains.
         dataset: map-style data set (`len`, `[]`).
-        loss: `loss(model, batch)` returns one loss per *independent* sample [b], floating point (a text's token
-            losses averaged per text), or (losses [b], classes [b]) for the check by class, or (losses, None).
+        loss: `loss(model, batch)` returns one loss per *independent* sample [b], floating point (a text's
+            token losses averaged per text), or (losses [b], classes [b]) for the check by class, or (losses,
+            None).
         samples: samples per event; fewer than 1,024 raise the level the test really has (docs/trial.md).
-        batch_size: samples per forward pass, as a rule that of training or larger, since norm layers normalise by
-            these batches. The batches are of equal size, plus or minus one.
+        batch_size: samples per forward pass, as a rule that of training or larger, since norm layers
+            normalise by these batches. The batches are of equal size, plus or minus one.
         seed: of the sampling; independent of every global generator.
         collate: makes a batch of a list of items; default `torch.utils.data.default_collate`.
         cache: keep the event's batches (on the CPU) instead of fetching them again for each call.
@@ -88,7 +89,7 @@ class CalibrationTrial:
             raise TypeError(f"expected the model as an nn.Module, got {type(model).__name__}")
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise TypeError(
-                f"expected a map-style data set with a length and items by index, got {type(dataset).__name__}"
+                f"expected a map-style data set (length, items by index), got {type(dataset).__name__}"
             )
         if not callable(loss):
             raise TypeError(f"expected loss as a callable loss(model, batch), got {type(loss).__name__}")
@@ -121,7 +122,7 @@ class CalibrationTrial:
         self.draws += 1
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
-        """Losses [samples] float64 on the model's device, and classes [samples] int64 or None, of the samples drawn.
+        """Losses [samples] float64 on the model's device, classes [samples] int64 or None, as last drawn.
 
         Raises ValueError when the loss is not one floating-point figure per sample.
         """
@@ -138,7 +139,9 @@ class CalibrationTrial:
                 if label is not None:
                     classes.append(label.to(torch.int64))
         if classes and len(classes) != len(losses):
-            raise ValueError(f"expected classes from every batch or from none, got {len(classes)} of {len(losses)}")
+            raise ValueError(
+                f"expected classes from every batch or from none, got {len(classes)} of {len(losses)}"
+            )
         return torch.cat(losses), torch.cat(classes) if classes else None
 
     def state_dict(self) -> dict[str, int]:
@@ -175,16 +178,23 @@ def _split(found: Any) -> tuple[Any, Any]:
 
 def _check_batch(losses: Any, classes: Any, expected: int) -> None:
     if not isinstance(losses, Tensor) or losses.shape != (expected,) or not losses.is_floating_point():
-        got = f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses)
         raise ValueError(
             f"expected loss(model, batch) to return one floating-point loss per independent sample, shape "
-            f"({expected},): reduction='none', averaged over the positions of a sequence; got {got}"
+            f"({expected},): reduction='none', averaged over the positions of a sequence; "
+            f"got {_described(losses)}"
         )
     if classes is None:
         return
     if not isinstance(classes, Tensor) or classes.shape != (expected,) or classes.is_floating_point():
-        got = f"{classes.dtype} of shape {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes)
-        raise ValueError(f"expected one integer class per sample, shape ({expected},), or None; got {got}")
+        raise ValueError(
+            f"expected one integer class per sample, shape ({expected},), or None; got {_described(classes)}"
+        )
+
+
+def _described(value: Any) -> str:
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -212,12 +222,15 @@ def _accelerators(model: nn.Module) -> list[str]:
     kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if torch.cuda.is_initialized():
         kinds.add("cuda")
-    return sorted(kind for kind in kinds - {"cpu", "meta"} if hasattr(torch.get_device_module(kind), "set_rng_state"))
+    return sorted(
+        kind for kind in kinds - {"cpu", "meta"} if hasattr(torch.get_device_module(kind), "set_rng_state")
+    )
 
 
 def _generators(kind: str) -> list[tuple[int, ...]]:
-    """Arguments that name each generator of an accelerator: its index, except on MPS, which has one and no index."""
-    return [()] if kind == "mps" else [(index,) for index in range(torch.get_device_module(kind).device_count())]
+    """Arguments that name each generator of an accelerator: its index; MPS has one generator and no index."""
+    count = torch.get_device_module(kind).device_count()
+    return [()] if kind == "mps" else [(index,) for index in range(count)]
 
 
 @contextmanager
@@ -252,7 +265,7 @@ def _random_state_kept(accelerators: list[str], seed: int | None) -> Iterator[No
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A layer that keeps running statistics: torch's batch and instance norms, and what is built like them."""
+    """A layer that keeps running statistics: torch's batch and instance norms, and others built like them."""
     return isinstance(module, nn.modules.batchnorm._NormBase) or (
         "running_mean" in module._buffers and "running_var" in module._buffers
     )
@@ -261,9 +274,10 @@ def _is_norm(module: nn.Module) -> bool:
 @contextmanager
 def _training_flags_kept(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
+    all_batch = not model.training
     try:
         for module, training in flags:
-            module.training = _is_norm(module) and (training or not model.training)
+            module.training = _is_norm(module) and (training or all_batch)
         yield
     finally:
         for module, training in flags:
@@ -272,7 +286,7 @@ def _training_flags_kept(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Snapshot:
-    """One tensor registered as a buffer, its bits, and the version counter they belong to."""
+    """One tensor registered as a buffer, and a copy of its bits."""
 
     tensor: Tensor
     bits: Tensor

@@ -1,30 +1,32 @@
 """The paired one-sided test behind the trial: does a removal raise the mean loss by `tolerance` or more?
 
-With `d_i = loss without the candidates - loss with them` on sample i, the null hypothesis is `E[d] >= tolerance`
-(the removal is harmful) and a small p-value speaks for removing. Harm often sits in few samples, which makes `d`
-skewed to the right: a batch that happens to hold few of them shows a low mean *and* a low variance, and the plain
-t-test then accepts far too often (4-11% of the events where 1% is promised, `docs/trial.md`).
+With `d_i = loss without the candidates - loss with them` on sample i, the null hypothesis is
+`E[d] >= tolerance` (the removal is harmful) and a small p-value speaks for removing. Harm often sits in few
+samples, which makes `d` skewed to the right: a batch that happens to hold few of them shows a low mean *and*
+a low variance, and the plain t-test then accepts too often (5% of the events when 2% of the samples bear the
+harm, 11% when 0.5% do, where 1% is nominal: `docs/trial.md`).
 
-The skew correction is Hall's monotone completion of Johnson's modified t. With `u = (mean(d) - tolerance) / s` and
-`g` the sample skewness,
+The skew correction is Hall's monotone completion of Johnson's modified t. With
+`u = (mean(d) - tolerance) / s` and `g` the sample skewness,
 
     Johnson:  t_J = sqrt(n) * (u + g u^2 / 3 + g / (6 n))
     Hall:     t_H = sqrt(n) * (u + g u^2 / 3 + g^2 u^3 / 27 + g / (6 n))
 
     N. J. Johnson (1978), Modified t tests and confidence intervals for asymmetrical populations,
     J. Amer. Statist. Assoc. 73, 536-544, equation for t_1;
-    P. Hall (1992), On the removal of skewness by transformation, J. R. Statist. Soc. B 54, 221-228, equation for T_2.
+    P. Hall (1992), On the removal of skewness by transformation, J. R. Statist. Soc. B 54, 221-228, equation
+    for T_2.
 
 Johnson's parabola turns round at `u = -3 / (2 g)`: the clearer a removal is harmless, the larger its p-value
-becomes. Hall's cubic term removes the turn. The p-value is the larger of the plain and the corrected one, because
-under skew to the left, and with tails so heavy that `g` itself is noise, the correction would lend the test power
-that its level cannot pay for.
+becomes. Hall's cubic term removes the turn. The p-value is the larger of the plain and the corrected one,
+because under skew to the left, and with tails so heavy that `g` itself is noise, the correction would lend
+the test power that its level cannot pay for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,8 +40,8 @@ MIN_SAMPLES = 8
 class PairedTest:
     """One paired test. Losses in the unit of the losses (nats); `p_value` is the one that decides.
 
-    `p_value` is the largest of `p_mean` (the whole sample) and the class p-values; `worst_class` names the class
-    with the largest (None without classes). `reason` is empty unless the figures could not be formed.
+    `p_value` is the largest of `p_mean` (the whole sample) and the class p-values; `worst_class` names the
+    class with the largest (None without classes). `reason` is empty unless the figures could not be formed.
     """
 
     samples: int
@@ -62,8 +64,8 @@ def harm_p_values(rise: Tensor, tolerance: float) -> Tensor:
         tolerance: the harm of the null hypothesis, in the unit of the losses.
 
     Returns:
-        float64 [...] on the CPU. Where all n differences are equal there is no variance to judge by: below the
-        tolerance the p-value is that of the sign test, `2^-n`; at or above it, 1.
+        float64 [...] on the CPU. Where all n differences are equal there is no variance to judge by: below
+        the tolerance the p-value is that of the sign test, `2^-n`; at or above it, 1.
     """
     n = _samples(rise)
     d = rise.detach().to("cpu", torch.float64)
@@ -77,10 +79,11 @@ def harm_p_values(rise: Tensor, tolerance: float) -> Tensor:
 def class_p_values(rise: Tensor, classes: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """p-values of "this class alone raises the mean loss by `tolerance` or more", for each class present.
 
-    The tested variable is the class's contribution `y_i = d_i * [class_i = c]` over *all* n samples, so the mean
-    harm within the class is held against `tolerance / share of the class`, and the class's share being itself drawn
-    is part of the variance. Requiring every class to pass is an intersection-union test (R. L. Berger 1982,
-    Technometrics 24, 295-300): each class is tested at the full level, no division by the number of classes.
+    The tested variable is the class's contribution `y_i = d_i * [class_i = c]` over *all* n samples, so the
+    mean harm within the class is held against `tolerance / share of the class`, and the class's share being
+    itself drawn is part of the variance. Requiring every class to pass is an intersection-union test (R. L.
+    Berger 1982, Technometrics 24, 295-300): each class is tested at the full level, no division by the number
+    of classes.
 
     Args:
         rise: [n] paired differences.
@@ -122,8 +125,8 @@ def paired_test(
         The test; a non-finite loss gives p = 1 with the reason.
 
     Raises:
-        TypeError, ValueError: for shapes or dtypes that do not fit, n < 8, a tolerance that is negative or not
-            finite.
+        TypeError, ValueError: for shapes or dtypes that do not fit, n < 8, a tolerance that is negative or
+            not finite.
     """
     check_losses(within, classes)
     check_losses(without, None)
@@ -147,20 +150,21 @@ def paired_test(
     square = float((centred**2).sum())
     skewness = float((centred**3).mean()) / (square / n) ** 1.5 if square > 0 else 0.0
     p_mean = float(harm_p_values(rise, tolerance))
-    result = {
-        "samples": n,
-        "mean_rise": float(rise.mean()),
-        "standard_error": math.sqrt(square / (n - 1) / n),
-        "skewness": skewness,
-        "p_mean": p_mean,
-    }
+    plain = PairedTest(
+        samples=n,
+        mean_rise=float(rise.mean()),
+        standard_error=math.sqrt(square / (n - 1) / n),
+        skewness=skewness,
+        p_mean=p_mean,
+        p_value=p_mean,
+    )
     if classes is None:
-        return PairedTest(**result, p_value=p_mean)
+        return plain
     labels, p, contribution = class_p_values(rise, classes, tolerance)
     worst = int(p.argmax())
     share = float((classes.detach().to("cpu") == labels[worst]).sum()) / n
-    return PairedTest(
-        **result,
+    return replace(
+        plain,
         p_value=max(p_mean, float(p[worst])),
         worst_class=int(labels[worst]),
         worst_class_rise=float(contribution[worst]) / share,
@@ -169,13 +173,13 @@ def paired_test(
 
 
 def check_losses(losses: Tensor, classes: Tensor | None) -> None:
-    """Raise unless `losses` is one float per sample, n >= 8, and `classes`, if any, one integer per sample."""
+    """Raise unless `losses` [n] are floating point, n >= 8, and `classes`, if any, integers [n]."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"expected a tensor of one loss per independent sample, got {type(losses).__name__}")
     if losses.dim() != 1 or not losses.is_floating_point():
         raise ValueError(
-            "expected one floating-point loss per independent sample, shape [n] (reduction='none', averaged over the "
-            f"positions of a sequence), got {losses.dtype} of shape {tuple(losses.shape)}"
+            "expected one floating-point loss per independent sample, shape [n] (reduction='none', averaged "
+            f"over the positions of a sequence), got {losses.dtype} of shape {tuple(losses.shape)}"
         )
     if losses.numel() < MIN_SAMPLES:
         raise ValueError(f"expected at least {MIN_SAMPLES} samples in a trial, got {losses.numel()}")
@@ -198,7 +202,7 @@ def _samples(rise: Tensor) -> int:
 
 
 def _p_from_moments(mean: Tensor, square: Tensor, cube: Tensor, n: int, tolerance: float) -> Tensor:
-    """`square`, `cube`: sums of the centred powers. The statistics use s^2 with n - 1 and m3 with n, as published."""
+    """`square`, `cube`: sums of the centred powers. s^2 divides by n - 1 and the third moment by n."""
     s = (square / (n - 1)).sqrt()
     constant = s == 0
     safe = torch.where(constant, torch.ones_like(s), s)

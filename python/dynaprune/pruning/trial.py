@@ -1,18 +1,19 @@
 """One trial event: which of a few nested candidate sets may be removed?
 
 The event knows nothing of layers or masks. It is given the sizes of the candidate sets, largest first, and a
-function that returns per-sample losses with a set suspended; it answers with the largest set whose removal passes
-the paired test (`paired_test.py`), and with every figure a report needs.
+function that returns per-sample losses with a set suspended; it answers with the largest set whose removal
+passes the paired test (`paired_test.py`), and with every figure a report needs.
 
-`threshold` is the nominal probability, per event, of accepting a removal that raises the mean loss by the tolerance
-or more. The event makes up to `len(candidates)` tests, each at `threshold / len(candidates)` (Bonferroni), and
-stops at the first that passes. The level really reached is measured in `docs/trial.md`.
+`threshold` is the nominal probability, per event, of accepting a removal that raises the mean loss by the
+tolerance or more. The event makes up to `len(candidates)` tests, each at `threshold / len(candidates)`
+(Bonferroni), and stops at the first that passes. The level really reached is measured in `docs/trial.md`.
 
 Two limits hold the harm of what is accepted:
 
-- the tolerance of one event, `max(relative * loss, absolute * scale)`, with `scale = ln C` nats for C classes;
-- one allowance over the whole run, `allowance * scale`, that never resets: an accepted removal is charged the rise
-  it showed, a fall is not credited, and the tolerance of an event is never more than what is left.
+- the tolerance of one event, `max(relative * loss, absolute * scale)`, with `scale = ln C` nats for C
+  classes;
+- one allowance over the whole run, `allowance * scale`, that never resets: an accepted removal is charged the
+  rise it showed, a fall is not credited, and the tolerance of an event is never more than what is left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -36,13 +38,15 @@ class TrialRules:
     """What a removal has to satisfy.
 
     Args:
-        threshold: probability per event, in (0, 1), of accepting a removal that harms by the tolerance or more.
+        threshold: probability per event, in (0, 1), of accepting a removal that harms by the tolerance
+            or more.
         relative: tolerance of one event as a share of the present mean loss.
         absolute: tolerance of one event as a share of the scale (ln C nats); the larger of the two holds.
-        allowance: rise in mean loss that all accepted removals of the run may add up to, as a share of the scale.
-        classes: number of classes C that the scale is taken from. None: the first event's number of distinct labels;
-            where the evaluation returns no labels, the first event's mean loss stands in for ln C (an untrained
-            classifier's loss is ln C).
+        allowance: rise in mean loss that all accepted removals of the run may add up to, as a share of the
+            scale.
+        classes: number of classes C that the scale is taken from. None: the first event's number of distinct
+            labels; where the evaluation returns no labels, the first event's mean loss stands in for ln C (an
+            untrained classifier's loss is ln C).
     """
 
     threshold: float = 0.01
@@ -60,8 +64,8 @@ class TrialRules:
                 raise TypeError(f"expected {item.name} to be a number, got {value!r}")
         if not 0 < self.threshold < 1:
             raise ValueError(
-                "expected threshold, the probability of accepting a harmful removal, strictly between 0 and 1, "
-                f"got {self.threshold}"
+                "expected threshold, the probability of accepting a harmful removal, strictly between "
+                f"0 and 1, got {self.threshold}"
             )
         for name in ("relative", "absolute", "allowance"):
             value = getattr(self, name)
@@ -119,10 +123,11 @@ class TrialRung:
 
 @dataclass(frozen=True)
 class TrialEvent:
-    """Outcome of one event. Losses and tolerances in nats, times in seconds; `reason` says why it ended as it did.
+    """Outcome of one event. Losses and tolerances in nats, times in seconds.
 
     `accepted_index` and `accepted_size` are None when nothing passed; then nothing may be removed by trial.
-    `baseline_loss` and `tolerance` are None when the event ended before they were known.
+    `baseline_loss` and `tolerance` are None when the event ended before they were known; `reason` says why it
+    ended.
     """
 
     accepted_index: int | None
@@ -143,19 +148,19 @@ class TrialEvent:
         return _plain(asdict(self))
 
 
-# Acceptance rate of a whole event of three sets, each harming by exactly the tolerance, at threshold 0.01: the worst
-# of the shapes promised in docs/trial.md, by n. Written by benchmarks/trial_level.py.
-MEASURED_LEVELS: dict[int, float] = {}
+# Acceptance rate of a whole event of three sets, each harming by exactly the tolerance, at threshold 0.01:
+# the worst of the shapes promised in docs/trial.md, by n. As printed by benchmarks/trial_level.py.
+MEASURED_LEVELS = {64: 0.617, 128: 0.2134, 256: 0.0236, 512: 0.0146, 1024: 0.014}
 
 
 def measured_level(samples: int) -> float | None:
-    """Level measured for the largest tabled n not above `samples`, at threshold 0.01; None below the table."""
+    """Level at threshold 0.01 measured for the largest tabled n up to `samples`; None below the table."""
     tabled = [n for n in MEASURED_LEVELS if n <= samples]
     return MEASURED_LEVELS[max(tabled)] if tabled else None
 
 
 def candidate_sizes(wish: int, rungs: int = 3) -> list[int]:
-    """Sizes to try for a wish of `wish` units: wish, wish/2, wish/4, ..., distinct, at least 1, largest first."""
+    """Sizes to try, largest first: wish, wish/2, wish/4, ..., each at least 1 and named once."""
     if wish < 1 or rungs < 1:
         raise ValueError(f"expected a wish and a number of rungs of at least 1, got {wish} and {rungs}")
     return sorted({max(1, wish >> k) for k in range(rungs)}, reverse=True)
@@ -164,8 +169,8 @@ def candidate_sizes(wish: int, rungs: int = 3) -> list[int]:
 def minimum_interval(samples: int, batch_size: int, rungs: int = 3, share: float = 0.05) -> int:
     """Steps that must lie between two events so that trials cost at most `share` of training.
 
-    An event runs 1 + rungs forward passes over `samples`; a training step costs about three forward passes over
-    `batch_size` (forward, dgrad, wgrad): `(1 + rungs) * samples / (share * 3 * batch_size)`, rounded up.
+    An event runs 1 + rungs forward passes over `samples`; a training step costs about three forward passes
+    over `batch_size` (forward, dgrad, wgrad): `(1 + rungs) * samples / (share * 3 * batch_size)`, rounded up.
     """
     if min(samples, batch_size, rungs) < 1 or not 0 < share <= 1:
         raise ValueError(
@@ -185,8 +190,8 @@ def run_event(
 
     Args:
         candidates: sizes of the sets, strictly decreasing.
-        evaluate: `evaluate(None)` returns the losses as the model stands, `evaluate(size)` those with the `size`
-            least important units suspended (and resumed before it returns): [n] per-sample losses, or
+        evaluate: `evaluate(None)` returns the losses as the model stands, `evaluate(size)` those with the
+            `size` least important units suspended (and resumed before it returns): [n] per-sample losses, or
             (losses, classes [n] or None). Every call of one event sees the same samples in the same order.
         state: carried from event to event; updated in place.
         rules: thresholds and tolerances; default `TrialRules()`.
@@ -195,8 +200,8 @@ def run_event(
         The event. A non-finite loss rejects with a reason and is no error.
 
     Raises:
-        TypeError, ValueError: for candidates that are not decreasing sizes, and for losses or classes of a wrong
-            type or shape. Whatever `evaluate` raises passes through; the state is then as it was.
+        TypeError, ValueError: for candidates that are not decreasing sizes, and for losses or classes of a
+            wrong type or shape. Whatever `evaluate` raises passes through; the state is then as it was.
     """
     rules = TrialRules() if rules is None else rules
     sizes = _checked_sizes(candidates)
@@ -281,7 +286,7 @@ def _checked_sizes(candidates: Sequence[int]) -> list[int]:
     sizes = list(candidates)
     if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
         raise TypeError(f"expected candidate sizes as integers, got {sizes}")
-    if not sizes or sizes[-1] < 1 or any(a <= b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if not sizes or sizes[-1] < 1 or any(a <= b for a, b in pairwise(sizes)):
         raise ValueError(f"expected candidate sizes of at least 1, strictly decreasing, got {sizes}")
     return sizes
 
@@ -291,9 +296,8 @@ def _losses_and_classes(evaluation: Evaluation) -> tuple[Tensor, Tensor | None]:
         return evaluation, None
     if isinstance(evaluation, tuple) and len(evaluation) == 2:
         return evaluation
-    raise TypeError(
-        f"expected a trial to return losses [n] or (losses [n], classes [n] or None), got {type(evaluation).__name__}"
-    )
+    got = type(evaluation).__name__
+    raise TypeError(f"expected a trial to return losses [n] or (losses [n], classes [n] or None), got {got}")
 
 
 def _scale(rules: TrialRules, baseline: float, classes: Tensor | None) -> float:
@@ -305,11 +309,10 @@ def _scale(rules: TrialRules, baseline: float, classes: Tensor | None) -> float:
 
 
 def _verdict(test: PairedTest, level: float, accepted: bool) -> str:
-    if accepted:
-        return f"p = {test.p_value:.2g} < {level:.2g}"
-    if test.p_mean < level:
-        return f"class {test.worst_class} alone may bear the whole tolerance: p = {test.p_value:.2g} >= {level:.2g}"
-    return f"p = {test.p_value:.2g} >= {level:.2g}"
+    comparison = f"p = {test.p_value:.2g} {'<' if accepted else '>='} {level:.2g}"
+    if not accepted and test.p_mean < level:
+        return f"class {test.worst_class} alone may bear the whole tolerance: {comparison}"
+    return comparison
 
 
 def _plain(value: Any) -> Any:
