@@ -1,0 +1,206 @@
+"""Allocation: which units go first across layers, under each layer's floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALLOCATIONS = ("global", "uniform", "erk")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Units in the order in which they should go; the masks of any prefix stay on their layers' devices.
+
+    Attributes:
+        order: int64 ``[count]``, unit numbers over all layers put one behind the other.
+        shapes: mask shape of each layer, in layer order.
+    """
+
+    order: Tensor
+    shapes: Mapping[str, torch.Size]
+    devices: Mapping[str, torch.device]
+
+    def __len__(self) -> int:
+        return self.order.shape[0]
+
+    def first(self, count: int) -> dict[str, Tensor]:
+        """Masks of the first ``count`` units to go (fewer if there are not as many): bool per layer, for all
+        layers."""
+        if count < 0:
+            raise ValueError(f"expected a count of at least 0 units, got {count}")
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        chosen = torch.zeros(sum(sizes), dtype=torch.bool, device=self.order.device)
+        chosen[self.order[:count]] = True
+        parts = zip(self.shapes.items(), chosen.split(sizes), strict=True)
+        return {name: part.view(shape).to(self.devices[name]) for (name, shape), part in parts}
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
+    count: int,
+    *,
+    allocation: str = "global",
+    floors: float | Mapping[str, float] = 0.0,
+    original: Mapping[str, tuple[int, ...]] | None = None,
+    cost: Mapping[str, float] | None = None,
+    protected: Mapping[str, Tensor] | None = None,
+) -> Selection:
+    """Choose ``count`` live units to remove, the least wanted first.
+
+    Ties go by layer order, then by unit number. Units whose score is NaN go last. Reads one small tensor back
+    from the device, nothing else.
+
+    Args:
+        scores: per layer, float of any shape, higher = keep; read where live.
+        live: bool of the same shapes.
+        allocation: "global" compares scores of all layers as they are. "uniform" (the same density in every
+        layer) and
+            "erk" (density in proportion to sum(shape) / prod(shape), Evci et al. 2020, arXiv:1911.11134,
+            section 3) fix how many units each layer loses, scores decide within the layer; any prefix is
+            spread the same way.
+        floors: least share of a layer's units that stay live, one for all or by layer (0 where missing); at
+        least one
+            unit always stays.
+        original: shape of each layer's dense weight at the start; needed by "uniform" and "erk".
+        cost: FLOPs that removing one unit of the layer saves; "global" then ranks by score per FLOP.
+        protected: bool per layer, live units that must not go yet.
+
+    Returns:
+        As many units as asked for, or all that floors and protection leave.
+
+    Raises:
+        TypeError, ValueError: layers or shapes that differ between the arguments, values out of range.
+    """
+    _check(scores, live, count, allocation, floors, original, cost, protected)
+    names = list(scores)
+    shapes = {name: scores[name].shape for name in names}
+    devices = {name: scores[name].device for name in names}
+    device = devices[names[0]]
+    dtype = torch.float64 if any(scores[name].dtype == torch.float64 for name in names) else torch.float32
+    flat_scores = torch.cat([scores[name].detach().reshape(-1).to(device, dtype) for name in names])
+    flat_live = torch.cat([live[name].reshape(-1).to(device) for name in names])
+    free = flat_live
+    if protected:
+        hidden = {name: protected.get(name, torch.zeros_like(live[name])) for name in names}
+        free = flat_live & ~torch.cat([hidden[name].reshape(-1).to(device) for name in names])
+    sizes = torch.tensor([shape.numel() for shape in shapes.values()], device=device)
+    layer = torch.repeat_interleave(
+        torch.arange(len(names), device=device), sizes, output_size=flat_scores.shape[0]
+    )
+
+    both = torch.stack([flat_live, free]).to(torch.int64)
+    per_layer = (
+        torch.zeros(2, len(names), dtype=torch.int64, device=device).index_add_(1, layer, both).tolist()
+    )
+    removable = []
+    for name, lives, unprotected in zip(names, *per_layer, strict=True):
+        share = floors.get(name, 0.0) if isinstance(floors, Mapping) else floors
+        floor = max(1, math.ceil(share * shapes[name].numel() - 1e-9))
+        removable.append(max(0, min(unprotected, lives - floor)))
+    count = min(count, sum(removable))
+
+    if allocation == "global":
+        if cost is not None:
+            saved = torch.tensor([float(cost[name]) for name in names], dtype=dtype, device=device)[layer]
+            flat_scores = torch.where(flat_scores < 0, flat_scores * saved, flat_scores / saved)
+        quota = removable
+    else:
+        assert original is not None
+        weights = [_weight(original[name], allocation) for name in names]
+        quota = _quotas(per_layer[0], removable, weights, count)
+
+    flat_scores = torch.where(torch.isnan(flat_scores), torch.inf, flat_scores)
+    ascending = _sorted_within(flat_scores, free, layer)
+    first = torch.cumsum(torch.cat([sizes.new_zeros(1), sizes[:-1]]), 0)
+    rank = torch.empty_like(ascending)
+    rank[ascending] = torch.arange(ascending.shape[0], device=device)
+    rank -= first[layer]
+    quotas = torch.tensor(quota, device=device)[layer]
+    may_go = free & (rank < quotas)
+    key = flat_scores if allocation == "global" else (rank + 1).to(torch.float64) / quotas.clamp(min=1)
+    by_key = torch.sort(key, stable=True).indices
+    order = by_key[torch.sort((~may_go[by_key]).to(torch.uint8), stable=True).indices][:count]
+    return Selection(order, shapes, devices)
+
+
+def _sorted_within(scores: Tensor, free: Tensor, layer: Tensor) -> Tensor:
+    """Unit numbers ordered by layer, then free ones first, then by score, then by number."""
+    order = torch.sort(scores, stable=True).indices
+    order = order[torch.sort((~free[order]).to(torch.uint8), stable=True).indices]
+    return order[torch.sort(layer[order], stable=True).indices]
+
+
+def _weight(shape: tuple[int, ...], allocation: str) -> float:
+    """What a layer's number of live units is proportional to: its weights, or for ERK the sum of its
+    dimensions."""
+    return float(math.prod(shape) if allocation == "uniform" else sum(shape))
+
+
+def _quotas(live: list[int], removable: list[int], weights: list[float], count: int) -> list[int]:
+    """How many units each layer loses so that what stays is proportional to ``weights``, ``count`` in all.
+
+    A layer cannot hold more than lives now, which is the clipping of ERK at density 1, nor less than its
+    floor.
+    """
+
+    def losses(scale: float) -> list[float]:
+        return [
+            min(may, max(0.0, lives - scale * weight))
+            for lives, may, weight in zip(live, removable, weights, strict=True)
+        ]
+
+    low, high = 0.0, max(lives / weight for lives, weight in zip(live, weights, strict=True))
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(losses(middle)) > count else (low, middle)
+    exact = losses(high)
+    quotas = [math.floor(loss) for loss in exact]
+    by_remainder = sorted(range(len(live)), key=lambda i: (quotas[i] - exact[i], i))
+    while (missing := count - sum(quotas)) > 0:
+        for i in [i for i in by_remainder if quotas[i] < removable[i]][:missing]:
+            quotas[i] += 1
+    return quotas
+
+
+def _check(
+    scores: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
+    count: int,
+    allocation: str,
+    floors: float | Mapping[str, float],
+    original: Mapping[str, tuple[int, ...]] | None,
+    cost: Mapping[str, float] | None,
+    protected: Mapping[str, Tensor] | None,
+) -> None:
+    if not scores or set(scores) != set(live):
+        raise ValueError(
+            f"expected scores and masks of the same layers, got {sorted(scores)} and {sorted(live)}"
+        )
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"expected count to be an int, got {type(count).__name__}")
+    if count < 0:
+        raise ValueError(f"expected a count of at least 0 units, got {count}")
+    for masks in (live, protected or {}):
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"expected a bool mask for {name}, got {mask.dtype}")
+            if name not in scores or mask.shape != scores[name].shape:
+                shape = tuple(scores[name].shape) if name in scores else "of no layer"
+                raise ValueError(f"expected a mask for {name} of shape {shape}, got {tuple(mask.shape)}")
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"expected an allocation among {', '.join(ALLOCATIONS)}, got {allocation!r}")
+    if allocation != "global" and (original is None or set(scores) - set(original)):
+        raise ValueError(
+            f"expected the original weight shape of every layer for {allocation!r}, got {original}"
+        )
+    for share in floors.values() if isinstance(floors, Mapping) else (floors,):
+        if not 0 <= share <= 1:
+            raise ValueError(f"expected floors from 0 to 1, got {share}")
+    if cost is not None and (set(scores) - set(cost) or min(cost.values()) <= 0):
+        raise ValueError(f"expected a positive cost for every layer, got {dict(cost)}")

@@ -1,0 +1,212 @@
+"""Pace: when an event comes, how many units it asks for, and how many of those that the trial rejected go
+regardless."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+FORCED_SHARE = 0.10
+BACKLOG_SHARE = 0.05
+LATEST_END = 0.6
+
+
+class Pace(Protocol):
+    """When and how many. Steps count optimizer steps from 1: the step that has just been taken."""
+
+    target: float | None
+
+    def due(self, step: int) -> bool:
+        """Whether an event comes after this step."""
+
+    def wish(self, step: int, total: int, live: int) -> int:
+        """How many of ``live`` units to propose for removal, of ``total`` in the dense network."""
+
+    def forced(self, step: int, total: int, live: int, backlog: int) -> int:
+        """How many of ``backlog`` units (wished for, not removed by the trial) to remove by score alone.
+
+        Args:
+            live: units that live after what passed the trial was removed.
+        """
+
+    def ended(self, step: int) -> bool:
+        """Whether the schedule is over (units may still be removed to catch up with it)."""
+
+
+class CubicPace:
+    """Sparsity ``s(p) = target * (1 - (1 - p)^3)`` between two points of training (Zhu & Gupta 2017,
+    arXiv:1710.01878, eq. 1 from 0), with the trial as brake.
+
+    What the trial rejects is carried over to the next event. While this backlog exceeds 5% of all units, and
+    from ``end`` on while there is any, at most 10% of the live units are forced per event, so that the
+    network recovers in between. Events go on after ``end``, closer together if need be, until the halfway
+    point between ``end`` and the last
+    step: they are enough to reach the target though every trial rejects everything.
+
+    Attributes:
+        interval: steps between events up to ``end``.
+        catch_up_interval: steps between events afterwards.
+        forced_share: 0.10; more only if training has too few steps to reach the target otherwise.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        start: float,
+        end: float,
+        total_steps: int,
+        interval: int,
+        *,
+        minimum_interval: int = 1,
+    ) -> None:
+        """Plan the schedule.
+
+        Args:
+            target: final share of units removed, in (0, 1).
+            start, end: fractions of ``total_steps``, 0 <= start < end <= 0.6.
+            total_steps: optimizer steps of the whole training.
+            interval: steps between events.
+            minimum_interval: what the trial's cost allows.
+
+        Raises:
+            TypeError, ValueError: an argument out of its range, or an interval after whose first event
+            ``end`` is past.
+        """
+        _check_fraction("target", target, low=0, high=1)
+        if not 0 <= start < end <= LATEST_END:
+            raise ValueError(
+                f"expected 0 <= start < end <= {LATEST_END} as fractions of training, got {start}, {end}"
+            )
+        _check_steps("total_steps", total_steps)
+        _check_interval(interval, minimum_interval)
+        self.target: float | None = float(target)
+        self.total_steps, self.interval = total_steps, interval
+        self.start_step = math.floor(start * total_steps)
+        self.end_step = max(self.start_step + 1, math.floor(end * total_steps))
+        if interval > self.end_step - self.start_step:
+            raise ValueError(
+                f"expected an interval of at most {self.end_step - self.start_step} steps, the length of the "
+                f"schedule (from step {self.start_step} to {self.end_step} of {total_steps}), got {interval}"
+            )
+        before = math.ceil((self.end_step - self.start_step) / interval)
+        needed = math.ceil(math.log(1 - target) / math.log(1 - FORCED_SHARE))
+        spare = max(1, (total_steps - self.end_step) // 2)
+        # The first events may stay below the backlog that forces, and each rounds down.
+        self.catch_up_interval = max(1, min(interval, spare // max(needed - before + 4, 1)))
+        possible = before + spare // self.catch_up_interval
+        self.forced_share = max(FORCED_SHARE, 1 - (1 - target) ** (1 / max(possible - 4, 1)))
+
+    def sparsity(self, step: int) -> float:
+        """The schedule's sparsity after ``step``."""
+        progress = (step - self.start_step) / (self.end_step - self.start_step)
+        progress = min(max(progress, 0.0), 1.0)
+        return (self.target or 0.0) * (1 - (1 - progress) ** 3)
+
+    def due(self, step: int) -> bool:
+        if step <= self.start_step:
+            return False
+        if step >= self.end_step:
+            return (step - self.end_step) % self.catch_up_interval == 0
+        return (step - self.start_step) % self.interval == 0
+
+    def wish(self, step: int, total: int, live: int) -> int:
+        _check_units(total, live)
+        removed = math.ceil(self.sparsity(step) * total - 1e-9 * total)
+        return max(0, live - (total - removed))
+
+    def forced(self, step: int, total: int, live: int, backlog: int) -> int:
+        _check_units(total, live)
+        if backlog < 0:
+            raise ValueError(f"expected a backlog of at least 0 units, got {backlog}")
+        if backlog == 0 or (not self.ended(step) and backlog <= BACKLOG_SHARE * total):
+            return 0
+        return min(backlog, max(1, math.floor(self.forced_share * live)))
+
+    def ended(self, step: int) -> bool:
+        return step >= self.end_step
+
+
+class SelfPaced:
+    """No target: the trial alone decides, on at most ``max_share`` of what lives per event; nothing is ever
+    forced."""
+
+    target: float | None = None
+
+    def __init__(
+        self,
+        interval: int,
+        max_share: float = 0.10,
+        *,
+        start_step: int = 0,
+        end_step: int | None = None,
+        minimum_interval: int = 1,
+    ) -> None:
+        """Plan events at every ``interval`` steps after ``start_step``, up to ``end_step`` (None: no end).
+
+        Raises:
+            TypeError, ValueError: an argument out of its range.
+        """
+        _check_interval(interval, minimum_interval)
+        _check_fraction("max_share", max_share, low=0, high=1)
+        _check_steps("start_step", start_step, least=0)
+        if end_step is not None:
+            _check_steps("end_step", end_step, least=start_step + 1)
+        self.interval, self.max_share = interval, float(max_share)
+        self.start_step, self.end_step = start_step, end_step
+
+    def due(self, step: int) -> bool:
+        past = step - self.start_step
+        return past > 0 and past % self.interval == 0 and (self.end_step is None or step <= self.end_step)
+
+    def wish(self, step: int, total: int, live: int) -> int:
+        _check_units(total, live)
+        return min(live, max(1, math.floor(self.max_share * live)))
+
+    def forced(self, step: int, total: int, live: int, backlog: int) -> int:
+        return 0
+
+    def ended(self, step: int) -> bool:
+        return self.end_step is not None and step >= self.end_step
+
+
+def trial_interval(samples: int, batch_size: int, rungs: int = 3, cost: float = 0.05) -> int:
+    """Least steps between events for which trials cost at most ``cost`` of training.
+
+    A training step costs about three forwards of a batch, an event ``1 + rungs`` forwards of the calibration
+    samples.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+    """
+    for name, value in (("samples", samples), ("batch_size", batch_size), ("rungs", rungs)):
+        _check_steps(name, value)
+    _check_fraction("cost", cost, low=0, high=1)
+    return math.ceil((1 + rungs) * samples / (cost * 3 * batch_size))
+
+
+def _check_fraction(name: str, value: float, *, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")
+    if not low < value < high:
+        raise ValueError(f"expected {name} between {low} and {high}, got {value}")
+
+
+def _check_steps(name: str, value: int, *, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected {name} to be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"expected {name} of at least {least}, got {value}")
+
+
+def _check_interval(interval: int, minimum: int) -> None:
+    _check_steps("interval", interval)
+    _check_steps("minimum_interval", minimum)
+    if interval < minimum:
+        raise ValueError(
+            f"expected an interval of at least {minimum} steps, what trials may cost, got {interval}"
+        )
+
+
+def _check_units(total: int, live: int) -> None:
+    if not 0 <= live <= total:
+        raise ValueError(f"expected between 0 and {total} live units, got {live}")
