@@ -11,7 +11,7 @@ from dynaprune_kernels.layout import BlockLayout
 
 
 class BlockSaliency(NamedTuple):
-    """Sums over each live block (``[rows, columns]``, zeros where not live) and over each output neuron (``[out]``)."""
+    """Sums over each live block (``[rows, columns]``, zeros where not live) and each output (``[out]``)."""
 
     weight_square: Tensor
     grad_square: Tensor
@@ -35,7 +35,9 @@ def _check(x: Tensor, values: Tensor, bias: Tensor | None, layout: BlockLayout, 
     if values.shape != (layout.capacity, bi, bo):
         raise ValueError(f"expected values of shape {(layout.capacity, bi, bo)}, got {tuple(values.shape)}")
     if x.dim() <= -channel_dim - 1 or x.shape[channel_dim] != layout.in_features:
-        raise ValueError(f"expected {layout.in_features} input features, got an input of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"expected {layout.in_features} input features, got an input of shape {tuple(x.shape)}"
+        )
     if not x.is_floating_point() or x.dtype != values.dtype:
         raise TypeError(f"expected input and values of one floating dtype, got {x.dtype} and {values.dtype}")
     if x.device != values.device or layout.index.device != values.device:
@@ -45,7 +47,8 @@ def _check(x: Tensor, values: Tensor, bias: Tensor | None, layout: BlockLayout, 
         )
     if bias is not None and (bias.shape != (layout.out_features,) or bias.dtype != x.dtype):
         raise ValueError(
-            f"expected a {x.dtype} bias of shape {(layout.out_features,)}, got {bias.dtype} {tuple(bias.shape)}"
+            f"expected a {x.dtype} bias of shape {(layout.out_features,)}, "
+            f"got {bias.dtype} {tuple(bias.shape)}"
         )
 
 
@@ -65,7 +68,8 @@ def block_sparse_linear(
         values: ``[capacity, bi, bo]``.
         bias: ``[out]`` or None.
         tap: ``[2, rows * columns]`` leaf that collects block statistics as its gradient (see ``ops``).
-        probe: bool scalar tensor; while true, ``tap`` also gets the gradient norms of blocks that are not live.
+        probe: bool scalar tensor; while true, ``tap`` also gets the gradient norms of blocks that are not
+        live.
 
     Returns:
         ``[..., out]``.
@@ -76,7 +80,9 @@ def block_sparse_linear(
     x, values, bias = _autocast(x, values, bias)  # type: ignore[assignment]
     _check(x, values, bias, layout, -1)
     rows = x.reshape(-1, layout.in_features)
-    y = torch.ops.dynaprune.block_sparse_linear(rows, values, bias, layout.index, layout.out_features, tap, probe)
+    y = torch.ops.dynaprune.block_sparse_linear(
+        rows, values, bias, layout.index, layout.out_features, tap, probe
+    )
     return y.reshape(*x.shape[:-1], layout.out_features)
 
 
@@ -104,7 +110,9 @@ def block_sparse_conv2d(
     x, values, bias = _autocast(x, values, bias)  # type: ignore[assignment]
     _check(x, values, bias, layout, -3)
     if layout.conv is None or x.dim() not in (3, 4):
-        raise ValueError(f"expected a convolution's layout and [N, C, H, W], got an input of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"expected a convolution's layout and [N, C, H, W], got an input of shape {tuple(x.shape)}"
+        )
     layout.conv.output_size(x.shape[-2], x.shape[-1])
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     y = torch.ops.dynaprune.block_sparse_conv2d(
@@ -131,4 +139,4 @@ def block_saliency(values: Tensor, grad: Tensor, layout: BlockLayout) -> BlockSa
         values.detach(), grad.detach(), layout.index, layout.rows, layout.columns
     )
     stats = stats.view(4, layout.rows, layout.columns)
-    return BlockSaliency(*stats.unbind(0), neuron[: layout.out_features])
+    return BlockSaliency(stats[0], stats[1], stats[2], stats[3], neuron[: layout.out_features])

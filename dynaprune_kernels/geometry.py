@@ -50,7 +50,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def check_block(block: tuple[int, int]) -> tuple[int, int]:
+def check_block(block: int | tuple[int, int]) -> tuple[int, int]:
     """Validate ``(outputs, inputs)`` per block.
 
     Raises:
@@ -70,7 +70,9 @@ def linear_grid(out_features: int, in_features: int, block: tuple[int, int]) -> 
     return ceil_div(out_features, block[0]), ceil_div(in_features, block[1])
 
 
-def conv_grid(out_channels: int, in_channels: int, block: tuple[int, int], conv: ConvGeometry) -> tuple[int, int]:
+def conv_grid(
+    out_channels: int, in_channels: int, block: tuple[int, int], conv: ConvGeometry
+) -> tuple[int, int]:
     """Block rows and block columns of a conv weight; a column is one tap of one channel block.
 
     Raises:

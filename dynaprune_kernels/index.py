@@ -1,7 +1,7 @@
 """The packed index: every index list of a live mask, in one int32 tensor.
 
-One tensor (instead of nine) keeps op schemas short, makes a mask change one version bump that autograd can see, and
-gives CUDA graphs one address. Sections, in order::
+One tensor (instead of nine) keeps op schemas short, makes a mask change one version bump that autograd can
+see, and gives CUDA graphs one address. Sections, in order::
 
     header        [8]      n_live, overflow, n_slots, 0, 0, 0, 0, 0
     block_of_slot [cap]    row * columns + column, -1: the slot is free
@@ -15,9 +15,9 @@ gives CUDA graphs one address. Sections, in order::
     row_order     [R]      rows, the one with most live blocks first
     col_order     [P]      column lists, likewise
 
-Entries past ``n_live`` are -1. A column list holds what one block of inputs needs for dgrad: all rows and, for a
-convolution, the taps of one stride phase. ``P`` is the number of lists: the columns of a linear weight, and
-``groups * channel_blocks * stride phases`` of a convolution.
+Entries past ``n_live`` are -1. A column list holds what one block of inputs needs for dgrad: all rows and,
+for a convolution, the taps of one stride phase. ``P`` is the number of lists: the columns of a linear
+weight, and ``groups * channel_blocks * stride phases`` of a convolution.
 """
 
 from __future__ import annotations

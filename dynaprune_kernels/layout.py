@@ -1,4 +1,4 @@
-"""``BlockLayout``: the live mask of one block-sparse weight, the slots of its blocks, and the index lists of kernels."""
+"""``BlockLayout``: the live mask of one block-sparse weight, its slots and the kernels' index lists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LADDER_RATIO = 0.75
 class BlockLayout(nn.Module):
     """Which blocks of a weight live, where their values are stored, and every index list that kernels need.
 
-    A block is *live* (has a slot and is listed), *suspended* (keeps its slot and values, is not listed) or has no
-    slot. ``values [capacity, bi, bo]`` of the layer that owns the layout is addressed by slot.
+    A block is *live* (has a slot and is listed), *suspended* (keeps its slot and values, is not listed) or
+    has no slot. ``values [capacity, bi, bo]`` of the layer that owns the layout is addressed by slot.
 
     Attributes:
         mask: bool ``[rows, columns]``, live blocks.
@@ -31,7 +31,7 @@ class BlockLayout(nn.Module):
         self,
         out_features: int,
         in_features: int,
-        block: tuple[int, int],
+        block: int | tuple[int, int],
         *,
         conv: ConvGeometry | None = None,
         mask: Tensor | None = None,
@@ -51,7 +51,9 @@ class BlockLayout(nn.Module):
         super().__init__()
         block = check_block(block)
         if out_features < 1 or in_features < 1:
-            raise ValueError(f"expected at least one output and one input, got {out_features} and {in_features}")
+            raise ValueError(
+                f"expected at least one output and one input, got {out_features} and {in_features}"
+            )
         self.out_features, self.in_features, self.block, self.conv = out_features, in_features, block, conv
         if conv is None:
             self.rows, self.columns = linear_grid(out_features, in_features, block)
@@ -103,8 +105,9 @@ class BlockLayout(nn.Module):
     def update_(self, mask: Tensor, *, release: bool = True) -> None:
         """Make ``mask`` the live mask, on the device: no host sync, no allocation of index buffers.
 
-        Blocks that die give their slot back with ``release`` and are suspended without. Blocks that come alive keep
-        or get a slot, in row-major order, the lowest free one first; what finds none stays dead and is counted (see
+        Blocks that die give their slot back with ``release`` and are suspended without. Blocks that come
+        alive keep or get a slot, in row-major order, the lowest free one first; what finds none stays dead
+        and is counted (see
         :meth:`check`). Values in a new slot are the caller's to initialise.
 
         Args:
@@ -160,11 +163,12 @@ class BlockLayout(nn.Module):
         return capacity
 
     def compact_(self, capacity: int) -> Tensor:
-        """Change the number of slots; live and suspended blocks move together in front, in order of their slots.
+        """Change the number of slots; live and suspended blocks move together in front, in order of their
+        slots.
 
         Returns:
-            int64 ``[capacity]``: for every new slot the old slot to copy from, -1 for a free one. The caller gathers
-            ``values``, gradient and optimizer state with it. Syncs with the device.
+            int64 ``[capacity]``: for every new slot the old slot to copy from, -1 for a free one. The caller
+            gathers ``values``, gradient and optimizer state with it. Syncs with the device.
 
         Raises:
             ValueError: a capacity outside 1..blocks, or below the number of slots in use.
@@ -172,13 +176,57 @@ class BlockLayout(nn.Module):
         self._check_capacity(capacity)
         used = torch.nonzero(self.lists.block_of_slot >= 0).squeeze(1)
         if used.numel() > capacity:
-            raise ValueError(f"expected a capacity of at least the {used.numel()} slots in use, got {capacity}")
+            raise ValueError(
+                f"expected a capacity of at least the {used.numel()} slots in use, got {capacity}"
+            )
         old_slot = torch.full((capacity,), -1, dtype=torch.int64, device=used.device)
         old_slot[: used.numel()] = used
         block = self.lists.block_of_slot[used].long()
         self.slot_of_block.view(-1)[block] = torch.arange(used.numel(), dtype=torch.int32, device=used.device)
         self.capacity = capacity
         self.index = self._new_index(capacity)
+        self._rebuild(release=False)
+        return old_slot
+
+    def drop_(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Shrink the weight: whole block rows (outputs) and block columns (inputs, every tap of them) leave.
+
+        What stays keeps its order, so a ragged last block stays last. The capacity shrinks to the blocks
+        that are left where it would exceed them.
+
+        Args:
+            rows: bool ``[rows]``, true where a block row goes.
+            columns: bool ``[columns / taps]``, true where a block of input channels goes.
+
+        Returns:
+            As :meth:`compact_`: for every new slot the old slot to copy from, -1 for a free one. Syncs.
+
+        Raises:
+            TypeError, ValueError: dtype or shape of the arguments, nothing left, a convolution with groups.
+        """
+        taps = 1 if self.conv is None else self.conv.taps
+        for name, drop, size in (("rows", rows, self.rows), ("columns", columns, self.columns // taps)):
+            if not isinstance(drop, Tensor) or drop.dtype != torch.bool:
+                raise TypeError(f"expected bool {name}, got {getattr(drop, 'dtype', type(drop).__name__)}")
+            if drop.shape != (size,):
+                raise ValueError(f"expected {name} of shape {(size,)}, got {tuple(drop.shape)}")
+            if bool(drop.all()):
+                raise ValueError(f"expected at least one of {size} block {name} to stay, got none")
+        if self.conv is not None and self.conv.groups > 1:
+            raise ValueError(f"expected a convolution without groups, got groups={self.conv.groups}")
+        keep_rows, keep_columns = ~rows.to(self.mask.device), ~columns.to(self.mask.device)
+        self.out_features = _kept_size(keep_rows, self.block[0], self.out_features)
+        self.in_features = _kept_size(keep_columns, self.block[1], self.in_features)
+        keep_columns = keep_columns.repeat(taps)
+        self.mask = self.mask[keep_rows][:, keep_columns].contiguous()
+        old = self.slot_of_block[keep_rows][:, keep_columns].contiguous()
+        self.rows, self.columns = old.shape
+        used = old[old >= 0].sort().values.long()
+        self.capacity = min(self.capacity, self.blocks)
+        old_slot = torch.full((self.capacity,), -1, dtype=torch.int64, device=old.device)
+        old_slot[: used.numel()] = used
+        self.slot_of_block = torch.where(old >= 0, torch.searchsorted(used, old.long()).int(), -1)
+        self.index = self._new_index(self.capacity)
         self._rebuild(release=False)
         return old_slot
 
@@ -197,7 +245,9 @@ class BlockLayout(nn.Module):
             )
         used = slot_of_block[slot_of_block >= 0]
         if used.numel() and (int(used.max()) >= capacity or used.unique().numel() != used.numel()):
-            raise ValueError(f"expected each slot once and below the capacity {capacity}, got {used.tolist()[:20]}")
+            raise ValueError(
+                f"expected each slot once and below the capacity {capacity}, got {used.tolist()[:20]}"
+            )
         self.capacity = capacity
         self.slot_of_block.copy_(slot_of_block)
         self.mask.copy_(self.slot_of_block >= 0)
@@ -210,3 +260,9 @@ class BlockLayout(nn.Module):
             f"{self.rows}x{self.columns} blocks of {self.block[0]}x{self.block[1]}{kind}, "
             f"capacity={self.capacity}, density={self.density():.3f}"
         )
+
+
+def _kept_size(keep: Tensor, block: int, size: int) -> int:
+    """Elements in the kept blocks of an axis of ``size`` elements, whose last block may be ragged."""
+    missing = keep.numel() * block - size
+    return int(keep.sum()) * block - (missing if bool(keep[-1]) else 0)

@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the truth for tests, the fallback, and the ``dense`` backend.
 
-Works by materialising the live blocks as a dense weight and calling the vendor's library, which is also the right
-thing to do at high density. No function here syncs with the host. Shapes: ``values [capacity, bi, bo]``,
-``x [tokens, in]`` or ``[N, C, H, W]``, ``index`` as in :mod:`dynaprune_kernels.index`.
+Works by materialising the live blocks as a dense weight and calling the vendor's library, which is also the
+right thing to do at high density. No function here syncs with the host. Shapes: ``values [capacity, bi,
+bo]``, ``x [tokens, in]`` or ``[N, C, H, W]``, ``index`` as in :mod:`dynaprune_kernels.index`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def dense_to_blocks(weight: Tensor, block: tuple[int, int], conv: ConvGeometry |
     return blocks.reshape(rows * taps * channel_blocks, bi, bo)
 
 
-def blocks_to_dense(blocks: Tensor, out_features: int, in_features: int, conv: ConvGeometry | None = None) -> Tensor:
+def blocks_to_dense(
+    blocks: Tensor, out_features: int, in_features: int, conv: ConvGeometry | None = None
+) -> Tensor:
     """Inverse of :func:`dense_to_blocks`; ``in_features`` is ``in / groups`` for a convolution."""
     bi, bo = blocks.shape[1:]
     taps = 1 if conv is None else conv.taps
@@ -73,7 +75,11 @@ def blocks_to_dense(blocks: Tensor, out_features: int, in_features: int, conv: C
     weight = weight.reshape(rows * bo, taps, channel_blocks * bi)[:out_features, :, :in_features]
     if conv is None:
         return weight.reshape(out_features, in_features)
-    return weight.reshape(out_features, conv.kernel_h, conv.kernel_w, in_features).permute(0, 3, 1, 2).contiguous()
+    return (
+        weight.reshape(out_features, conv.kernel_h, conv.kernel_w, in_features)
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def dense_weight(
@@ -85,12 +91,16 @@ def dense_weight(
     return blocks_to_dense(blocks, out_features, in_features, conv)
 
 
-def _grid(bo: int, bi: int, out_features: int, in_features: int, conv: ConvGeometry | None) -> tuple[int, int]:
+def _grid(
+    bo: int, bi: int, out_features: int, in_features: int, conv: ConvGeometry | None
+) -> tuple[int, int]:
     taps = 1 if conv is None else conv.taps
     return ceil_div(out_features, bo), taps * ceil_div(in_features, bi)
 
 
-def linear_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int) -> Tensor:
+def linear_forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int
+) -> Tensor:
     """``y = x W^T + b`` over live blocks, ``[tokens, out]``."""
     return F.linear(x, dense_weight(values, index, out_features, x.shape[1]), bias)
 
@@ -116,7 +126,8 @@ def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) 
 def linear_probe(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
 ) -> Tensor:
-    """Squared Frobenius norm of the dense gradient's blocks that are not live, zeros elsewhere: ``[rows * columns]``.
+    """Squared Frobenius norm of the dense gradient's blocks that are not live, zeros elsewhere: ``[rows *
+    columns]``.
 
     All zeros while the bool ``probe`` is false.
     """
@@ -126,14 +137,16 @@ def linear_probe(
 def conv2d_forward(
     x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
 ) -> Tensor:
-    """Convolution over live (tap, channel block) entries: ``[N, out_channels, OH, OW]``, channels-last memory."""
+    """Convolution over live (tap, channel block) entries, ``[N, out_channels, OH, OW]`` channels-last."""
     weight = dense_weight(values, index, out_channels, x.shape[1] // conv.groups, conv)
     x = x.contiguous(memory_format=torch.channels_last)
     y = F.conv2d(x, weight, bias, conv[2:4], conv[4:6], conv[6:8], conv.groups)
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def conv2d_dgrad(dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry) -> Tensor:
+def conv2d_dgrad(
+    dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry
+) -> Tensor:
     """Gradient of the input, ``input_size``, channels-last memory."""
     weight = dense_weight(values, index, dy.shape[1], input_size[1] // conv.groups, conv)
     dx = _convolution_backward(dy, dy.new_empty(input_size), weight, conv, wgrad=False)
@@ -143,7 +156,7 @@ def conv2d_dgrad(dy: Tensor, values: Tensor, index: Tensor, input_size: list[int
 def conv2d_wgrad(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
 ) -> Tensor:
-    """Gradient of the values at live blocks, ``[capacity, bi, bo]``, zeros in unlisted slots and in padding."""
+    """Gradient of the values at live blocks, ``[capacity, bi, bo]``, zeros in unlisted slots and padding."""
     return _wgrad_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv)
 
 
@@ -158,7 +171,13 @@ def conv2d_wgrad_saliency(
 
 
 def conv2d_probe(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry, probe: Tensor
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    capacity: int,
+    block: tuple[int, int],
+    conv: ConvGeometry,
+    probe: Tensor,
 ) -> Tensor:
     """Squared norms of the dense gradient's blocks that are not live; all zeros while ``probe`` is false."""
     return _probe_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv) * probe
@@ -169,11 +188,23 @@ def _dense_conv_wgrad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:
     return _convolution_backward(dy, x, x.new_empty(shape), conv, wgrad=True)
 
 
-def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, conv: ConvGeometry, *, wgrad: bool) -> Tensor:
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, conv: ConvGeometry, *, wgrad: bool
+) -> Tensor:
     if dy.numel() == 0:  # the vendor's backward rejects an empty batch
         return torch.zeros_like(weight if wgrad else x)
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, conv[2:4], conv[4:6], conv[6:8], False, [0, 0], conv.groups, [not wgrad, wgrad, False]
+        dy,
+        x,
+        weight,
+        None,
+        conv[2:4],
+        conv[4:6],
+        conv[6:8],
+        False,
+        [0, 0],
+        conv.groups,
+        [not wgrad, wgrad, False],
     )
     return dw if wgrad else dx
 
@@ -201,25 +232,34 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def block_saliency(values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def block_saliency(
+    values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
     """Sums over each live block and over each output.
 
     Returns:
         stats ``[4, rows * columns]``: sum w^2, sum g^2, sum |w g|, sum w g (zeros where not live), and
-        neuron ``[rows * bo]``: sum of w g over all inputs of an output, which equals the sum over the batch of
-        pre-activation x its gradient. float32, or float64 of float64 values.
+        neuron ``[rows * bo]``: sum of w g over all inputs of an output, which equals the sum over the batch
+        of pre-activation x its gradient. float32, or float64 of float64 values.
     """
     accumulate = _accumulator(values.dtype)
     w = _blocks_by_position(values, index, rows, columns).to(accumulate)
     g = _blocks_by_position(grad, index, rows, columns).to(accumulate)
     wg = w * g
-    stats = torch.stack([w.square().sum((1, 2)), g.square().sum((1, 2)), wg.abs().sum((1, 2)), wg.sum((1, 2))])
+    stats = torch.stack(
+        [w.square().sum((1, 2)), g.square().sum((1, 2)), wg.abs().sum((1, 2)), wg.sum((1, 2))]
+    )
     neuron = wg.reshape(rows, columns, *wg.shape[1:]).sum((1, 2)).reshape(-1)
     return stats, neuron
 
 
 def layout_update(
-    mask: Tensor, slot_of_block: Tensor, index: Tensor, capacity: int, conv: ConvGeometry | None, release: bool
+    mask: Tensor,
+    slot_of_block: Tensor,
+    index: Tensor,
+    capacity: int,
+    conv: ConvGeometry | None,
+    release: bool,
 ) -> None:
     """Rebuild slots and indices from ``mask`` in place (see :meth:`BlockLayout.update_` for the rules)."""
     rows, columns = mask.shape
@@ -268,7 +308,9 @@ def layout_update(
     s.col_rows.copy_(torch.where(valid, by_list // columns, -1))
     s.col_cols.copy_(torch.where(valid, by_list % columns, -1))
     s.col_slots.copy_(torch.where(valid, slot[by_list], -1))
-    list_count = torch.zeros(lists, dtype=torch.int64, device=device).index_add_(0, list_of_block, live.long())
+    list_count = torch.zeros(lists, dtype=torch.int64, device=device).index_add_(
+        0, list_of_block, live.long()
+    )
     _write_pointers(s.col_ptr, s.col_order, list_count)
 
 
@@ -276,5 +318,3 @@ def _write_pointers(pointers: Tensor, order: Tensor, count: Tensor) -> None:
     pointers[0] = 0
     pointers[1:] = torch.cumsum(count, 0)
     order.copy_(torch.argsort(count, descending=True, stable=True))
-
-

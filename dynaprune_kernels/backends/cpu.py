@@ -1,4 +1,4 @@
-"""The C++ CPU kernels of ``csrc/cpu``: what their raw ops (``torch.ops.dynaprune_cpu``) need that the ops here do not."""
+"""The C++ CPU kernels of ``csrc/cpu``, through their raw ops ``torch.ops.dynaprune_cpu``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from dynaprune_kernels.geometry import ConvGeometry, ceil_div
 _raw = torch.ops.dynaprune_cpu
 
 
-def linear_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int) -> Tensor:
+def linear_forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int
+) -> Tensor:
     return _raw.linear_forward(x, values, bias, index, out_features)
 
 
@@ -40,7 +42,9 @@ def conv2d_forward(
     return _raw.conv2d_forward(x, values, bias, index, out_channels, conv)
 
 
-def conv2d_dgrad(dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry) -> Tensor:
+def conv2d_dgrad(
+    dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry
+) -> Tensor:
     return _raw.conv2d_dgrad(dy, values, index, input_size, conv)
 
 
@@ -57,7 +61,13 @@ def conv2d_wgrad_saliency(
 
 
 def conv2d_probe(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry, probe: Tensor
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    capacity: int,
+    block: tuple[int, int],
+    conv: ConvGeometry,
+    probe: Tensor,
 ) -> Tensor:
     if not probe:
         columns = conv.taps * ceil_div(x.shape[1] // conv.groups, block[0])
@@ -69,12 +79,21 @@ def _no_probe(blocks: int, x: Tensor) -> Tensor:
     return x.new_zeros(blocks, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def block_saliency(values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def block_saliency(
+    values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
     return _raw.block_saliency(values, grad, index, rows, columns)
 
 
 def layout_update(
-    mask: Tensor, slot_of_block: Tensor, index: Tensor, capacity: int, conv: ConvGeometry | None, release: bool
+    mask: Tensor,
+    slot_of_block: Tensor,
+    index: Tensor,
+    capacity: int,
+    conv: ConvGeometry | None,
+    release: bool,
 ) -> None:
     conv = conv or ConvGeometry(1, 1)
-    _raw.layout_update(mask, slot_of_block, index, capacity, conv.groups, conv[0:2], conv[2:4], conv[6:8], release)
+    _raw.layout_update(
+        mask, slot_of_block, index, capacity, conv.groups, conv[0:2], conv[2:4], conv[6:8], release
+    )

@@ -1,8 +1,9 @@
 """Which backend runs an op, and why the others do not.
 
-``DYNAPRUNE_BACKEND`` = ``cpu`` | ``dense`` | ``reference`` forces one and fails with the reason where it cannot run.
-Otherwise the choice depends on the op, the dtype, the number of rows and the *capacity* of the layer, all known to the
-host: it never syncs and never differs between two runs.
+``DYNAPRUNE_BACKEND`` = ``cpu`` | ``dense`` | ``reference`` forces one and fails with the reason where it
+cannot run.
+Otherwise the choice depends on the op, the dtype, the number of rows and the *capacity* of the layer, all
+known to the host: it never syncs and never differs between two runs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dynaprune_kernels.backends import cpu
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "dense": reference, "reference": reference}
 
-# Share of the dense weight that the capacity holds, above which materialising it and calling the vendor's library is
-# faster on a CPU; by op and number of rows (at least). Measured by `python -m benchmarks.cpu_linear --crossover`.
+# Share of the dense weight that the capacity holds, above which materialising it and calling the vendor's
+# library is faster on a CPU; by op and least number of rows.
 _CPU_CROSSOVER: dict[str, tuple[tuple[int, float], ...]] = {}
 
 
@@ -54,7 +55,9 @@ def select(op: str, device_type: str, dtype: torch.dtype, rows: int = 0, density
     Raises:
         RuntimeError: the forced backend cannot run here, with the reason.
     """
-    return BACKENDS[choose(op, device_type, dtype, rows, density, os.environ.get("DYNAPRUNE_BACKEND", "auto"))]
+    return BACKENDS[
+        choose(op, device_type, dtype, rows, density, os.environ.get("DYNAPRUNE_BACKEND", "auto"))
+    ]
 
 
 def _say_once(device_type: str, reason: str) -> None:
@@ -72,7 +75,9 @@ _said: set[str] = set()
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(op: str, device_type: str, dtype: torch.dtype, rows: int, density: float, forced: str = "auto") -> str:
+def choose(
+    op: str, device_type: str, dtype: torch.dtype, rows: int, density: float, forced: str = "auto"
+) -> str:
     """Name of the backend that :func:`select` takes."""
     if forced != "auto":
         reason = why_not(forced, op, device_type, dtype)

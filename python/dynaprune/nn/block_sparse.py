@@ -1,4 +1,4 @@
-"""What the block-sparse layers share: values by slot, the live mask, the dense view, loading of another structure."""
+"""What the block-sparse layers share: values by slot, the dense view, loading of another structure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from dynaprune_kernels.reference import dense_to_blocks, dense_weight
 
 
 class BlockSparseLayer(nn.Module):
-    """A layer whose weight is stored as blocks: ``values [capacity, bi, bo]`` under the live mask of ``layout``.
+    """A layer whose weight is stored as blocks: ``values [capacity, bi, bo]`` under the live mask of
+    ``layout``.
 
     Attributes:
         values: the trained Parameter; the very object that was the dense layer's ``weight``.
         bias: Parameter ``[out]`` or None.
         layout: slots, live mask and indices.
-        tap: None, or the leaf whose gradient collects block statistics in backward (see ``dynaprune_kernels.ops``).
+        tap: None, or the leaf whose gradient collects block statistics in backward (see
+        ``dynaprune_kernels.ops``).
         probe: bool scalar; while true, ``tap`` also gets gradient norms of blocks that are not live.
     """
 
@@ -33,7 +35,9 @@ class BlockSparseLayer(nn.Module):
         self.values = values
         self.bias = bias
         self.tap: Tensor | None = None
-        self.register_buffer("probe", torch.zeros((), dtype=torch.bool, device=values.device), persistent=False)
+        self.register_buffer(
+            "probe", torch.zeros((), dtype=torch.bool, device=values.device), persistent=False
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -42,20 +46,22 @@ class BlockSparseLayer(nn.Module):
 
     @weight.setter
     def weight(self, _: Any) -> None:
-        raise AttributeError("the dense weight of a block-sparse layer is read-only: change `values`, or swap back")
+        raise AttributeError(
+            "the dense weight of a block-sparse layer is read-only: change `values`, or swap back"
+        )
 
     def to_blocks(self, weight: Tensor) -> Tensor:
         """Cut a tensor shaped like the dense weight into ``[rows * columns, bi, bo]``, in block order."""
         return dense_to_blocks(weight.detach(), self.layout.block, self.layout.conv)
 
     def to_slots(self, weight: Tensor) -> Tensor:
-        """Cut a tensor shaped like the dense weight into ``[capacity, bi, bo]``; slots without a block get zeros."""
+        """Cut a tensor shaped like the dense weight into ``[capacity, bi, bo]``; free slots get zeros."""
         block = self.layout.lists.block_of_slot.long()
         by_slot = self.to_blocks(weight)[block.clamp(min=0)]
         return by_slot.masked_fill_((block < 0).view(-1, 1, 1), 0)
 
     def to_dense_shape(self, by_slot: Tensor) -> Tensor:
-        """Inverse of :meth:`to_slots` for live blocks, zeros elsewhere; takes values, gradients, optimizer state."""
+        """Inverse of :meth:`to_slots` at live blocks, zeros elsewhere: of values, gradients or states."""
         layout = self.layout
         in_features = layout.in_features // (layout.conv.groups if layout.conv else 1)
         dense = dense_weight(by_slot.detach(), layout.index, layout.out_features, in_features, layout.conv)
@@ -76,7 +82,9 @@ class BlockSparseLayer(nn.Module):
     def enable_tap_(self) -> Tensor:
         """Create the leaf that collects block statistics in backward and return it; see ``tap``."""
         dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
-        self.tap = torch.zeros(2, self.layout.blocks, dtype=dtype, device=self.values.device, requires_grad=True)
+        self.tap = torch.zeros(
+            2, self.layout.blocks, dtype=dtype, device=self.values.device, requires_grad=True
+        )
         return self.tap
 
     def disable_tap_(self) -> None:
@@ -84,26 +92,29 @@ class BlockSparseLayer(nn.Module):
         self.tap = None
 
     def to_dense(self) -> nn.Module:
-        """The plain layer with the same function; ``values`` becomes its ``weight``, the same Parameter object."""
+        """The plain layer of the same function; ``values`` becomes its ``weight``, the same Parameter."""
         weight, grad = self.weight, self.values.grad
         replace_parameter_data_(self.values, weight, None if grad is None else self.to_dense_shape(grad))
         dense = self._plain_layer()
-        dense.weight = self.values
-        dense.bias = self.bias
+        dense.register_parameter("weight", self.values)
+        dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
     def _plain_layer(self) -> nn.Module:
         raise NotImplementedError
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Resize to the structure found in ``state_dict`` before its tensors are copied."""
         values = state_dict.get(f"{prefix}values")
         slots = state_dict.get(f"{prefix}layout.slot_of_block")
         if isinstance(values, Tensor) and isinstance(slots, Tensor):
             if values.dim() != 3 or values.shape[1:] != self.values.shape[1:]:
                 raise ValueError(
-                    f"expected {prefix}values of shape (slots, {self.values.shape[1]}, {self.values.shape[2]}), "
-                    f"got {tuple(values.shape)}: the checkpoint was made with another block size"
+                    f"expected {prefix}values of shape (slots, {self.values.shape[1]}, "
+                    f"{self.values.shape[2]}), got {tuple(values.shape)}: "
+                    f"the checkpoint was made with another block size"
                 )
             self.layout.restore_(slots.to(self.values.device), values.shape[0])
             if values.shape != self.values.shape:
@@ -122,5 +133,3 @@ def take_over_weight(weight: nn.Parameter, layout: BlockLayout) -> None:
 
     grad = None if weight.grad is None else by_slot(weight.grad)
     replace_parameter_data_(weight, by_slot(weight), grad)
-
-

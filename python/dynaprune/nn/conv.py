@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ class BlockSparseConv2d(BlockSparseLayer):
     """2-D convolution over live blocks; ``padding_mode`` and ``padding="same"`` as in ``nn.Conv2d``.
 
     Attributes:
-        pad_before: left, right, top, bottom padding that ``F.pad`` adds before the op, or None: what the op's own
-            symmetric zero padding cannot express.
+        pad_before: left, right, top, bottom padding that ``F.pad`` adds before the op, or None: what the
+            op's own symmetric zero padding cannot express.
     """
 
     _dense_type: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv2d
@@ -37,10 +37,12 @@ class BlockSparseConv2d(BlockSparseLayer):
 
         Args:
             block_size: outputs and inputs per block, 8 to 128.
-            mask: live blocks, bool ``[rows, columns]`` with ``columns = taps * channel blocks``; all by default.
+            mask: live blocks, bool ``[rows, columns]`` with ``columns = taps * channel blocks``; all by
+            default.
 
         Raises:
-            TypeError, ValueError: another kind of layer, a block that groups cannot hold, a mask that does not fit.
+            TypeError, ValueError: another kind of layer, a block that groups cannot hold, a mask that does
+            not fit.
         """
         if not isinstance(conv, cls._dense_type):
             raise TypeError(f"expected nn.{cls._dense_type.__name__}, got {type(conv).__name__}")
@@ -56,10 +58,15 @@ class BlockSparseConv2d(BlockSparseLayer):
         }
         outside = conv.padding_mode != "zeros" or isinstance(conv.padding, str)
         own_padding = (0,) * len(conv.kernel_size) if outside else conv.padding
-        sizes = [cls._two(s) for s in (conv.kernel_size, conv.stride, own_padding, conv.dilation)]
-        sizes[2] = sizes[2] if len(conv.kernel_size) == 2 else (0, own_padding[0])
-        geometry = ConvGeometry(*sizes[0], *sizes[1], *sizes[2], *sizes[3], conv.groups)
-        weight = conv.weight
+        one_d = len(conv.kernel_size) == 1
+        sizes = [
+            *((1, *conv.kernel_size) if one_d else conv.kernel_size),
+            *((1, *conv.stride) if one_d else conv.stride),
+            *((0, *own_padding) if one_d else own_padding),
+            *((1, *conv.dilation) if one_d else conv.dilation),
+        ]
+        geometry = ConvGeometry._make([*sizes, conv.groups])
+        weight, bias = cast(nn.Parameter, conv.weight), cast("nn.Parameter | None", conv.bias)
         layout = BlockLayout(
             conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
         )
@@ -69,11 +76,7 @@ class BlockSparseConv2d(BlockSparseLayer):
             if weight.grad is not None:
                 weight.grad.data = weight.grad.data.unsqueeze(2)
         take_over_weight(weight, layout)
-        return cls(layout, weight, conv.bias, plain).train(conv.training)
-
-    @staticmethod
-    def _two(size: tuple[int, ...]) -> tuple[int, int]:
-        return (size[0], size[1]) if len(size) == 2 else (1, size[0])
+        return cls(layout, weight, bias, plain).train(conv.training)
 
     def _padded(self, x: Tensor) -> Tensor:
         if self.pad_before is None:

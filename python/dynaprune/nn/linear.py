@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from dynaprune.nn.block_sparse import BlockSparseLayer, take_over_weight
@@ -26,12 +28,12 @@ class BlockSparseLinear(BlockSparseLayer):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"expected nn.Linear, got {type(linear).__name__}")
-        weight = linear.weight
+        weight = cast(nn.Parameter, linear.weight)
         layout = BlockLayout(
             linear.out_features, linear.in_features, block_size, mask=mask, device=weight.device
         )
         take_over_weight(weight, layout)
-        return cls(layout, weight, linear.bias).train(linear.training)
+        return cls(layout, weight, cast("nn.Parameter | None", linear.bias)).train(linear.training)
 
     @property
     def in_features(self) -> int:
@@ -49,6 +51,7 @@ class BlockSparseLinear(BlockSparseLayer):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
             f"block={self.layout.block}, density={self.density():.3f}"
         )

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -16,7 +17,7 @@ from dynaprune.nn.conv import BlockSparseConv1d, BlockSparseConv2d
 from dynaprune.nn.linear import BlockSparseLinear
 from dynaprune_kernels.geometry import check_block, padding_ratio
 
-SPARSE_TYPES: dict[type[nn.Module], type[BlockSparseLayer]] = {
+SPARSE_TYPES: dict[type[nn.Module], Any] = {
     nn.Linear: BlockSparseLinear,
     nn.Conv2d: BlockSparseConv2d,
     nn.Conv1d: BlockSparseConv1d,
@@ -38,7 +39,7 @@ class SwapEntry:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module name is in ``patterns``: a full name, the name of a parent, or ``re:`` and an expression."""
+    """Whether a module name is in ``patterns``: a name, a parent's name, or ``re:`` and an expression."""
     for pattern in patterns:
         if pattern.startswith("re:"):
             if re.fullmatch(pattern[3:], name):
@@ -58,8 +59,8 @@ def swap_layers(
 ) -> list[SwapEntry]:
     """Replace dense layers of ``model`` by block-sparse ones, in place, all blocks live.
 
-    The first convolution, the classifier (the last Linear) and layers that would store over 25% of padding stay dense
-    unless ``include`` names them; weights that something else reads stay dense always.
+    The first convolution, the classifier (the last Linear) and layers that would store over 25% of padding
+    stay dense unless ``include`` names them; weights that something else reads stay dense always.
 
     Args:
         block_size: outputs and inputs per block, 8 to 128.
@@ -71,14 +72,14 @@ def swap_layers(
         One entry per candidate, with the reason where it stayed dense.
 
     Raises:
-        TypeError, ValueError: a type that has no block-sparse form, a pattern that matches nothing, a layer asked for by
-            its full name that cannot be swapped, a model in which nothing can be.
+        TypeError, ValueError: a type that has no block-sparse form, a pattern that matches nothing, a layer
+            asked for by its full name that cannot be swapped, a model in which nothing can be.
     """
-    block = check_block(block_size)  # type: ignore[arg-type]
+    block = check_block(block_size)
     for type_ in types:
         if type_ not in SPARSE_TYPES:
             raise TypeError(f"expected types among {[t.__name__ for t in SPARSE_TYPES]}, got {type_!r}")
-    candidates = [(n, m) for n, m in model.named_modules() if isinstance(m, tuple(types))]
+    candidates = [item for item in model.named_modules() if isinstance(item[1], tuple(types))]
     for pattern in [*(include or ()), *exclude]:
         if not any(matches(name, [pattern]) for name, _ in model.named_modules()):
             raise ValueError(f"expected a pattern that matches a module of the model, got {pattern!r}")
@@ -100,7 +101,7 @@ def swap_layers(
             reason = why
         else:
             reason = ""
-            _replace(model, module, SPARSE_TYPES[type(module)].from_dense(module, block))  # type: ignore[attr-defined]
+            _replace(model, module, SPARSE_TYPES[type(module)].from_dense(module, block))
         entries.append(SwapEntry(name, reason))
     if not any(entry.swapped for entry in entries):
         raise ValueError(
@@ -111,7 +112,8 @@ def swap_layers(
 
 
 def swap_back(model: nn.Module) -> nn.Module:
-    """Replace every block-sparse layer by the plain layer of the same function; returns the model (or its successor).
+    """Replace every block-sparse layer by the plain layer of the same function; returns the model (or its
+    successor).
 
     Gradients come along; optimizer state has to be moved by whoever owns it (the pruner's ``finalize`` does).
     """
@@ -169,12 +171,16 @@ def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str 
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         outputs, inputs = module.out_channels, module.in_channels // module.groups
         if module.groups > 1 and (outputs // module.groups) % block[0]:
-            return f"out_channels / groups = {outputs // module.groups} is no multiple of the block's {block[0]}"
+            return (
+                f"out_channels / groups = {outputs // module.groups} is no multiple of the block's {block[0]}"
+            )
     else:
         outputs, inputs = weight.shape[0], weight.shape[1]
     ratio = padding_ratio(outputs, inputs, block)
     if ratio > MAX_PADDING and not named:
-        return f"blocks of {block[0]}x{block[1]} would store {ratio - 1:.0%} of padding for {outputs}x{inputs}"
+        return (
+            f"blocks of {block[0]}x{block[1]} would store {ratio - 1:.0%} of padding for {outputs}x{inputs}"
+        )
     return None
 
 

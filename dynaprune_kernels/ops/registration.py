@@ -1,0 +1,88 @@
+"""What every op family needs to register itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dynaprune_kernels.geometry import ceil_div
+from dynaprune_kernels.index import N_LIVE
+
+LIBRARY = torch.library.Library("dynaprune", "DEF")
+OPS = torch.ops.dynaprune
+
+
+def define(schema: str) -> None:
+    """Declare an op."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def implement(name: str) -> Callable[[Any], Any]:
+    """Register one Python implementation, which picks a backend, for CPU and CUDA."""
+
+    def register(function: Any) -> Any:
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, function, key)
+        return function
+
+    return register
+
+
+def fake(name: str) -> Callable[[Any], Any]:
+    """Register the op's shapes and strides."""
+    return torch.library.register_fake(f"dynaprune::{name}", lib=LIBRARY)
+
+
+def autograd(name: str, backward: Any, setup: Any) -> None:
+    """Register the op's gradient."""
+    torch.library.register_autograd(f"dynaprune::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def no_autograd(name: str) -> None:
+    """Make backward through a statistic an error instead of a silent zero."""
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"dynaprune::{name} has no gradient: it is a statistic, detach its inputs")
+
+    autograd(name, backward, None)
+
+
+def flops(op: Any, formula: Any) -> None:
+    """Register a FLOP formula over raw tensors; it reads the live count, so it syncs: count eagerly."""
+    register_flop_formula(op, get_raw=True)(formula)
+
+
+def live_flops(index: Tensor, block: Any, positions: int) -> int:
+    """Multiply-adds, counted as two, of the live blocks over ``positions`` rows or output pixels."""
+    return 2 * int(index[N_LIVE].item()) * int(block[0]) * int(block[1]) * positions
+
+
+def probe_flops(blocks: int, index: Tensor, block: Any, positions: int, probe: Tensor) -> int:
+    """FLOPs of the gradient probe: the blocks that are not live, while ``probe`` is true."""
+    unlisted = blocks - int(index[N_LIVE].item())
+    return 2 * unlisted * int(block[0]) * int(block[1]) * positions if bool(probe.item()) else 0
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """dtype of sums: float64 of float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weight_blocks(out_features: int, in_features: int, block: Any, taps: int = 1) -> int:
+    """rows * columns of a weight cut into ``block = (bi, bo)``."""
+    return ceil_div(out_features, block[1]) * taps * ceil_div(in_features, block[0])
+
+
+def check_tap(tap: Tensor | None, x: Tensor) -> None:
+    """Raise TypeError where the tap cannot hold the statistics of ``x``'s dtype."""
+    if tap is not None and tap.dtype != accumulator(x.dtype):
+        raise TypeError(f"expected a {accumulator(x.dtype)} tap for {x.dtype} inputs, got {tap.dtype}")
+
+
+def tap_gradient(signed: Tensor, probed: Tensor | None) -> Tensor:
+    """What backward hands out through the tap."""
+    return torch.stack([signed, torch.zeros_like(signed) if probed is None else probed])
