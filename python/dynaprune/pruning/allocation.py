@@ -29,8 +29,7 @@ class Selection:
         return self.order.shape[0]
 
     def first(self, count: int) -> dict[str, Tensor]:
-        """Masks of the first ``count`` units to go (fewer if there are not as many): bool per layer, for all
-        layers."""
+        """Masks of the first ``count`` units to go (fewer if there are not as many): bool for every layer."""
         if count < 0:
             raise ValueError(f"expected a count of at least 0 units, got {count}")
         sizes = [shape.numel() for shape in self.shapes.values()]
@@ -60,13 +59,11 @@ def select(
         scores: per layer, float of any shape, higher = keep; read where live.
         live: bool of the same shapes.
         allocation: "global" compares scores of all layers as they are. "uniform" (the same density in every
-        layer) and
-            "erk" (density in proportion to sum(shape) / prod(shape), Evci et al. 2020, arXiv:1911.11134,
-            section 3) fix how many units each layer loses, scores decide within the layer; any prefix is
-            spread the same way.
+            layer) and "erk" (density in proportion to sum(shape) / prod(shape), Evci et al. 2020,
+            arXiv:1911.11134, section 3) fix how many units each layer loses; scores decide within the layer,
+            and any prefix is spread the same way.
         floors: least share of a layer's units that stay live, one for all or by layer (0 where missing); at
-        least one
-            unit always stays.
+            least one unit always stays.
         original: shape of each layer's dense weight at the start; needed by "uniform" and "erk".
         cost: FLOPs that removing one unit of the layer saves; "global" then ranks by score per FLOP.
         protected: bool per layer, live units that must not go yet.

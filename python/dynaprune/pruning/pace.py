@@ -1,5 +1,4 @@
-"""Pace: when an event comes, how many units it asks for, and how many of those that the trial rejected go
-regardless."""
+"""Pace: when an event comes, how many units it asks for, how many of the rejected go anyway."""
 
 from __future__ import annotations
 
@@ -39,9 +38,8 @@ class CubicPace:
 
     What the trial rejects is carried over to the next event. While this backlog exceeds 5% of all units, and
     from ``end`` on while there is any, at most 10% of the live units are forced per event, so that the
-    network recovers in between. Events go on after ``end``, closer together if need be, until the halfway
-    point between ``end`` and the last
-    step: they are enough to reach the target though every trial rejects everything.
+    network recovers in between. Events go on after ``end``, as much closer together as it takes to reach the
+    target about halfway between ``end`` and the last step though every trial rejects everything.
 
     Attributes:
         interval: steps between events up to ``end``.
@@ -69,8 +67,7 @@ class CubicPace:
             minimum_interval: what the trial's cost allows.
 
         Raises:
-            TypeError, ValueError: an argument out of its range, or an interval after whose first event
-            ``end`` is past.
+            TypeError, ValueError: an argument out of its range, or an interval too long for one event.
         """
         _check_fraction("target", target, low=0, high=1)
         if not 0 <= start < end <= LATEST_END:
@@ -127,8 +124,8 @@ class CubicPace:
 
 
 class SelfPaced:
-    """No target: the trial alone decides, on at most ``max_share`` of what lives per event; nothing is ever
-    forced."""
+    """No target: the trial alone decides, on at most ``max_share`` of the live units per event; none is forced
+    against it."""
 
     target: float | None = None
 

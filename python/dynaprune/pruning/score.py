@@ -1,5 +1,4 @@
-"""Scores: which blocks and neurons to remove first. Higher means keep; a score says nothing about how likely
-harm is.
+"""Scores: which blocks and neurons to remove first. Higher means keep; how likely harm is, no score can say.
 
 Every statistic is kept per block (not per slot, which a block can lose) and per output neuron, on the layer's
 device; nothing here syncs with the host. Blocks count their own observations, so that one that grew back
@@ -15,13 +14,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dynaprune.nn import BlockSparseLayer
 from dynaprune_kernels import BlockLayout, block_saliency
 from dynaprune_kernels.functional import BlockSaliency
 
 Statistics = dict[str, Tensor]
-_BLOCK, _NEURON = "block", "neuron"
+_BLOCK, _BLOCK_COUNT, _NEURON, _NEURON_COUNT = "block", "block_count", "neuron", "neuron_count"
 
 
 class Score(ABC):
@@ -39,14 +39,14 @@ class Score(ABC):
         self.seed, self.decay = int(seed), float(decay)
         self._statistics: dict[str, Statistics] = {}
 
-    def attach(self, modules: Mapping[str, nn.Module]) -> None:  # noqa: B027  optional, most scores need no hooks
+    def attach(self, modules: Mapping[str, BlockSparseLayer]) -> None:  # noqa: B027  optional, most scores need no hooks
         """Register what hooks the score needs on the layers, by name."""
 
     def detach(self) -> None:  # noqa: B027
         """Remove the hooks of :meth:`attach`."""
 
     @abstractmethod
-    def observe(self, name: str, module: nn.Module, saliency: BlockSaliency) -> None:
+    def observe(self, name: str, module: BlockSparseLayer, saliency: BlockSaliency) -> None:
         """Take in one optimizer step's gradients, as the optimizer sees them.
 
         Args:
@@ -55,11 +55,11 @@ class Score(ABC):
         """
 
     @abstractmethod
-    def scores(self, name: str, module: nn.Module) -> Tensor:
+    def scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         """Float ``[rows, columns]``, higher = keep; undefined where no block lives."""
 
     @abstractmethod
-    def neuron_scores(self, name: str, module: nn.Module) -> Tensor:
+    def neuron_scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         """Float ``[out]``, higher = keep."""
 
     def forget(self, name: str, blocks: Tensor) -> None:
@@ -75,8 +75,8 @@ class Score(ABC):
 
         Args:
             rows, columns: int64 block rows and block columns that stay, in their new order; None for all.
-            neurons: int64 outputs that stay; None for all. Not derived from ``rows``: the last one may be
-            ragged.
+            neurons: int64 outputs that stay. Without them the neurons' statistics start afresh once ``rows``
+                has changed how many there are.
         """
         for key, tensor in self._statistics.get(name, {}).items():
             if key.startswith(_BLOCK):
@@ -104,68 +104,56 @@ class Score(ABC):
         self.seed, self.decay = int(state["seed"]), float(state["decay"])
         self._statistics = {n: {k: t.clone() for k, t in s.items()} for n, s in state["layers"].items()}
 
-    def _of(self, name: str, module: nn.Module) -> Statistics:
-        """The layer's statistics, zeros at first, on the layer's device: value and count per block and per
-        neuron."""
-        mask = _layout(module).mask
-        if name not in self._statistics:
-            out = _layout(module).out_features
-            dtype = torch.float64 if module.values.dtype == torch.float64 else torch.float32
-            self._statistics[name] = {
-                _BLOCK: torch.zeros(mask.shape, dtype=dtype, device=mask.device),
-                f"{_BLOCK}_count": torch.zeros(mask.shape, dtype=torch.float32, device=mask.device),
-                _NEURON: torch.zeros(out, dtype=dtype, device=mask.device),
-                f"{_NEURON}_count": torch.zeros(out, dtype=torch.float32, device=mask.device),
-            }
-        statistics = self._statistics[name]
-        if statistics[_BLOCK].device != mask.device:
-            statistics.update({key: tensor.to(mask.device) for key, tensor in statistics.items()})
+    def _of(self, name: str, module: BlockSparseLayer) -> Statistics:
+        """The layer's statistics on its device; zeros at first and where the layer has changed its size."""
+        mask, statistics = _layout(module).mask, self._statistics.setdefault(name, {})
+        dtype = torch.float64 if module.values.dtype == torch.float64 else torch.float32
+        neurons = torch.Size([_layout(module).out_features])
+        for value, count, shape in ((_BLOCK, _BLOCK_COUNT, mask.shape), (_NEURON, _NEURON_COUNT, neurons)):
+            if value not in statistics or statistics[value].shape != shape:
+                statistics[value] = torch.zeros(shape, dtype=dtype, device=mask.device)
+                statistics[count] = torch.zeros(shape, dtype=torch.float32, device=mask.device)
+            elif statistics[value].device != mask.device:
+                statistics[value] = statistics[value].to(mask.device)
+                statistics[count] = statistics[count].to(mask.device)
         return statistics
 
 
-def _layout(module: nn.Module) -> BlockLayout:
-    layout = getattr(module, "layout", None)
-    if not isinstance(layout, BlockLayout):
+def _layout(module: BlockSparseLayer) -> BlockLayout:
+    if not isinstance(module, BlockSparseLayer):
         raise TypeError(f"expected a block-sparse layer, got {type(module).__name__}")
-    return layout
+    return module.layout
+
+
+def _correct_bias(mean: Tensor, count: Tensor, decay: float) -> Tensor:
+    """An exponential mean that started at zero over the weight of its ``count`` terms; inf where none."""
+    weight = 1 - torch.pow(decay, count.double())
+    return torch.where(count > 0, mean / weight, torch.inf).to(mean.dtype)
 
 
 class _MeanScore(Score):
-    """Bias-corrected exponential mean (as Adam's: Kingma & Ba 2015, section 3) of what a step says of each
-    unit."""
+    """Bias-corrected exponential mean (Kingma & Ba 2015, section 3) of a number per unit and step."""
 
-    def observe(self, name: str, module: nn.Module, saliency: BlockSaliency) -> None:
+    def observe(self, name: str, module: BlockSparseLayer, saliency: BlockSaliency) -> None:
         blocks, neurons = self._step(module, saliency)
         statistics = self._of(name, module)
-        self._add(statistics, _BLOCK, blocks, _layout(module).mask)
-        self._add(statistics, _NEURON, neurons, None)
+        live = _layout(module).mask
+        mean = statistics[_BLOCK]
+        mean.add_(torch.where(live, blocks.to(mean.dtype) - mean, 0), alpha=1 - self.decay)
+        statistics[_BLOCK_COUNT].add_(live)
+        statistics[_NEURON].lerp_(neurons.to(mean.dtype), 1 - self.decay)
+        statistics[_NEURON_COUNT].add_(1)
 
-    def _add(self, statistics: Statistics, unit: str, new: Tensor, live: Tensor | None) -> None:
-        mean, count = statistics[unit], statistics[f"{unit}_count"]
-        step = (new.to(mean.dtype) - mean) * (1 - self.decay)
-        if live is None:
-            mean.add_(step)
-            count.add_(1)
-        else:
-            mean.add_(torch.where(live, step, 0))
-            count.add_(live)
-
-    def _corrected(self, name: str, module: nn.Module, unit: str) -> Tensor:
+    def scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         statistics = self._of(name, module)
-        count = statistics[f"{unit}_count"]
-        corrected = statistics[unit] / (1 - torch.pow(self.decay, count)).clamp(
-            min=torch.finfo(torch.float32).tiny
-        )
-        return torch.where(count > 0, corrected, torch.inf)
+        return _correct_bias(statistics[_BLOCK], statistics[_BLOCK_COUNT], self.decay)
 
-    def scores(self, name: str, module: nn.Module) -> Tensor:
-        return self._corrected(name, module, _BLOCK)
-
-    def neuron_scores(self, name: str, module: nn.Module) -> Tensor:
-        return self._corrected(name, module, _NEURON)
+    def neuron_scores(self, name: str, module: BlockSparseLayer) -> Tensor:
+        statistics = self._of(name, module)
+        return _correct_bias(statistics[_NEURON], statistics[_NEURON_COUNT], self.decay)
 
     @abstractmethod
-    def _step(self, module: nn.Module, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
+    def _step(self, module: BlockSparseLayer, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
         """This step's value per block and per neuron."""
 
 
@@ -176,7 +164,7 @@ class SecondMoment(_MeanScore):
 
     name = "second_moment"
 
-    def _step(self, module: nn.Module, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
+    def _step(self, module: BlockSparseLayer, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
         return saliency.weight_grad.square(), saliency.neuron_weight_grad.square()
 
 
@@ -186,18 +174,19 @@ class Taylor(_MeanScore):
 
     name = "taylor"
 
-    def _step(self, module: nn.Module, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
+    def _step(self, module: BlockSparseLayer, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
         return saliency.weight_grad_abs, saliency.neuron_weight_grad.abs()
 
 
 class Gradient(_MeanScore):
-    """``E[sum (dL/dw)^2]``: squared gradient norm, what dense-gradient growth ranks by (RigL, Evci et al.
-    2020)."""
+    """``E[sum (dL/dw)^2]``: squared gradient norm (SNFS and RigL grow by its like: Evci et al. 2020)."""
 
     name = "gradient"
 
-    def _step(self, module: nn.Module, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
+    def _step(self, module: BlockSparseLayer, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
         grad = module.values.grad
+        if grad is None:
+            raise ValueError("expected a layer whose values have a gradient, got None")
         own = block_saliency(grad, grad, _layout(module))
         # The saliency may be of the unscaled gradient where the Parameter still holds a scaled one.
         total = own.grad_square.sum().clamp(min=torch.finfo(own.grad_square.dtype).tiny)
@@ -210,15 +199,15 @@ class Movement(Score):
 
     name = "movement"
 
-    def observe(self, name: str, module: nn.Module, saliency: BlockSaliency) -> None:
+    def observe(self, name: str, module: BlockSparseLayer, saliency: BlockSaliency) -> None:
         statistics = self._of(name, module)
         statistics[_BLOCK].sub_(saliency.weight_grad)
         statistics[_NEURON].sub_(saliency.neuron_weight_grad)
 
-    def scores(self, name: str, module: nn.Module) -> Tensor:
+    def scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         return self._of(name, module)[_BLOCK].clone()
 
-    def neuron_scores(self, name: str, module: nn.Module) -> Tensor:
+    def neuron_scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         return self._of(name, module)[_NEURON].clone()
 
 
@@ -228,15 +217,15 @@ class Magnitude(Score):
 
     name = "magnitude"
 
-    def observe(self, name: str, module: nn.Module, saliency: BlockSaliency) -> None:
+    def observe(self, name: str, module: BlockSparseLayer, saliency: BlockSaliency) -> None:
         pass
 
-    def scores(self, name: str, module: nn.Module) -> Tensor:
+    def scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         layout = _layout(module)
         square = block_saliency(module.values, module.values, layout).weight_square
         return _over_mean(square, layout.mask.sum())
 
-    def neuron_scores(self, name: str, module: nn.Module) -> Tensor:
+    def neuron_scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         square = block_saliency(module.values, module.values, _layout(module)).neuron_weight_grad
         return _over_mean(square, (square > 0).sum())
 
@@ -248,9 +237,8 @@ def _over_mean(units: Tensor, live: Tensor) -> Tensor:
 
 class Activation(Score):
     """Share of samples (and positions) in which an output of the layer is above zero, an exponential mean
-    over training
-    forwards: what a ReLU behind it passes (APoZ is its complement: Hu et al. 2016, arXiv:1607.03250). A norm
-    between layer and ReLU is not seen. All blocks of a row share their neurons' mean."""
+    over training forwards: what a ReLU behind it passes (APoZ is its complement: Hu et al. 2016,
+    arXiv:1607.03250). A norm between layer and ReLU is not seen. A row's blocks share its neurons' mean."""
 
     name = "activation"
 
@@ -258,7 +246,7 @@ class Activation(Score):
         super().__init__(seed=seed, decay=decay)
         self._hooks: list[Any] = []
 
-    def attach(self, modules: Mapping[str, nn.Module]) -> None:
+    def attach(self, modules: Mapping[str, BlockSparseLayer]) -> None:
         for name, module in modules.items():
             _layout(module)
             self._hooks.append(module.register_forward_hook(self._hook(name)))
@@ -270,36 +258,34 @@ class Activation(Score):
 
     def _hook(self, name: str) -> Any:
         @torch.compiler.disable
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(module: BlockSparseLayer, inputs: Any, output: Tensor) -> None:
             if module.training and torch.is_grad_enabled():
                 self._take(name, module, output.detach())
 
         return hook
 
-    def _take(self, name: str, module: nn.Module, output: Tensor) -> None:
+    def _take(self, name: str, module: BlockSparseLayer, output: Tensor) -> None:
         weight_dims = getattr(module, "kernel_size", ())
         channels_last = output.movedim(-1 - len(weight_dims), -1)
         statistics = self._of(name, module)
-        mean, count = statistics[_NEURON], statistics[f"{_NEURON}_count"]
+        mean, count = statistics[_NEURON], statistics[_NEURON_COUNT]
         frequency = (channels_last > 0).reshape(-1, mean.shape[0]).to(mean.dtype).mean(0)
         mean.lerp_(frequency, 1 - self.decay)
         count.add_(1)
 
-    def observe(self, name: str, module: nn.Module, saliency: BlockSaliency) -> None:
+    def observe(self, name: str, module: BlockSparseLayer, saliency: BlockSaliency) -> None:
         pass
 
-    def scores(self, name: str, module: nn.Module) -> Tensor:
+    def scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         layout, neurons = _layout(module), self.neuron_scores(name, module)
         rows = torch.arange(layout.out_features, device=neurons.device) // layout.block[0]
         total = neurons.new_zeros(layout.rows).index_add_(0, rows, neurons)
         size = neurons.new_zeros(layout.rows).index_add_(0, rows, torch.ones_like(neurons))
         return (total / size).unsqueeze(1).expand(layout.rows, layout.columns).clone()
 
-    def neuron_scores(self, name: str, module: nn.Module) -> Tensor:
+    def neuron_scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         statistics = self._of(name, module)
-        count = statistics[f"{_NEURON}_count"]
-        correction = (1 - torch.pow(self.decay, count)).clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.where(count > 0, statistics[_NEURON] / correction, torch.inf)
+        return _correct_bias(statistics[_NEURON], statistics[_NEURON_COUNT], self.decay)
 
 
 class Random(Score):
@@ -312,18 +298,18 @@ class Random(Score):
         super().__init__(seed=seed, decay=decay)
         self._steps: dict[str, int] = {}
 
-    def observe(self, name: str, module: nn.Module, saliency: BlockSaliency) -> None:
+    def observe(self, name: str, module: BlockSparseLayer, saliency: BlockSaliency) -> None:
         self._steps[name] = self._steps.get(name, 0) + 1
 
     def _draw(self, name: str, unit: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         key = zlib.crc32(f"{self.seed}/{unit}/{self._steps.get(name, 0)}/{name}".encode())
         return torch.rand(shape, generator=torch.Generator().manual_seed(key)).to(device)
 
-    def scores(self, name: str, module: nn.Module) -> Tensor:
+    def scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         mask = _layout(module).mask
         return self._draw(name, _BLOCK, tuple(mask.shape), mask.device)
 
-    def neuron_scores(self, name: str, module: nn.Module) -> Tensor:
+    def neuron_scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         layout = _layout(module)
         return self._draw(name, _NEURON, (layout.out_features,), layout.mask.device)
 
