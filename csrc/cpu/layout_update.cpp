@@ -24,58 +24,68 @@ void order_by_length(const int32_t* ptr, int64_t count, int32_t* order) {
 bool layout_update(const LayoutShape& shape, bool release, unsigned char* mask, int32_t* slot_of_block,
                    int32_t* index) {
   const int64_t blocks = shape.rows * shape.columns, capacity = shape.capacity;
-  std::vector<int32_t> owner(size_t(capacity), -1);
+  // Who holds each slot; one more place takes the writes of blocks without one, so that the loop has no branches.
+  std::vector<int32_t> owner(static_cast<size_t>(capacity) + 1, -1);
+  bool invalid = false, wanting = false;
   for (int64_t b = 0; b < blocks; ++b) {
     const int32_t slot = slot_of_block[b];
-    if (slot < 0 || (release && !mask[b])) continue;
-    if (slot >= capacity || owner[size_t(slot)] >= 0) return false;
-    owner[size_t(slot)] = int32_t(b);
+    const bool live = mask[b] != 0, holds = (slot >= 0) & (live | !release);
+    invalid |= holds & (slot >= capacity);
+    wanting |= live & (slot < 0);
+    int32_t& place = owner[size_t(holds & (slot < capacity) ? slot : capacity)];
+    invalid |= holds & (place >= 0);
+    place = holds ? int32_t(b) : -1;
+  }
+  if (invalid) return false;
+  if (release)
+    for (int64_t b = 0; b < blocks; ++b) slot_of_block[b] = mask[b] ? slot_of_block[b] : -1;
+  int32_t overflow = 0;
+  if (wanting) {
+    int64_t free_slot = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (!mask[b] || slot_of_block[b] >= 0) continue;
+      while (free_slot < capacity && owner[size_t(free_slot)] >= 0) ++free_slot;
+      if (free_slot == capacity) {
+        mask[b] = 0;
+        ++overflow;
+      } else {
+        owner[size_t(free_slot)] = int32_t(b);
+        slot_of_block[b] = int32_t(free_slot);
+      }
+    }
   }
 
   const LayoutView view = layout_view(index, shape.rows, shape.columns, shape.lists(), capacity);
   const auto section = [&](const int32_t* part) { return index + (part - index); };
   int32_t* row_ptr = section(view.row_ptr);
-  int32_t* row_cols = section(view.row_cols);
-  int32_t* row_slots = section(view.row_slots);
   const int64_t rows_per_group = shape.rows / shape.groups;
   std::vector<int32_t> column_count(size_t(shape.groups * shape.columns), 0);  // of each group, per column
-  int32_t live = 0, overflow = 0;
-  int64_t free_slot = 0;
+  std::vector<int32_t> entry_cols(static_cast<size_t>(capacity) + 1), entry_slots(static_cast<size_t>(capacity) + 1);
+  int32_t live = 0;
   for (int64_t row = 0; row < shape.rows; ++row) {
     row_ptr[row] = live;
-    unsigned char* row_mask = mask + row * shape.columns;
-    int32_t* row_slot = slot_of_block + row * shape.columns;
+    const unsigned char* row_mask = mask + row * shape.columns;
+    const int32_t* row_slot = slot_of_block + row * shape.columns;
     int32_t* count = column_count.data() + row / rows_per_group * shape.columns;
+    for (int64_t col = 0; col < shape.columns; ++col) count[col] += row_mask[col];
     for (int64_t col = 0; col < shape.columns; ++col) {
-      if (!row_mask[col]) {
-        if (release) row_slot[col] = -1;
-        continue;
-      }
-      int32_t slot = row_slot[col];
-      if (slot < 0) {
-        while (free_slot < capacity && owner[size_t(free_slot)] >= 0) ++free_slot;
-        if (free_slot == capacity) {
-          row_mask[col] = 0;
-          ++overflow;
-          continue;
-        }
-        slot = row_slot[col] = int32_t(free_slot);
-        owner[size_t(slot)] = int32_t(row * shape.columns + col);
-      }
-      row_cols[live] = int32_t(col);
-      row_slots[live] = slot;
-      ++count[col];
-      ++live;
+      entry_cols[size_t(live)] = int32_t(col);
+      entry_slots[size_t(live)] = row_slot[col];
+      live += row_mask[col];
     }
   }
   row_ptr[shape.rows] = live;
+  int32_t* row_cols = section(view.row_cols);
+  int32_t* row_slots = section(view.row_slots);
+  std::copy_n(entry_cols.data(), live, row_cols);
+  std::copy_n(entry_slots.data(), live, row_slots);
 
   std::memcpy(section(view.block_of_slot), owner.data(), size_t(capacity) * sizeof(int32_t));
   int32_t* header = index;
   std::fill(header, header + 8, 0);
   header[0] = live;
   header[1] = overflow;
-  header[2] = int32_t(std::count_if(owner.begin(), owner.end(), [](int32_t b) { return b >= 0; }));
+  header[2] = int32_t(std::count_if(owner.begin(), owner.end() - 1, [](int32_t b) { return b >= 0; }));
 
   // A (group, column) belongs to one list, and a list's entries are ordered by tap, then row: where each pair's entries
   // begin follows from the counts, and one pass over the rows places them.
