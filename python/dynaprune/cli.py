@@ -25,13 +25,19 @@ TaskName = Annotated[str, typer.Argument(help="digits, titanic", metavar="TASK")
 Out = Annotated[Path, typer.Option("--out", help="new or empty folder for the results")]
 Epochs = Annotated[int | None, typer.Option(help="at most this many epochs")]
 Seed = Annotated[int | None, typer.Option(help="seed of split, weights and batches [default: 0]")]
-Target = Annotated[float | None, typer.Option("--target-sparsity", help="share of prunable weights to remove, 0..1")]
+Target = Annotated[
+    float | None, typer.Option("--target-sparsity", help="share of prunable weights to remove, 0..1")
+]
 SelfPaced = Annotated[bool, typer.Option("--self-paced", help="no target: the trial alone decides how far")]
 Data = Annotated[str | None, typer.Option(help="'hub' or a folder [default: DYNAPRUNE_DATA, else the hub]")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-Paper = Annotated[bool, typer.Option("--paper", help="the experiment's literal settings, whatever the task prefers")]
+Paper = Annotated[
+    bool, typer.Option("--paper", help="the experiment's literal settings, whatever the task prefers")
+]
 Block = Annotated[int | None, typer.Option("--block-size", help="edge of a block")]
-Threshold = Annotated[float | None, typer.Option(help="the trial's probability of accepting a harmful removal")]
+Threshold = Annotated[
+    float | None, typer.Option(help="the trial's probability of accepting a harmful removal")
+]
 Rate = Annotated[float | None, typer.Option(help="Adam's learning rate")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="samples per step")]
 Patience = Annotated[int | None, typer.Option(help="epochs without a better validation loss before stopping")]
@@ -78,7 +84,9 @@ def compare_command(
     data: Data = None,
     device: Device = "auto",
     seeds: Annotated[str | None, typer.Option(help="repeat over these seeds, for example 0,1,2")] = None,
-    folds: Annotated[int | None, typer.Option(help="repeat over the folds of a k-fold cross-validation")] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="repeat over the folds of a k-fold cross-validation")
+    ] = None,
     paper: Paper = False,
     block_size: Block = None,
     threshold: Threshold = None,
@@ -91,9 +99,8 @@ def compare_command(
 ) -> None:
     """Train TASK twice on the same data, dense with dropout and pruned while it trains, and report on both.
 
-    With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started again with
-    the same settings, finished runs are kept.
-    """
+    With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started
+    again with the same settings, finished runs are kept."""
     config = _resolve(
         task,
         epochs=epochs,
@@ -124,7 +131,9 @@ def compare_command(
                 _fail(f"--folds must be at least 2, got {folds}")
             if out.exists() and not out.is_dir():
                 _fail(f"--out must be a folder, and {out} is a file")
-            summary, interrupted = repeat(config, out, _seeds(seeds) if seeds else [config.seed], folds, quiet=quiet)
+            summary, interrupted = repeat(
+                config, out, _seeds(seeds) if seeds else [config.seed], folds, quiet=quiet
+            )
             if summary is not None:
                 print_summary(summary, out)
         else:
@@ -162,7 +171,8 @@ def train_command(
     dropout: Dropout = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its structure."""
+    """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its
+    structure."""
     config = _resolve(
         task,
         epochs=epochs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ ARMS = ("baseline", "pruned")
 
 
 class ArmFailed(RuntimeError):
-    """An arm's process ended without a result. ``code`` is its exit code (2: wrong input, already explained on stderr)."""
+    """An arm's process ended without a result. ``code`` is its exit code (2: wrong input, already explained
+    on stderr)."""
 
     def __init__(self, arm: str, code: int) -> None:
         super().__init__(f"the {arm} arm ended with exit code {code}; what it said stands above")
@@ -32,9 +34,8 @@ class ArmFailed(RuntimeError):
 class Interrupts:
     """Passes an interrupt on to the arm that is running, and remembers it.
 
-    The arms run in sessions of their own, so that a Ctrl-C reaches them once and through here. The first asks the arm to
-    finish its step and report; the second ends it.
-    """
+    The arms run in sessions of their own, so that a Ctrl-C reaches them once and through here. The first asks
+    the arm to finish its step and report; the second ends it."""
 
     seen: int = 0
     child: subprocess.Popen[bytes] | None = None
@@ -55,7 +56,10 @@ class Interrupts:
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(signal.SIGINT if self.seen == 1 else signal.SIGKILL)
         if self.seen == 1:
-            print("\ninterrupted: the running arm finishes its step and reports; once more to end it", file=sys.stderr)
+            print(
+                "\ninterrupted: the running arm finishes its step and reports; once more to end it",
+                file=sys.stderr,
+            )
 
 
 def check_empty(out: Path) -> None:
@@ -63,14 +67,29 @@ def check_empty(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
     if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out must be new or empty, and {out} holds files: choose another folder or remove it")
+        raise ValueError(
+            f"--out must be new or empty, and {out} holds files: choose another folder or remove it"
+        )
 
 
-def _run_arm(config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool) -> dict[str, Any] | None:
+def _run_arm(
+    config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool
+) -> dict[str, Any] | None:
     """The content of the arm's ``arm.json``; None where an interrupt ended it before it could write one."""
-    command = [sys.executable, "-m", "dynaprune.train", str(config_path), "--arm", arm, "--out", str(out / arm)]
+    command = [
+        sys.executable,
+        "-m",
+        "dynaprune.train",
+        str(config_path),
+        "--arm",
+        arm,
+        "--out",
+        str(out / arm),
+    ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command + (["--quiet"] if quiet else []), env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command + (["--quiet"] if quiet else []), env=environment, start_new_session=True
+    )
     interrupts.child = process
     if interrupts.seen:
         process.send_signal(signal.SIGINT)
@@ -89,13 +108,26 @@ def _run_arm(config_path: Path, arm: str, out: Path, interrupts: Interrupts, qui
     raise ArmFailed(arm, code)
 
 
-def compare(
-    config: RunConfig, out: Path, *, quiet: bool = False, pictures: bool = True, interrupts: Interrupts | None = None
-) -> dict[str, Any]:
-    """Train both arms on the same data and write ``out``: the report, histories and pictures. Returns the report.
+def _forget(out: Path, config_path: Path, arm: str) -> None:
+    """Remove what an arm that could not start has left, so that the same command can be given again."""
+    shutil.rmtree(out / arm, ignore_errors=True)
+    if not any((out / other).exists() for other in ARMS):
+        config_path.unlink(missing_ok=True)
 
-    After an interrupt the report holds what was done (``interrupted`` true, an arm that never finished an epoch null).
-    """
+
+def compare(
+    config: RunConfig,
+    out: Path,
+    *,
+    quiet: bool = False,
+    pictures: bool = True,
+    interrupts: Interrupts | None = None,
+) -> dict[str, Any]:
+    """Train both arms on the same data and write ``out``: the report, histories and pictures. Returns the
+    report.
+
+    After an interrupt the report holds what was done (``interrupted`` true, an arm that never finished an
+    epoch null)."""
     if interrupts is None:
         with Interrupts() as own:
             return compare(config, out, quiet=quiet, pictures=pictures, interrupts=own)
@@ -107,7 +139,12 @@ def compare(
     for arm in ARMS:
         if interrupts.seen:
             break
-        found = _run_arm(config_path, arm, out, interrupts, quiet)
+        try:
+            found = _run_arm(config_path, arm, out, interrupts, quiet)
+        except ArmFailed as error:
+            if error.code == 2:
+                _forget(out, config_path, arm)
+            raise
         if found is not None:
             arms[arm], environment = found["result"], found["environment"]
     report = build_report(config.to_json(), environment, arms)

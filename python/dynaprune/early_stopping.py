@@ -14,12 +14,11 @@ _NOT_ELIGIBLE, _SCHEDULE_ENDED, _TARGET_REACHED = 0, 1, 2
 class EarlyStopping:
     """Patience on the validation loss, suspended while a network is still being pruned.
 
-    - Until the target sparsity is reached, or the schedule's ``end`` has passed, no epoch counts as the best and none
-      uses up patience. A dense run is eligible from its first epoch.
+    - Until the target sparsity is reached, or the schedule's ``end`` has passed, no epoch counts as the best
+      and none uses up patience. A dense run is eligible from its first epoch.
     - A structural change in an epoch starts patience anew.
-    - An epoch that has the target always beats one that only had the schedule's end, whatever its loss; within the
-      same standing the lower loss wins. A loss that is not finite never does.
-    """
+    - An epoch that has the target always beats one that only had the schedule's end, whatever its loss;
+      within the same standing the lower loss wins. A loss that is not finite never does."""
 
     patience: int
     best_epoch: int | None = None
@@ -32,7 +31,13 @@ class EarlyStopping:
             raise ValueError(f"patience must be at least 1 epoch, got {self.patience}")
 
     def update(
-        self, epoch: int, loss: float, *, target_reached: bool, schedule_ended: bool, structure_changed: bool = False
+        self,
+        epoch: int,
+        loss: float,
+        *,
+        target_reached: bool,
+        schedule_ended: bool,
+        structure_changed: bool = False,
     ) -> bool:
         """Take the validation ``loss`` at the end of ``epoch``; True where this epoch is the best so far."""
         standing = _TARGET_REACHED if target_reached else _SCHEDULE_ENDED if schedule_ended else _NOT_ELIGIBLE

@@ -21,11 +21,11 @@ __all__ = [
     "accuracy_and_f1",
     "environment",
     "flops_of",
+    "held_bytes",
     "median_seconds",
     "memory_peak_from_now",
     "peak_memory_bytes",
     "prepare_memory_reading",
-    "resident_bytes",
     "training_state_bytes",
 ]
 
@@ -33,11 +33,14 @@ STEPS_TIMED = 20
 
 
 def accuracy_and_f1(targets: torch.Tensor, predictions: torch.Tensor, average: str) -> tuple[float, float]:
-    """Accuracy and F1 (scikit-learn, ``average`` "macro" or "binary") of predicted classes ``[n]``, both 0..1."""
+    """Accuracy and F1 (scikit-learn, ``average`` "macro" or "binary") of predicted classes ``[n]``, both
+    0..1."""
     from sklearn.metrics import accuracy_score, f1_score
 
     truth, guess = targets.cpu().numpy(), predictions.cpu().numpy()
-    return float(accuracy_score(truth, guess)), float(f1_score(truth, guess, average=average, zero_division=0.0))
+    return float(accuracy_score(truth, guess)), float(
+        f1_score(truth, guess, average=average, zero_division=0.0)
+    )
 
 
 def median_seconds(seconds: list[float]) -> float | None:
@@ -46,7 +49,8 @@ def median_seconds(seconds: list[float]) -> float | None:
 
 
 def flops_of(run: Callable[[], Any]) -> tuple[Any, int]:
-    """``(run(), its floating point operations)`` by torch's counter: block-sparse ops count their live blocks."""
+    """``(run(), its floating point operations)`` by torch's counter: block-sparse ops count their live
+    blocks."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -67,7 +71,12 @@ def training_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         for value in entries.values()
         if isinstance(value, torch.Tensor)
     )
-    return {"weights": weights, "gradients": gradients, "optimizer": state, "total": weights + gradients + state}
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": state,
+        "total": weights + gradients + state,
+    }
 
 
 def _status_bytes(name: str) -> int | None:
@@ -78,8 +87,10 @@ def _status_bytes(name: str) -> int | None:
     return None
 
 
-def resident_bytes() -> int | None:
-    """The resident set now, where /proc tells it."""
+def held_bytes(device: torch.device) -> int | None:
+    """Bytes held now: by the CUDA allocator, or the process's resident set where /proc tells it."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
     return _status_bytes("VmRSS")
 
 
@@ -99,10 +110,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def prepare_memory_reading(device: torch.device) -> bool:
-    """Start the peak anew from what is held now; False where the system cannot (then only the whole run's peak exists).
+    """Start the peak anew from what is held now; False where the system cannot (then only the whole run's
+    peak exists).
 
-    On Linux the allocator's free pages go back to the system first (``malloc_trim``), so that memory the training has
-    let go is not counted, and writing 5 to /proc/self/clear_refs resets the peak resident set.
+    On Linux the allocator's free pages go back to the system first (``malloc_trim``), so that memory the
+    training has let go is not counted, and writing 5 to /proc/self/clear_refs resets the peak resident set.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

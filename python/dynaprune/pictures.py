@@ -116,7 +116,9 @@ def _lines(
         axes.plot(epochs, values, color=colour)
         best = [i for i, row in enumerate(r for r in rows if r["arm"] == arm) if row["best"] == "True"]
         if best:
-            axes.plot(epochs[best[-1]], values[best[-1]], "o", color=colour, ms=7, mec=PAPER, mew=1.6, zorder=4)
+            axes.plot(
+                epochs[best[-1]], values[best[-1]], "o", color=colour, ms=7, mec=PAPER, mew=1.6, zorder=4
+            )
         ends.append((epochs[-1], values[-1], arm))
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
@@ -124,18 +126,29 @@ def _lines(
     if floor:
         axes.set_ylim(bottom=0)
     low, high = axes.get_ylim()
-    near = len(ends) == 2 and abs(ends[0][1] - ends[1][1]) < 0.06 * (high - low) and abs(ends[0][0] - ends[1][0]) < 2
+    near = (
+        len(ends) == 2
+        and abs(ends[0][1] - ends[1][1]) < 0.06 * (high - low)
+        and abs(ends[0][0] - ends[1][0]) < 2
+    )
     for number, (x, y, arm) in enumerate(sorted(ends, key=lambda e: e[1])):
         shift = (-7 if number == 0 else 7) if near else 0
         axes.annotate(
-            arm, (x, y), (7, shift), textcoords="offset points", color=COLOURS[arm], fontsize=9, va="center", weight="bold"
+            arm,
+            (x, y),
+            (7, shift),
+            textcoords="offset points",
+            color=COLOURS[arm],
+            fontsize=9,
+            va="center",
+            weight="bold",
         )
 
 
 def draw_curves(rows: list[dict[str, str]], report: dict[str, Any]) -> Figure:
     """Loss, accuracy, cost and size over the epochs, both arms; ``rows`` are those of ``history.csv``."""
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 6.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.18, h_pad=0.14)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.18, h_pad=0.14)  # type: ignore[union-attr, call-arg]
     _lines(panels[0, 0], rows, "validation_loss", "validation loss", floor=True)
     _lines(panels[0, 1], rows, "validation_accuracy", "validation accuracy (%)", 100)
     _lines(panels[1, 0], rows, "flops_per_step", "MFLOP per training step", 1e-6, floor=True)
@@ -146,24 +159,25 @@ def draw_curves(rows: list[dict[str, str]], report: dict[str, Any]) -> Figure:
             axes.axvline(reached, color=ACCENT, lw=1, ls=(0, (2, 3)), zorder=1)
         panels[1, 1].annotate(
             "target reached",
-            (reached, panels[1, 1].get_ylim()[1]),
-            (5, -4),
+            (reached, 0.5),
+            (6, 0),
+            xycoords=panels[1, 1].get_xaxis_transform(),
             textcoords="offset points",
             color=ACCENT,
-            fontsize=8.5,
-            va="top",
+            fontsize=9,
+            va="center",
         )
     _heading(figure, f"{report['task']}: a network that shrinks while it trains", _verdict(report))
     return figure
 
 
 def _first_at_target(rows: list[dict[str, str]], report: dict[str, Any]) -> float | None:
-    target = report["config"]["target_sparsity"]
-    if target is None or not report["pruned"] or not report["pruned"]["target_reached"]:
+    if report["config"]["target_sparsity"] is None:
         return None
-    epochs, sparsity = _columns(rows, "pruned", "epoch", "sparsity")
-    there = epochs[sparsity >= target - 0.005]
-    return float(there[0]) if len(there) else None
+    there = [
+        float(row["epoch"]) for row in rows if row["arm"] == "pruned" and row["target_reached"] == "True"
+    ]
+    return there[0] if there else None
 
 
 def _verdict(report: dict[str, Any]) -> str:
@@ -172,7 +186,9 @@ def _verdict(report: dict[str, Any]) -> str:
     if baseline:
         parts.append(f"test accuracy {100 * baseline['test_accuracy']:.1f} % dense")
     if pruned:
-        parts.append(f"{100 * pruned['test_accuracy']:.1f} % pruned at {100 * pruned['sparsity']:.0f} % sparsity")
+        parts.append(
+            f"{100 * pruned['test_accuracy']:.1f} % pruned at {100 * pruned['sparsity']:.0f} % sparsity"
+        )
     flops = report["ratios"].get("flops_per_step_last")
     if flops is not None:
         parts.append(f"last step at {100 * flops:.0f} % of the FLOPs")
@@ -207,7 +223,14 @@ def draw_density(path: Path, steps: float, report: dict[str, Any]) -> Figure:
     top.tick_params(bottom=False)
     panel.grid(False)
     mesh = panel.pcolormesh(
-        edges, np.arange(len(layers) + 1), image, cmap=_LIFE, vmin=0, vmax=1, edgecolors="none", rasterized=True
+        edges,
+        np.arange(len(layers) + 1),
+        image,
+        cmap=_LIFE,
+        vmin=0,
+        vmax=1,
+        edgecolors="none",
+        rasterized=True,
     )
     panel.hlines(np.arange(1, len(layers)), edges[0], edges[-1], color=PAPER, lw=3)
     panel.set_yticks(np.arange(len(layers)) + 0.5, [_layer_label(n, path.parent) for n in layers])
@@ -229,10 +252,14 @@ def draw_density(path: Path, steps: float, report: dict[str, Any]) -> Figure:
             fontsize=9,
             annotation_clip=False,
         )
-    bar = figure.colorbar(mesh, ax=[top, panel], shrink=0.6, pad=0.09, aspect=26, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(mesh, ax=[top, panel], shrink=0.6, pad=0.045, aspect=26, ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0", "50", "100 % live"])
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    _heading(figure, f"{report['task']}: where the weights went", "share of live weights, layer by layer, while it trains")
+    bar.outline.set_visible(False)
+    _heading(
+        figure,
+        f"{report['task']}: where the weights went",
+        "share of live weights, layer by layer, while it trains",
+    )
     return figure
 
 
@@ -256,10 +283,10 @@ def _moments(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw_masks(folder: Path, report: dict[str, Any]) -> Figure:
-    """The blocks of every layer at a few moments: dark where a live block's weights are large, pale where it is gone.
+    """The blocks of every layer at a few moments: dark where a live block's weights are large, pale where it
+    is gone.
 
-    All matrices of a row have one scale, so a layer whose neurons were cut is drawn smaller.
-    """
+    All matrices of a row have one scale, so a layer whose neurons were cut is drawn smaller."""
     described = json.loads((folder / "masks.json").read_text())
     frames = _moments(described["frames"])
     layers = list(described["shapes"])[:8]
@@ -281,16 +308,21 @@ def draw_masks(folder: Path, report: dict[str, Any]) -> Figure:
                 _bare(axes)
                 if row == 0:
                     axes.set_title(
-                        f"epoch {frame['step'] / per_epoch:.1f}\n{100 * frame['sparsity']:.0f} % gone", fontsize=10
+                        f"epoch {frame['step'] / per_epoch:.1f}\n{100 * frame['sparsity']:.0f} % gone",
+                        fontsize=10,
                     )
                 if column == 0:
                     outputs, inputs = described["shapes"][name]
                     axes.set_ylabel(f"{name}\n{inputs} → {outputs}", fontsize=9, color=INK)
                 if name in frame["layers"]:
                     part = frame["layers"][name]
-                    _mask_image(axes, arrays[part["key"]].astype(float), part["shape"], described["shapes"][name])
+                    _mask_image(
+                        axes, arrays[part["key"]].astype(float), part["shape"], described["shapes"][name]
+                    )
     _heading(
-        figure, f"{report['task']}: the live blocks", "dark: large weights;  light: small;  blank: gone, and no longer computed"
+        figure,
+        f"{report['task']}: the live blocks",
+        "dark: large weights;  light: small;  blank: gone, and no longer computed",
     )
     return figure
 

@@ -11,7 +11,8 @@ _LINES = 10
 
 
 class EpochProgress:
-    """A context manager that shows steps as a bar (stderr is a terminal) or about ten lines a run (it is not)."""
+    """A context manager that shows steps as a bar (stderr is a terminal) or about ten lines a run (it is
+    not)."""
 
     def __init__(self, arm: str, epochs: int, steps: int, *, quiet: bool = False) -> None:
         self.arm, self.epochs, self.steps = arm, epochs, steps

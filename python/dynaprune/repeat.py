@@ -33,11 +33,11 @@ def corrected_interval(
 ) -> dict[str, float | None]:
     """Mean of paired differences and its corrected-resampled interval (Nadeau and Bengio 2003, section 3).
 
-    Runs that share training rows are not independent, so the variance of the mean of J differences with sample variance
-    s^2 is taken as ``(1/J + n_test/n_train) s^2``, and Student's t has J - 1 degrees of freedom. ``low`` and ``high``
-    bound the two-sided interval of ``level``; ``low_one_sided`` is the one-sided lower bound of the same level.
-    With a single run the bounds are None. ValueError for no run or no rows.
-    """
+    Runs that share training rows are not independent, so the variance of the mean of J differences with
+    sample variance s^2 is taken as ``(1/J + n_test/n_train) s^2``, and Student's t has J - 1 degrees of
+    freedom. ``low`` and ``high`` bound the two-sided interval of ``level``; ``low_one_sided`` is the
+    one-sided lower bound of the same level. With a single run the bounds are None. ValueError for no run or
+    no rows."""
     runs = len(differences)
     if runs < 1:
         raise ValueError("expected at least one difference, got none")
@@ -61,7 +61,8 @@ def corrected_interval(
 
 
 def plan(config: RunConfig, seeds: list[int], folds: int | None) -> list[tuple[str, RunConfig]]:
-    """``(folder, configuration)`` of each run: every fold of every seed (each seed shuffles its own folds)."""
+    """``(folder, configuration)`` of each run: every fold of every seed (each seed shuffles its own
+    folds)."""
     if not seeds:
         raise ValueError("expected at least one seed, got none")
     if len(set(seeds)) != len(seeds):
@@ -84,7 +85,9 @@ def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     wanted = json.loads(json.dumps(config.to_json()))
     if report["config"] != wanted:
         other = sorted(k for k in wanted if report["config"].get(k) != wanted[k])
-        raise ValueError(f"{folder} holds a run with other settings ({', '.join(other)}): choose another --out")
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(other)}): choose another --out"
+        )
     return None if report["interrupted"] else dict(report)
 
 
@@ -104,7 +107,11 @@ def summarise(reports: dict[str, dict[str, Any]], planned: int) -> dict[str, Any
         }
     promises = {}
     for key, part, label, kind, worst in _PROMISES:
-        values = {name: report[part].get(key) for name, report in reports.items() if report[part].get(key) is not None}
+        values = {
+            name: report[part].get(key)
+            for name, report in reports.items()
+            if report[part].get(key) is not None
+        }
         if values:
             at = worst(values, key=lambda name: values[name])
             promises[f"{part}.{key}"] = {
@@ -149,12 +156,14 @@ def summary_markdown(summary: dict[str, Any]) -> str:
     lines = [
         f"# dynaprune compare {summary['task']}: {summary['runs']} of {summary['runs_planned']} runs",
         "",
-        "| | baseline | pruned | difference (points) | 95 % interval, two-sided | 95 % lower bound, one-sided |",
+        "| | baseline | pruned | difference (points) | 95 % interval, two-sided | one-sided lower bound |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for metric, label in (("test_accuracy", "test accuracy"), ("test_f1", "test F1")):
         found = summary["differences"][metric]
-        points = {k: None if found[k] is None else 100 * found[k] for k in ("mean", "low", "high", "low_one_sided")}
+        points = {
+            k: None if found[k] is None else 100 * found[k] for k in ("mean", "low", "high", "low_one_sided")
+        }
         interval = "-" if points["low"] is None else f"{points['low']:+.2f} to {points['high']:+.2f}"
         bound = "-" if points["low_one_sided"] is None else f"{points['low_one_sided']:+.2f}"
         means = f"{shown(found['baseline_mean'], 'share')} | {shown(found['pruned_mean'], 'share')}"
@@ -162,26 +171,42 @@ def summary_markdown(summary: dict[str, Any]) -> str:
     ratio = summary["test_rows"] / summary["train_rows"]
     lines += [
         "",
-        "Differences are pruned - baseline, paired by run. The interval is the corrected-resampled one (Nadeau and Bengio",
-        f"2003): variance factor 1/J + n_test/n_train = 1/{summary['runs']} + {ratio:.3f}, Student's t with J - 1 degrees of",
-        "freedom; n_train is the part the weights were fitted on (without the validation part).",
+        "Differences are pruned - baseline, paired by run. The interval is the corrected-resampled one",
+        f"(Nadeau, Bengio 2003): variance factor 1/J + n_test/n_train = 1/{summary['runs']} + {ratio:.3f};",
+        "Student's t with J - 1 degrees of freedom; n_train is the part the weights were fitted on (without",
+        "the validation part).",
+        "The one-sided lower bound holds with 95 % too.",
         "",
         "| | mean | least | most | worst | in |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for promise in summary["promises"].values():
         kind = promise["kind"]
-        values = [shown(promise[k], kind) if kind == "share" else f"{promise[k]:.3f}" for k in ("mean", "min", "max", "worst")]
+        values = [
+            shown(promise[k], kind) if kind == "share" else f"{promise[k]:.3f}"
+            for k in ("mean", "min", "max", "worst")
+        ]
         lines.append(f"| {promise['label']} | {' | '.join(values)} | {promise['worst_run']} |")
-    reached = "in every run" if summary["target_reached_in_all"] else f"not in {', '.join(summary['target_missed_in'])}"
+    reached = (
+        "in every run"
+        if summary["target_reached_in_all"]
+        else f"not in {', '.join(summary['target_missed_in'])}"
+    )
     lines += ["", f"Target sparsity reached: {reached}.", ""]
     return "\n".join(lines)
 
 
 def repeat(
-    config: RunConfig, out: Path, seeds: list[int], folds: int | None, *, pictures: bool = False, quiet: bool = False
+    config: RunConfig,
+    out: Path,
+    seeds: list[int],
+    folds: int | None,
+    *,
+    pictures: bool = False,
+    quiet: bool = False,
 ) -> tuple[dict[str, Any] | None, bool]:
-    """Run the plan, each run in its folder under ``out``; runs finished before with the same settings are kept.
+    """Run the plan, each run in its folder under ``out``; runs finished before with the same settings are
+    kept.
 
     Writes ``summary.json`` and ``summary.md`` after every run. Returns (the summary or None, interrupted).
     """
@@ -213,6 +238,8 @@ def repeat(
 def _line(number: int, runs: int, name: str, report: dict[str, Any]) -> str:
     baseline, pruned = report["baseline"], report["pruned"]
     return (
-        f"{number:>4}/{runs}  {name:<18} accuracy {baseline['test_accuracy']:.4f} -> {pruned['test_accuracy']:.4f}  "
-        f"sparsity {pruned['sparsity']:.3f}  step / dense twin {report['ratios'].get('step_seconds_last_to_dense', 0):.2f}"
+        f"{number:>4}/{runs}  {name:<18}"
+        f" accuracy {baseline['test_accuracy']:.4f} -> {pruned['test_accuracy']:.4f}"
+        f"  sparsity {pruned['sparsity']:.3f}"
+        f"  step / dense twin {report['ratios'].get('step_seconds_last_to_dense', 0):.2f}"
     )

@@ -11,7 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["METRICS", "PRUNED_METRICS", "build_report", "ratios", "write_bytes", "write_csv", "write_csv_lines", "write_json", "write_markdown", "write_text"]
+__all__ = [
+    "METRICS",
+    "PRUNED_METRICS",
+    "build_report",
+    "ratios",
+    "write_bytes",
+    "write_csv",
+    "write_csv_lines",
+    "write_json",
+    "write_markdown",
+    "write_text",
+]
 
 METRICS = (
     "test_accuracy",
@@ -88,7 +99,9 @@ def ratios(baseline: dict[str, Any] | None, pruned: dict[str, Any] | None) -> di
     found = {
         name: pruned[name] / baseline[name]
         for name in METRICS
-        if isinstance(pruned.get(name), (int, float)) and isinstance(baseline.get(name), (int, float)) and baseline[name]
+        if isinstance(pruned.get(name), (int, float))
+        and isinstance(baseline.get(name), (int, float))
+        and baseline[name]
     }
     if pruned.get("step_seconds_dense") and pruned.get("step_seconds_last"):
         found["step_seconds_last_to_dense"] = pruned["step_seconds_last"] / pruned["step_seconds_dense"]
@@ -98,7 +111,8 @@ def ratios(baseline: dict[str, Any] | None, pruned: dict[str, Any] | None) -> di
 def build_report(
     config: dict[str, Any], environment: dict[str, Any], arms: dict[str, dict[str, Any] | None]
 ) -> dict[str, Any]:
-    """The content of ``report.json``: an arm that did not run is null, and ``interrupted`` says whether one was cut."""
+    """The content of ``report.json``: an arm that did not run is null, and ``interrupted`` says whether one
+    was cut."""
     baseline, pruned = arms.get("baseline"), arms.get("pruned")
     return {
         "task": config["task"],
@@ -180,16 +194,16 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 _NOTES = """\
-- The ratio is pruned / baseline; in the line of the dense twin it is the pruned step over the dense one. The twin is the
-  same network dense and without dropout, timed a few steps at a time in turn with the pruned model: the honest reference
-  for its step time (the baseline also pays for dropout).
-- Peak memory of the process is its largest resident set (CUDA: of the allocator). A run that starts dense cannot lower it.
-  The peak of the last 20 steps starts from what is held then, the libraries included; on the CPU free pages of the
-  allocator are handed back first, in both arms.
-- FLOPs are counted in forward and backward at every change of the structure (block-sparse operations count live blocks);
-  the total includes the trials.
-- The step times at the end are 20 further steps after training (40 for the comparison in turn); the weights that are
-  tested were kept before them.
+- The ratio is pruned / baseline; in the line of the dense twin it is the pruned step over the dense one.
+  The twin is the same network dense and without dropout, timed a few steps at a time in turn with the
+  pruned model: the honest reference for its step time (the baseline also pays for dropout).
+- Peak memory of the process is its largest resident set (CUDA: of the allocator). A run that starts dense
+  cannot lower it. The peak of the last 20 steps starts from what is held then, the libraries included; on
+  the CPU free pages of the allocator are handed back first, in both arms.
+- FLOPs are counted in forward and backward at every change of the structure (block-sparse operations
+  count live blocks); the total includes the trials.
+- The step times at the end are those of 20 further steps after training (40 for the comparison in turn);
+  the weights that are tested were kept before them.
 """
 
 
@@ -209,8 +223,10 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
             lines.append(f"- {arm}: {done['state']} after {done['epochs']} epochs; tested with {best}.")
     pruned = report["pruned"]
     if pruned and pruned.get("trial_seconds") is not None:
-        share = pruned["trial_seconds"] / max(pruned["train_seconds"], 1e-9)
-        lines.append(f"- Trials took {pruned['trial_seconds']:.2f} s, {100 * share:.1f} % of the pruned arm's training time.")
+        share = 100 * pruned["trial_seconds"] / max(pruned["train_seconds"], 1e-9)
+        lines.append(
+            f"- Trials took {pruned['trial_seconds']:.2f} s, {share:.1f} % of the pruned training time."
+        )
     lines += ["", "## Settings", "", *[f"- {k}: {v}" for k, v in report["config"].items()]]
     lines += ["", "## Machine", "", *[f"- {k}: {v}" for k, v in report["environment"].items()], ""]
     write_text(path, "\n".join(lines))

@@ -19,8 +19,8 @@ __all__ = ["RunConfig", "resolve"]
 class RunConfig:
     """Everything that decides a run's result, the same for both arms (``dropout`` is the baseline's).
 
-    ``target_sparsity`` None means self-paced. ``pruning`` holds further keyword arguments of `dynaprune.PruningConfig`.
-    """
+    ``target_sparsity`` None means self-paced. ``pruning`` holds further keyword arguments of
+    `dynaprune.PruningConfig`."""
 
     task: str
     seed: int = 0
@@ -65,7 +65,9 @@ def _device(name: str) -> str:
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ValueError("device cuda was asked for, and this torch finds no CUDA device (use --device cpu or auto)")
+        raise ValueError(
+            "device cuda was asked for, and this torch finds no CUDA device (use --device cpu or auto)"
+        )
     return "cuda" if available and name != "cpu" else "cpu"
 
 
@@ -98,7 +100,8 @@ def check(config: RunConfig) -> RunConfig:
 
 
 def resolve(task: str, *, paper: bool = False, self_paced: bool = False, **given: Any) -> RunConfig:
-    """A checked configuration: the task's defaults, the experiment's literal settings if ``paper``, then what was given.
+    """A checked configuration: the task's defaults, the experiment's literal settings if ``paper``, then what
+    was given.
 
     ``given`` takes the fields of `RunConfig`; None means not given. ``self_paced`` drops the target sparsity.
     """

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from dynaprune.metrics import flops_of
 from dynaprune.report import write_bytes, write_csv, write_json
+from dynaprune.steps import to_device
+from dynaprune.tasks.data import batches, batches_per_epoch
 
 if TYPE_CHECKING:
     from dynaprune.nn import BlockSparseLayer
-    from dynaprune.run_config import RunConfig
-    from dynaprune.tasks import Task
+    from dynaprune.steps import Arm
+    from dynaprune.tasks import TaskData
 
 __all__ = ["CountedTrial", "DenseStructure", "PrunedStructure"]
 
@@ -95,7 +96,8 @@ class CountedTrial:
 
 @dataclass
 class _Frame:
-    """The live blocks of every layer after ``step`` steps: root mean square weight per block, 0 where dead."""
+    """The live blocks of every layer after ``step`` steps: root mean square weight per block, 0 where
+    dead."""
 
     step: int
     sparsity: float
@@ -114,20 +116,13 @@ class _Film:
 class PrunedStructure(DenseStructure):
     """A network that `dynaprune.attach` makes smaller while it trains."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: RunConfig,
-        task: Task,
-        train: Dataset[Any],
-        *,
-        total_steps: int,
-    ) -> None:
+    def __init__(self, arm: Arm, data: TaskData) -> None:
         import dynaprune
         from dynaprune.nn import BlockSparseLayer
 
+        model, config, task = arm.model, arm.config, arm.task
         super().__init__(model)
+        self.total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
 
         def losses(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             inputs, targets = batch
@@ -135,19 +130,23 @@ class PrunedStructure(DenseStructure):
 
         self.trial = CountedTrial(
             dynaprune.CalibrationTrial(
-                model, train, losses, samples=config.calibration_samples, seed=config.model_seed + 1
+                model, data.train, losses, samples=config.calibration_samples, seed=config.model_seed + 1
             )
         )
-        inputs = torch.utils.data.default_collate([train[0], train[1]])[0]
+        inputs, _ = next(batches(data.train, 2))
         self.pruning = dynaprune.PruningConfig(
             target_sparsity=config.target_sparsity,
             block_size=config.block_size,
             threshold=config.threshold,
-            total_steps=total_steps,
-            **config.pruning,
+            total_steps=self.total_steps,
+            batch_size=config.batch_size,
+            classes=data.classes,
+            seed=config.model_seed,
+            **{"neurons": True, **config.pruning},
         )
-        self.pruner = dynaprune.attach(model, optimizer, self.pruning, trial=self.trial, example_inputs=inputs)
-        self.total_steps = total_steps
+        self.pruner = dynaprune.attach(
+            model, arm.optimizer, self.pruning, trial=self.trial, example_inputs=to_device(inputs, arm.device)
+        )
         self._sparse_type = BlockSparseLayer
         self._built = {name: math.prod(_dense_shape(layer)) for name, layer in self._layers()}
         self._dense_shapes = {name: _dense_shape(layer) for name, layer in self._layers()}
@@ -163,10 +162,11 @@ class PrunedStructure(DenseStructure):
         return [(n, m) for n, m in self.model.named_modules() if isinstance(m, self._sparse_type)]
 
     def version(self) -> int:
-        """Changes with the live masks and the sizes of layers; cheap where no mask was touched since the last call."""
+        """Changes with the live masks and the sizes of layers; cheap where no mask was touched since the last
+        call."""
         layers = self._layers()
-        marks = tuple((id(m), id(m.layout.mask), m.layout.mask._version) for _, m in layers)
-        marks += tuple(p.shape for p in self.model.parameters())
+        masks = tuple((id(m), id(m.layout.mask), m.layout.mask._version) for _, m in layers)
+        marks = (masks, tuple(p.shape for p in self.model.parameters()))
         if marks == self._marks:
             return self._version
         self._marks = marks
@@ -227,7 +227,6 @@ class PrunedStructure(DenseStructure):
 
     def facts(self) -> dict[str, Any]:
         """Size, sparsity and counts of removed units, now."""
-        self.version()
         said = self.pruner.report()
         names = ("neurons_removed", "blocks_removed", "removed_passed", "removed_forced", "removed_untested")
         return {
@@ -235,7 +234,9 @@ class PrunedStructure(DenseStructure):
             "sparsity": self.sparsity(),
             "target_reached": self.target_reached(),
             **{name: said[name] for name in names},
-            "density_by_layer": {name: self._live.get(name, 0) / built for name, built in self._built.items()},
+            "density_by_layer": {
+                name: self._live.get(name, 0) / built for name, built in self._built.items()
+            },
         }
 
     def end_of_training(self) -> dict[str, Any]:
@@ -256,7 +257,7 @@ class PrunedStructure(DenseStructure):
         arrays: dict[str, np.ndarray] = {}
         index = []
         for number, frame in enumerate(frames):
-            layers = {}
+            layers: dict[str, Any] = {}
             for name, image in frame.layers.items():
                 key = f"frame{number}_layer{len(layers)}"
                 arrays[key] = image
@@ -264,7 +265,7 @@ class PrunedStructure(DenseStructure):
             index.append({"step": frame.step, "sparsity": frame.sparsity, "layers": layers})
         shapes = {name: list(shape) for name, shape in self._dense_shapes.items()}
         write_json(out / "masks.json", {"shapes": shapes, "frames": index})
-        write_bytes(out / "masks.npz", lambda file: np.savez_compressed(file, **arrays))
+        write_bytes(out / "masks.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def _dense_shape(layer: BlockSparseLayer) -> tuple[int, int]:

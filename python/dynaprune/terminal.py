@@ -36,9 +36,12 @@ def print_report(report: dict[str, Any], out: Path) -> None:
 
 
 def print_summary(summary: dict[str, Any], out: Path) -> None:
-    """Paired differences with their intervals, the promises with their worst run, then where the files are."""
+    """Paired differences with their intervals, the promises with their worst run, then where the files
+    are."""
     console = _console()
-    table = Table(title=f"{summary['task']}, {summary['runs']} of {summary['runs_planned']} runs", title_justify="left")
+    table = Table(
+        title=f"{summary['task']}, {summary['runs']} of {summary['runs_planned']} runs", title_justify="left"
+    )
     for name in ("", "baseline", "pruned", "difference", "95 % interval"):
         table.add_column(name, justify="right" if name else "left")
     for metric, label in (("test_accuracy", "test accuracy"), ("test_f1", "test F1")):
@@ -54,7 +57,11 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
         values = [f"{promise[k]:.3f}" for k in ("mean", "min", "max")]
         promises.add_row(promise["label"], *values, promise["worst_run"])
     console.print(promises)
-    reached = "in every run" if summary["target_reached_in_all"] else f"not in {', '.join(summary['target_missed_in'])}"
+    reached = (
+        "in every run"
+        if summary["target_reached_in_all"]
+        else f"not in {', '.join(summary['target_missed_in'])}"
+    )
     console.print(f"  target reached: {reached}", highlight=False)
     for name in ("summary.md", "summary.json"):
         console.print(f"  {out / name}", highlight=False, soft_wrap=True)

@@ -1,8 +1,7 @@
 """The tasks that ``dynaprune compare`` knows: data, model, loss, metric and the experiment's defaults.
 
-A task is one `Task` object in its own module; the modules are imported only when asked for, so that the command
-line starts quickly and a task's libraries are needed only by those who run it.
-"""
+A task is one `Task` object in its own module; the modules are imported only when asked for, so that the
+command line starts quickly and a task's libraries are needed only by those who run it."""
 
 from __future__ import annotations
 
@@ -27,10 +26,10 @@ _MODULES = {
 class Split:
     """Which part of the data is the test part, and where the data come from.
 
-    ``fold`` of ``folds`` is the test part (stratified k-fold, shuffled by ``seed``); without folds one fifth is, drawn
-    by ``seed``. One eighth of the rest is the validation part in both cases. Tasks with an official test set keep it.
-    ``source`` is ``None`` (the environment's DYNAPRUNE_DATA, else the hub), ``"hub"``, or a folder.
-    """
+    ``fold`` of ``folds`` is the test part (stratified k-fold, shuffled by ``seed``); without folds one fifth
+    is, drawn by ``seed``. One eighth of the rest is the validation part in both cases. Tasks with an official
+    test set keep it. ``source`` is ``None`` (the environment's DYNAPRUNE_DATA, else the hub), ``"hub"``, or a
+    folder."""
 
     seed: int
     fold: int | None = None
@@ -40,7 +39,8 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Prepared data: three datasets of ``(inputs, target)``, ready for the model, and what was done to get them."""
+    """Prepared data: three datasets of ``(inputs, target)``, ready for the model, and what was done to get
+    them."""
 
     train: Dataset[Any]
     validation: Dataset[Any]
@@ -51,7 +51,8 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Defaults:
-    """A task's settings. The values here are the experiment's; a task that needs others says so in its module."""
+    """A task's settings. The values here are the experiment's; a task that needs others says so in its
+    module."""
 
     epochs: int = 50
     lr: float = 1e-3
@@ -78,10 +79,10 @@ def _cross_entropy_per_sample(outputs: torch.Tensor, targets: torch.Tensor) -> t
 class Task:
     """Everything an arm needs to know about a task.
 
-    ``load(split)`` gives the data; ``build_model(data, dropout)`` a fresh model whose initial weights depend on torch's
-    global seed only (not on ``dropout``); ``forward(model, inputs)`` its class scores ``[n, classes]``;
-    ``losses(outputs, targets)`` one loss per sample ``[n]``; ``f1_average`` is scikit-learn's ``average``.
-    """
+    ``load(split)`` gives the data; ``build_model(data, dropout)`` a fresh model whose initial weights depend
+    on torch's global seed only (not on ``dropout``); ``forward(model, inputs)`` its class scores ``[n,
+    classes]``; ``losses(outputs, targets)`` one loss per sample ``[n]``; ``f1_average`` is scikit-learn's
+    ``average``."""
 
     name: str
     title: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from dynaprune.tasks import Split
 
 if TYPE_CHECKING:
-    import pandas
+    import pyarrow
 
 __all__ = ["batches", "batches_per_epoch", "mlp", "read_table", "split_rows"]
 
@@ -25,10 +26,10 @@ HUB_HINT = (
 
 
 def split_rows(labels: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row numbers ``(train, validation, test)``, stratified by ``labels [n]``, each sorted, disjoint, together all rows.
+    """Row numbers ``(train, validation, test)``, stratified by ``labels [n]``, each sorted, disjoint,
+    together all rows.
 
-    Test: fold ``split.fold`` of ``split.folds``, or one fifth. Validation: one eighth of what is left.
-    """
+    Test: fold ``split.fold`` of ``split.folds``, or one fifth. Validation: one eighth of what is left."""
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
     rows = np.arange(len(labels))
@@ -41,25 +42,30 @@ def split_rows(labels: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray
             raise ValueError(f"fold must be in 0..{split.folds - 1}, got {split.fold}")
         folds = StratifiedKFold(split.folds, shuffle=True, random_state=split.seed)
         rest, test = list(folds.split(rows, labels))[split.fold]
-    train, validation = train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=split.seed)
+    train, validation = train_test_split(
+        rest, test_size=0.125, stratify=labels[rest], random_state=split.seed
+    )
     return np.sort(train), np.sort(validation), np.sort(test)
 
 
-def read_table(source: str | None, folder: str, hub_name: str, part: str = "train") -> tuple[pandas.DataFrame, str]:
+def read_table(
+    source: str | None, folder: str, hub_name: str, part: str = "train"
+) -> tuple[pyarrow.Table, str]:
     """A table of rows and where it came from.
 
-    ``source`` is a folder that holds ``<folder>/<part>.parquet``, ``"hub"``, or None: DYNAPRUNE_DATA where it is set,
-    else the hub data set ``hub_name``. FileNotFoundError for a folder without the file, ConnectionError (with what to
-    do about it) for a hub that cannot be reached.
-    """
+    ``source`` is a folder that holds ``<folder>/<part>.parquet``, ``"hub"``, or None: DYNAPRUNE_DATA where it
+    is set, else the hub data set ``hub_name``. FileNotFoundError for a folder without the file,
+    ConnectionError (with what to do about it) for a hub that cannot be reached."""
     source = source or os.environ.get("DYNAPRUNE_DATA") or "hub"
     if source != "hub":
         path = Path(source).expanduser() / folder / f"{part}.parquet"
         if not path.is_file():
-            raise FileNotFoundError(f"expected the table {folder}/{part}.parquet in the data folder {source}; it is not there")
-        import pandas
+            raise FileNotFoundError(
+                f"expected the table {folder}/{part}.parquet in the data folder {source}; it is not there"
+            )
+        from pyarrow import parquet
 
-        return pandas.read_parquet(path), f"{folder}/{part}.parquet"
+        return parquet.read_table(path), f"{folder}/{part}.parquet"
     try:
         import datasets
     except ImportError as error:
@@ -74,7 +80,7 @@ def read_table(source: str | None, folder: str, hub_name: str, part: str = "trai
             f"could not load {hub_name!r} from the hub ({type(error).__name__}: {error}). "
             + HUB_HINT.format(file=f"{folder}/{part}.parquet")
         ) from error
-    return table.to_pandas(), f"hub:{hub_name}"
+    return table.with_format("arrow")[:], f"hub:{hub_name}"
 
 
 def batches_per_epoch(dataset: Dataset[Any], batch_size: int) -> int:
@@ -85,10 +91,11 @@ def batches_per_epoch(dataset: Dataset[Any], batch_size: int) -> int:
 def batches(
     dataset: Dataset[Any], batch_size: int, generator: torch.Generator | None = None
 ) -> Iterator[tuple[Any, torch.Tensor]]:
-    """``(inputs, targets)`` batches of one pass: in random order by ``generator``, in the data's order without one.
+    """``(inputs, targets)`` batches of one pass: in random order by ``generator``, in the data's order
+    without one.
 
-    The order depends on the generator's state alone, so that two arms with the same seed see the same batches.
-    """
+    The order depends on the generator's state alone, so that two arms with the same seed see the same
+    batches."""
     rows = len(dataset)  # type: ignore[arg-type]
     if isinstance(dataset, TensorDataset):
         order = torch.randperm(rows, generator=generator) if generator is not None else None
@@ -104,9 +111,10 @@ def batches(
 
 
 def mlp(widths: list[int], dropout: float) -> torch.nn.Sequential:
-    """Linear-ReLU(-dropout) through ``widths``, ending in a Linear: the same initial weights with and without dropout."""
+    """Linear-ReLU(-dropout) through ``widths``, ending in a Linear: the same initial weights with and without
+    dropout."""
     layers: list[torch.nn.Module] = []
-    for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         layers.append(torch.nn.Linear(inputs, outputs))
         if i < len(widths) - 2:
             layers.append(torch.nn.ReLU())

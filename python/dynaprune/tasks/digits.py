@@ -1,4 +1,5 @@
-"""``digits``: scikit-learn's bundled handwritten digits (1,797 real 8x8 images, UCI), MLP 64-1024-1024-1024-10."""
+"""``digits``: scikit-learn's bundled handwritten digits (1,797 real 8x8 images, UCI), MLP
+64-1024-1024-1024-10."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ def load(split: Split) -> TaskData:
     rows = split_rows(labels, split)
     mean, deviation = pixels[rows[0]].mean(axis=0), pixels[rows[0]].std(axis=0)
     pixels = (pixels - mean) / np.where(deviation > 0, deviation, 1)
-    parts = [TensorDataset(torch.from_numpy(pixels[r]), torch.from_numpy(labels[r]).long()) for r in rows]
+    train, validation, test = (
+        TensorDataset(torch.from_numpy(pixels[r]), torch.from_numpy(labels[r]).long()) for r in rows
+    )
     description = {"source": "sklearn.datasets.load_digits", "features": 64, "sizes": [len(r) for r in rows]}
-    return TaskData(*parts, classes=10, description=description)
+    return TaskData(train, validation, test, classes=10, description=description)
 
 
 def build_model(data: TaskData, dropout: float) -> nn.Module:

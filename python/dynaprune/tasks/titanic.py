@@ -1,10 +1,12 @@
 """``titanic``: who survived, 891 passengers (Kaggle's table), MLP with three hidden layers of 256.
 
-Every statistic of the preprocessing (medians, categories, means, deviations) comes from the training part alone.
-"""
+Every statistic of the preprocessing (medians, categories, means, deviations) comes from the training part
+alone."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,85 +18,112 @@ from dynaprune.tasks import Defaults, Split, Task, TaskData
 from dynaprune.tasks.data import mlp, read_table, split_rows
 
 if TYPE_CHECKING:
-    import pandas
+    import pyarrow
 
 HUB_NAME = "phihung/titanic"
-COLUMNS = ("Survived", "Pclass", "Name", "Sex", "Age", "SibSp", "Parch", "Ticket", "Fare", "Cabin", "Embarked")
-NUMERIC = ["Age", "LogFare", "FareEach", "Family", "SibSp", "Parch", "TicketPrefix"]
-CATEGORICAL = ["Pclass", "Sex", "Embarked", "Title", "Deck", "FamilyKind"]
+COLUMNS = (
+    "Survived",
+    "Pclass",
+    "Name",
+    "Sex",
+    "Age",
+    "SibSp",
+    "Parch",
+    "Ticket",
+    "Fare",
+    "Cabin",
+    "Embarked",
+)
+NUMERIC = ("age", "log fare", "log fare each", "family", "siblings", "parents", "ticket prefix")
+CATEGORICAL = ("class", "sex", "port", "title", "deck", "family kind")
 HIDDEN = [256, 256, 256]
 _TITLES = {"Mlle": "Miss", "Ms": "Miss", "Mme": "Mrs"}
 _COMMON_TITLES = ("Mr", "Mrs", "Miss", "Master")
 
 
-def passenger_features(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Columns `NUMERIC` (with gaps where the table has them) and `CATEGORICAL` (strings), row by row: nothing is fitted.
+def title_of(name: str) -> str:
+    """Mr, Mrs, Miss or Master out of "Braund, Mr. Owen Harris"; "other" for the rare ones."""
+    found = re.search(r",\s*([^.]+)\.", name)
+    title = found.group(1).strip() if found else ""
+    title = _TITLES.get(title, title)
+    return title if title in _COMMON_TITLES else "other"
+
+
+def _numbers(values: Sequence[Any]) -> np.ndarray:
+    return np.array([np.nan if v is None else float(v) for v in values])
+
+
+def _known(values: Sequence[Any]) -> list[str]:
+    return ["unknown" if v is None or v != v or v == "" else str(v) for v in values]
+
+
+def passenger_features(table: pyarrow.Table) -> tuple[np.ndarray, np.ndarray]:
+    """``(numeric [n, 7] with NaN for gaps, categorical [n, 6] strings)``, row by row: nothing is fitted here.
 
     ValueError where the table lacks one of Kaggle's columns.
     """
-    import pandas
-
-    missing = [name for name in COLUMNS if name not in table.columns]
+    missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ValueError(f"expected the columns {', '.join(COLUMNS)}; the table lacks {', '.join(missing)}")
-    title = table["Name"].str.extract(r",\s*([^.]+)\.", expand=False).str.strip().replace(_TITLES)
-    family = table["SibSp"] + table["Parch"] + 1
-    return pandas.DataFrame(
-        {
-            "Age": table["Age"],
-            "LogFare": np.log1p(table["Fare"]),
-            "FareEach": np.log1p(table["Fare"] / family),
-            "Family": family,
-            "SibSp": table["SibSp"],
-            "Parch": table["Parch"],
-            "TicketPrefix": table["Ticket"].str.match(r"^[A-Za-z]").astype(float),
-            "Pclass": table["Pclass"].astype(str),
-            "Sex": table["Sex"].astype(str),
-            "Embarked": table["Embarked"].astype(object).where(table["Embarked"].notna(), "unknown"),
-            "Title": title.where(title.isin(_COMMON_TITLES), "other"),
-            "Deck": table["Cabin"].astype(object).where(table["Cabin"].notna(), "unknown").str[0],
-            "FamilyKind": np.select([family == 1, family <= 4], ["alone", "small"], "large"),
-        }
-    )
+    raw = {name: table.column(name).to_pylist() for name in COLUMNS}
+    siblings, parents, fare = _numbers(raw["SibSp"]), _numbers(raw["Parch"]), _numbers(raw["Fare"])
+    family = siblings + parents + 1
+    prefix = np.array([float(ticket[:1].isalpha()) for ticket in _known(raw["Ticket"])])
+    numeric = [
+        _numbers(raw["Age"]),
+        np.log1p(fare),
+        np.log1p(fare / family),
+        family,
+        siblings,
+        parents,
+        prefix,
+    ]
+    categorical = [
+        _known(raw["Pclass"]),
+        _known(raw["Sex"]),
+        _known(raw["Embarked"]),
+        [title_of(name) for name in raw["Name"]],
+        [cabin[0] for cabin in _known(raw["Cabin"])],
+        np.select([family == 1, family <= 4], ["alone", "small"], "large"),
+    ]
+    return np.column_stack(numeric), np.column_stack([np.array(c, dtype=object) for c in categorical])
 
 
-def preprocessor() -> Any:
-    """An unfitted scikit-learn transformer: medians for gaps (with a column that marks them), one-hot, standardised."""
-    from sklearn.compose import ColumnTransformer
+def prepare(table: pyarrow.Table, rows: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[TensorDataset]:
+    """Datasets of the (train, validation, test) ``rows``: medians for gaps (with a column that marks them),
+    one-hot categories, standardised; all of it fitted on the first part of the rows only."""
     from sklearn.impute import SimpleImputer
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    numeric = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
-    categorical = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), StandardScaler())
-    return ColumnTransformer([("numeric", numeric, NUMERIC), ("categorical", categorical, CATEGORICAL)])
-
-
-def prepare(table: pandas.DataFrame, rows: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[TensorDataset]:
-    """Datasets of the (train, validation, test) ``rows``; the transformer is fitted on the first of them only."""
-    features = passenger_features(table)
-    survived = table["Survived"].to_numpy().astype(np.int64)
-    transformer = preprocessor().fit(features.iloc[rows[0]])
-    return [
-        TensorDataset(
-            torch.from_numpy(np.ascontiguousarray(transformer.transform(features.iloc[r]), dtype=np.float32)),
-            torch.from_numpy(survived[r]),
+    numeric, categorical = passenger_features(table)
+    survived = np.array(table.column("Survived").to_pylist(), dtype=np.int64)
+    gaps = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
+    kinds = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), StandardScaler())
+    gaps.fit(numeric[rows[0]])
+    kinds.fit(categorical[rows[0]])
+    parts = []
+    for part in rows:
+        inputs = np.hstack([gaps.transform(numeric[part]), kinds.transform(categorical[part])]).astype(
+            np.float32
         )
-        for r in rows
-    ]
+        parts.append(TensorDataset(torch.from_numpy(inputs), torch.from_numpy(survived[part])))
+    return parts
 
 
 def load(split: Split) -> TaskData:
     """The 891 labelled passengers, split by stratified draw (Kaggle's test part has no labels)."""
     table, source = read_table(split.source, "titanic", HUB_NAME)
-    rows = split_rows(table["Survived"].to_numpy(), split)
-    parts = prepare(table, rows)
+    if "Survived" not in table.column_names:
+        raise ValueError(f"expected a column Survived, got {', '.join(table.column_names)}")
+    rows = split_rows(table.column("Survived").to_numpy(), split)
+    train, validation, test = prepare(table, rows)
     description = {
         "source": source,
-        "features": int(parts[0].tensors[0].shape[1]),
+        "features": int(train.tensors[0].shape[1]),
         "sizes": [len(r) for r in rows],
     }
-    return TaskData(*parts, classes=2, description=description)
+    return TaskData(train, validation, test, classes=2, description=description)
 
 
 def build_model(data: TaskData, dropout: float) -> nn.Module:
