@@ -124,8 +124,8 @@ class CubicPace:
 
 
 class SelfPaced:
-    """No target: the trial alone decides, on at most ``max_share`` of the live units per event; none is forced
-    against it."""
+    """No target: the trial alone decides, on at most ``max_share`` of the live units per event; nothing is
+    forced."""
 
     target: float | None = None
 
