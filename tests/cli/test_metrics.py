@@ -1,0 +1,101 @@
+"""Memory, state and FLOPs as they are measured."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from dynaprune import metrics
+from dynaprune.run_config import RunConfig
+from dynaprune.steps import Arm, evaluate, make_optimizer
+from dynaprune.tasks import get_task
+from dynaprune.tasks.data import mlp
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+def _arm(batch: int = 8) -> tuple[Arm, torch.Tensor, torch.Tensor]:
+    config = RunConfig(task="digits", batch_size=batch)
+    model = mlp([6, 16, 16, 10], 0.0)
+    arm = Arm(config, get_task("digits"), model, make_optimizer(model, config)[0], CPU)
+    return arm, torch.randn(batch, 6), torch.randint(0, 10, (batch,))
+
+
+def test_state_is_weights_gradients_and_both_moments() -> None:
+    arm, inputs, targets = _arm()
+    before = metrics.training_state_bytes(arm.model, arm.optimizer)
+    numbers = 6 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
+    assert before == {"weights": 4 * numbers, "gradients": 0, "optimizer": 0, "total": 4 * numbers}
+    arm.step(inputs, targets)
+    after = metrics.training_state_bytes(arm.model, arm.optimizer)
+    steps = 6 * 4
+    assert after["gradients"] == 4 * numbers and after["optimizer"] == 8 * numbers + steps
+    assert after["total"] == 16 * numbers + steps
+
+
+def test_flops_of_a_step_are_those_of_its_matrix_products() -> None:
+    """Forward 2 MNK per layer, as much again for the weights' gradient, and for the input's but in the first
+    layer."""
+    arm, inputs, targets = _arm(batch=8)
+    arm.step(inputs, targets, count_flops=True)
+    products = [6 * 16, 16 * 16, 16 * 10]
+    assert arm.flops_per_step(0) == 2 * 8 * (3 * sum(products) - products[0])
+    assert arm.step_seconds == [] and arm.flops_total == arm.flops_per_step(0)
+    arm.step(inputs[:4], targets[:4])
+    assert len(arm.step_seconds) == 1 and arm.flops_total == 1.5 * arm.flops_per_step(0)
+
+
+def test_counting_flops_does_not_change_the_step() -> None:
+    weights = []
+    for count in (False, True):
+        torch.manual_seed(0)
+        arm, inputs, targets = _arm()
+        for _ in range(3):
+            arm.step(inputs, targets, count_flops=count)
+        weights.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_evaluation_leaves_the_mode_and_averages_over_samples() -> None:
+    task = get_task("digits")
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 10)).train()
+    data = torch.utils.data.TensorDataset(torch.randn(37, 6), torch.randint(0, 10, (37,)))
+    loss, truth, guess = evaluate(task, model, data, CPU, batch_size=8)
+    assert model.training
+    assert loss == pytest.approx(evaluate(task, model, data, CPU, batch_size=37)[0], rel=1e-6)
+    outputs = model[1](data.tensors[0])
+    assert loss == pytest.approx(float(nn.functional.cross_entropy(outputs, data.tensors[1])), rel=1e-6)
+    assert torch.equal(truth, data.tensors[1]) and torch.equal(guess, outputs.argmax(1))
+
+
+def test_accuracy_and_f1() -> None:
+    truth, guess = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 0])
+    accuracy, f1 = metrics.accuracy_and_f1(truth, guess, "binary")
+    assert accuracy == pytest.approx(0.6) and f1 == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert metrics.accuracy_and_f1(truth, guess, "macro")[1] == pytest.approx((0.5 + 2 / 3) / 2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak can be reset on Linux only")
+def test_the_peak_is_that_since_the_reset() -> None:
+    size = 256 * 2**20
+    gone = torch.ones(size // 4)
+    del gone
+    with metrics.memory_peak_from_now(CPU) as peak:
+        idle = peak()
+        held = torch.ones(size // 4)
+        del held
+        used = peak()
+    assert idle is not None and used is not None
+    assert metrics.peak_memory_bytes(CPU) == used
+    assert used - idle > 0.9 * size
+    with metrics.memory_peak_from_now(CPU) as peak:
+        again = peak()
+    assert again is not None and again < used - 0.9 * size
+
+
+def test_the_environment_names_versions_processor_and_threads() -> None:
+    found = metrics.environment(CPU)
+    assert found["versions"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    assert found["cpu"] and found["device"] == "cpu" and found["cuda"] is None
