@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from dynaprune.pruning.regrowth import Protection, growth_fraction, seed_state, select_growth
+from torch import Tensor
 
 
 def test_the_fraction_follows_half_a_cosine() -> None:
@@ -18,7 +17,7 @@ def test_the_fraction_follows_half_a_cosine() -> None:
     assert growth_fraction(100, 100) == growth_fraction(1000, 100) == 0
     with pytest.raises(ValueError, match="fraction from 0 to 1, got 2"):
         growth_fraction(0, 100, 2)
-    with pytest.raises(ValueError, match="step of at least 0 .* got -1"):
+    with pytest.raises(ValueError, match=r"step of at least 0 .* got -1"):
         growth_fraction(-1, 100)
 
 
@@ -31,7 +30,8 @@ def test_the_largest_gradients_return_up_to_count_and_capacity() -> None:
     eligible = {"a": torch.tensor([[True, True], [True, False]]), "b": torch.ones(1, 3, dtype=torch.bool)}
     room = {"a": 9, "b": 9}
     assert _grown(select_growth(norms, eligible, 1, room)) == [("b", 1)]
-    assert _grown(select_growth(norms, eligible, 3, room)) == [("a", 0), ("a", 1), ("b", 1)], "first layer on ties"
+    of_ties_the_first = [("a", 0), ("a", 1), ("b", 1)]
+    assert _grown(select_growth(norms, eligible, 3, room)) == of_ties_the_first
     assert _grown(select_growth(norms, eligible, 99, {"a": 2, "b": 0})) == [("a", 0), ("a", 1)]
     assert _grown(select_growth(norms, eligible, 0, room)) == []
     assert norms["a"][1, 1] == 9, "inputs stay as they were"

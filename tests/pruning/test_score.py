@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.pruning.score import SCORES, Score, make_score
+from torch import Tensor, nn
+
 from dynaprune_kernels import block_saliency
 
 DECAY = 0.9
@@ -177,7 +177,8 @@ def test_statistics_are_sliced_with_the_layer(name: str) -> None:
         _step(layer, score)
     score.detach()
     blocks, neurons = score.scores("layer", layer), score.neuron_scores("layer", layer)
-    rows, columns, outputs = torch.tensor([0, 2]), torch.tensor([1]), torch.tensor([*range(8), *range(16, 24)])
+    rows, columns = torch.tensor([0, 2]), torch.tensor([1])
+    outputs = torch.tensor([*range(8), *range(16, 24)])
     smaller = BlockSparseLinear.from_dense(nn.Linear(8, 16, dtype=torch.float64), 8)
     with torch.no_grad():
         smaller.values.copy_(smaller.to_slots(layer.weight[outputs][:, 8:16]))
@@ -233,7 +234,7 @@ def _forbidden(*_: object) -> None:
 
 
 def test_wrong_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="activation, gradient, magnitude.*got 'fisher'"):
+    with pytest.raises(ValueError, match=r"activation, gradient, magnitude.*got 'fisher'"):
         make_score("fisher")
     with pytest.raises(ValueError, match=r"decay in \[0, 1\), got 1"):
         make_score("taylor", decay=1)
