@@ -1,0 +1,367 @@
+"""Which neurons hang together: groups that can be cut out of a network without splitting a block.
+
+Torch-Pruning's dependency graph (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023) follows
+a neuron from the layer that makes it through norms, activations, skip connections, splits and flattenings to
+all layers that read it. The graph is asked once and dropped (it holds an autograd graph); plain data is kept.
+
+A block-sparse layer loses whole block rows or block columns only, so neurons are merged until every block of
+every layer is wholly inside or outside a group: with ``bo = 32`` before ``bi = 64`` a group is 64 neurons.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+from torch_pruning import ops
+
+from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
+from dynaprune.pruning.calibration import calibration_mode
+from dynaprune.pruning.surgery import cannot_cut, is_channelwise
+
+_PASSIVE = {
+    ops.OPTYPE.CONCAT,
+    ops.OPTYPE.SPLIT,
+    ops.OPTYPE.ELEMENTWISE,
+    ops.OPTYPE.RESHAPE,
+    ops.OPTYPE.UNBIND,
+    ops.OPTYPE.EXPAND,
+    ops.OPTYPE.SLICE,
+}
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """Arguments of one forward pass: ``model(*args, **kwargs)``."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any) -> ExampleInputs:
+        """A tensor: the only argument; a tuple or list: positional ones; a mapping: keyword arguments."""
+        if isinstance(value, ExampleInputs):
+            return value
+        if isinstance(value, Mapping):
+            return cls((), dict(value))
+        return cls(tuple(value) if isinstance(value, (tuple, list)) else (value,))
+
+    def forward(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+
+class InputCapture:
+    """Takes the arguments of the model's next training forward, by a hook that removes itself.
+
+    ``example`` is None until then; set it to None when the batch is no longer needed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handle: Any = None
+        self.example: ExampleInputs | None = None
+
+    def arm(self) -> None:
+        """Capture at the next forward in training mode."""
+        if self._handle is None:
+            self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Stop capturing and let go of what was captured."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self.example = None
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training:
+            self._handle.remove()
+            self._handle = None
+            self.example = ExampleInputs(_detached(args), _detached(kwargs))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) in (tuple, list):
+        return type(value)(_detached(v) for v in value)
+    if type(value) is dict:
+        return {k: _detached(v) for k, v in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer of a group: which of its outputs (or, with ``outputs`` false, inputs) belong to it.
+
+    ``index`` int64, on the CPU. ``channelwise``: a norm or depthwise convolution, neither maker nor reader.
+    """
+
+    name: str
+    outputs: bool
+    channelwise: bool
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class NeuronGroup:
+    """Neurons that can only be cut together. The first member is the layer that the group is named after."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def name(self) -> str:
+        return self.members[0].name
+
+    @property
+    def neurons(self) -> Tensor:
+        """int64 outputs of the first layer."""
+        return self.members[0].index
+
+    @property
+    def producers(self) -> list[Member]:
+        """Layers whose outputs these neurons are: the first, and those added to it by skip connections."""
+        return [m for m in self.members if m.outputs and not m.channelwise]
+
+    @property
+    def readers(self) -> list[Member]:
+        """Layers that take these neurons as inputs."""
+        return [m for m in self.members if not m.outputs and not m.channelwise]
+
+
+@dataclass(frozen=True)
+class NeuronMap:
+    """All groups of a model, and for every layer without any the reason."""
+
+    groups: list[NeuronGroup]
+    refused: dict[str, str]
+
+    def of(self, name: str) -> list[NeuronGroup]:
+        """The groups named after the layer ``name``."""
+        return [g for g in self.groups if g.name == name]
+
+
+class _BlockSparsePruner(torch_pruning.BasePruningFunc):
+    """Tells the dependency graph the widths of block-sparse layers; the cutting itself is ``surgery``'s."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise NotImplementedError("block-sparse layers are cut by dynaprune.pruning.surgery")
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise NotImplementedError("block-sparse layers are cut by dynaprune.pruning.surgery")
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.layout.out_features
+
+    def get_in_channels(self, layer: Any) -> int:
+        return layer.layout.in_features
+
+
+def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
+    """Trace one forward pass and find every group of neurons that some block-sparse layer makes or reads.
+
+    Weights, gradients, buffers, modes and random states stay as they were.
+
+    Returns:
+        Groups, in the order of the layers; in ``refused`` layers whose outputs must not be cut: they are the
+        model's outputs, meet something that cannot be cut, or their blocks do not line up.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = _tied_modules(model)
+    graph = _trace(model, example)
+    groups: list[NeuronGroup] = []
+    refused: dict[str, str] = {}
+    seen: set[str] = set()
+    for module in list(graph.module2node):
+        name = names.get(id(module), "")
+        if name in seen or not _makes_neurons(module):
+            continue
+        items = _group_items(graph, module)
+        makers = [names[id(m)] for m, outputs, _ in items if id(m) in names and outputs and _makes_neurons(m)]
+        seen.update(makers)
+        if not any(isinstance(m, BlockSparseLayer) for m, _, _ in items):
+            continue
+        if reason := _cannot_cut_any(items, names, tied):
+            refused.update(dict.fromkeys(makers, reason))
+            continue
+        found, reason = _aligned_groups(items, names)
+        groups.extend(found)
+        if not found:
+            refused.update(dict.fromkeys(makers, reason))
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLayer) and name not in seen:
+            refused[name] = "the traced forward pass does not reach it"
+    order = {name: i for i, name in enumerate(names.values())}
+    groups.sort(key=lambda g: order[g.name])
+    return NeuronMap(groups, refused)
+
+
+_Item = tuple[Any, bool, Tensor]
+
+
+def _makes_neurons(module: nn.Module) -> bool:
+    convolution = isinstance(module, nn.modules.conv._ConvNd) and not is_channelwise(module)
+    return isinstance(module, (BlockSparseLayer, nn.Linear)) or convolution
+
+
+def _trace(model: nn.Module, example: ExampleInputs) -> Any:
+    """Torch-Pruning's graph; every output of the model ends in a node of its own, so no layer looks free."""
+
+    def outputs(out: Any) -> list[Tensor]:
+        tensors = [t for t in tensors_in(out) if t.requires_grad]
+        if not tensors:
+            raise ValueError("expected a model whose outputs depend on its parameters, got none that does")
+        return [t * 1 for t in tensors]
+
+    pruner = _BlockSparsePruner()
+    types = (BlockSparseLinear, BlockSparseConv2d, BlockSparseConv1d)
+    graph = torch_pruning.DependencyGraph()
+    with calibration_mode(model), torch.enable_grad(), _all_require_grad(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph.build_dependency(
+            model,
+            example,
+            forward_fn=lambda model, example: example.forward(model),
+            output_transform=outputs,
+            customized_pruners=dict.fromkeys(types, pruner),
+            verbose=False,
+        )
+    return graph
+
+
+@contextmanager
+def _all_require_grad(model: nn.Module) -> Iterator[None]:
+    """Autograd sees every layer, frozen ones too."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in tensors_in(v)]
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in tensors_in(v)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]
+    return []
+
+
+def _tied_modules(model: nn.Module) -> set[int]:
+    """Modules with a Parameter that another module holds too."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(id(module))
+    return {module for held in holders.values() if len(held) > 1 for module in held}
+
+
+def _group_items(graph: Any, module: nn.Module) -> list[_Item]:
+    """``(module, whether its outputs, which)`` for everything that all outputs of ``module`` touch.
+
+    ``which`` is int64 ``[2, n]``: the index in that module, and the output of ``module`` that it belongs to.
+    """
+    pruner = graph.get_pruner_of_module(module)
+    width = pruner.get_out_channels(module)
+    group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
+    items: list[_Item] = []
+    for item in group:
+        outputs = graph.is_out_channel_pruning_fn(item.dep.handler)
+        target = item.dep.target
+        if target.type in _PASSIVE:
+            continue
+        items.append((target.module, outputs, torch.tensor([item.idxs, item.root_idxs], dtype=torch.int64)))
+    return items
+
+
+def _cannot_cut_any(items: list[_Item], names: Mapping[int, str], tied: set[int]) -> str:
+    for module, _, _ in items:
+        if isinstance(module, ops._OutputOp):
+            return "its outputs are outputs of the model"
+        if isinstance(module, nn.Parameter):
+            return "its outputs meet a parameter that is no layer's"
+        if id(module) in tied:
+            return f"{names[id(module)]!r} shares a weight with another layer"
+        if why := cannot_cut(module):
+            return f"{names.get(id(module), type(module).__name__)!r} is in the way: {why}"
+    if not any(not outputs and not is_channelwise(module) for module, outputs, _ in items):
+        return "no layer reads its outputs"
+    return ""
+
+
+def _blocks_of(module: nn.Module, outputs: bool) -> tuple[int, int]:
+    """Elements per block and elements in all, along the outputs or inputs of a block-sparse layer."""
+    layout: Any = module.layout
+    return (layout.block[0], layout.out_features) if outputs else (layout.block[1], layout.in_features)
+
+
+def _aligned_groups(items: list[_Item], names: Mapping[int, str]) -> tuple[list[NeuronGroup], str]:
+    """Merge the neurons of the first item's module into the smallest sets that split no layer's block."""
+    width = int(items[0][2].shape[1])
+    parent = list(range(width))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    split: dict[int, str] = {}
+    for module, outputs, (index, root) in items:
+        if not isinstance(module, BlockSparseLayer):
+            continue
+        block, size = _blocks_of(module, outputs)
+        for number, neurons in _by_block(index, root, block).items():
+            first = find(neurons[0])
+            for other in neurons[1:]:
+                parent[find(other)] = first
+            covered = int((index // block == number).sum())
+            if covered < min(block, size - number * block):
+                kind = "row" if outputs else "column"
+                split[neurons[0]] = f"block {kind} {number} of {names[id(module)]!r} also holds other neurons"
+    closed = {find(i): why for i, why in split.items()}
+    roots = torch.tensor([find(i) for i in range(width)])
+    groups = []
+    for leader in roots.unique(sorted=False).tolist() if len(closed) < width else []:
+        if leader in closed:
+            continue
+        members = []
+        for module, outputs, (index, root) in items:
+            chosen = index[roots[root] == leader].sort().values
+            if chosen.numel():
+                members.append(Member(names[id(module)], outputs, is_channelwise(module), chosen))
+        groups.append(NeuronGroup(_once(members)))
+    groups.sort(key=lambda g: int(g.neurons[0]))
+    return groups, next(iter(closed.values()), "")
+
+
+def _by_block(index: Tensor, root: Tensor, block: int) -> dict[int, list[int]]:
+    """Neurons by the block that they are in."""
+    found: dict[int, list[int]] = {}
+    for number, neuron in zip((index // block).tolist(), root.tolist(), strict=True):
+        found.setdefault(number, []).append(neuron)
+    return found
+
+
+def _once(members: list[Member]) -> tuple[Member, ...]:
+    """A channel-wise layer appears as maker and as reader of the same channels; keep it once."""
+    kept: list[Member] = []
+    for member in members:
+        same = (m for m in kept if m.name == member.name)
+        if not (member.channelwise and any(torch.equal(m.index, member.index) for m in same)):
+            kept.append(member)
+    return tuple(kept)
