@@ -1,1 +1,49 @@
 """Neural networks that get smaller and faster while they train."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
+    from dynaprune.pruning.calibration import CalibrationTrial
+    from dynaprune.pruning.config import PruningConfig
+    from dynaprune.pruning.pruner import Pruner, attach
+
+_HOMES = {
+    "BlockSparseConv1d": "dynaprune.nn",
+    "BlockSparseConv2d": "dynaprune.nn",
+    "BlockSparseLinear": "dynaprune.nn",
+    "CalibrationTrial": "dynaprune.pruning.calibration",
+    "Pruner": "dynaprune.pruning.pruner",
+    "PruningConfig": "dynaprune.pruning.config",
+    "attach": "dynaprune.pruning.pruner",
+    "swap_back": "dynaprune.nn",
+    "swap_layers": "dynaprune.nn",
+}
+
+__all__ = [
+    "BlockSparseConv1d",
+    "BlockSparseConv2d",
+    "BlockSparseLinear",
+    "CalibrationTrial",
+    "Pruner",
+    "PruningConfig",
+    "attach",
+    "swap_back",
+    "swap_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: ``import dynaprune`` itself stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dynaprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,51 @@
+"""Compaction: free slots leave values, gradient and optimizer state, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynaprune.nn import BlockSparseLayer
+from dynaprune.nn.parameter import replace_parameter_data_
+from dynaprune.pruning.optimizer_state import Optimizers, rewrite_state
+
+GROWTH_HEADROOM = 0.1
+
+
+def wanted_capacity(layer: BlockSparseLayer, *, exact: bool, growing: bool) -> int:
+    """Slots that the layer should have: a step of the ladder, or as many as live blocks with ``exact``. Syncs."""
+    used = int((layer.layout.slot_of_block >= 0).sum())
+    if growing:
+        used = min(layer.layout.blocks, used + max(1, int(used * GROWTH_HEADROOM)))
+    elif exact:
+        return max(used, 1)
+    return min(layer.layout.ladder_capacity(used), layer.layout.capacity)
+
+
+def compact_layer(layer: BlockSparseLayer, capacity: int, optimizers: Optimizers, copies: list[BlockSparseLayer]) -> None:
+    """Change the layer's number of slots, with its gradient, its optimizer state and the copies that follow it.
+
+    The Parameter object and the optimizers' param groups stay. Syncs.
+
+    Raises:
+        RuntimeError: at world size > 1, where DistributedDataParallel would silently stop averaging this weight.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"cannot compact at world size {distributed.get_world_size()}: giving a Parameter another shape removes "
+            "DistributedDataParallel's averaging hook without a word"
+        )
+    old_slot = layer.layout.compact_(capacity)
+    free = (old_slot < 0).view(-1, 1, 1)
+    source = old_slot.clamp(min=0)
+
+    def gathered(tensor: Tensor) -> Tensor:
+        return tensor.detach()[source.to(tensor.device)].masked_fill_(free.to(tensor.device), 0)
+
+    rewrite_state(optimizers, layer.values, gathered)
+    for each in [layer, *copies]:
+        grad = each.values.grad
+        if each is not layer:
+            each.layout.compact_(capacity)
+        replace_parameter_data_(each.values, gathered(each.values), None if grad is None else gathered(grad))

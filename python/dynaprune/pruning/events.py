@@ -1,0 +1,205 @@
+"""One pruning event: what goes by trial, by force or untested, what grows back, and what is compacted."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dynaprune.nn import BlockSparseLayer
+from dynaprune.pruning.allocation import Selection, select
+from dynaprune.pruning.calibration import calibration_mode
+from dynaprune.pruning.compaction import compact_layer, wanted_capacity
+from dynaprune.pruning.optimizer_state import seed_slots, zero_slots
+from dynaprune.pruning.regrowth import growth_fraction, select_growth
+from dynaprune.pruning.trial import Evaluation, TrialEvent, candidate_sizes, run_event
+
+if TYPE_CHECKING:
+    from dynaprune.pruning.pruner import Pruner
+
+
+@dataclass
+class Removals:
+    """Numbers of units removed so far, by why they went, and of blocks that grew back."""
+
+    passed: int = 0
+    forced: int = 0
+    untested: int = 0
+    grown: int = 0
+    neurons: int = 0
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+
+def block_weights(layer: BlockSparseLayer) -> Tensor:
+    """Number of weights that each block holds inside the dense weight: float64 ``[rows, columns]``."""
+    layout = layer.layout
+    bo, bi = layout.block
+    groups, taps = (layout.conv.groups, layout.conv.taps) if layout.conv else (1, 1)
+    device = layout.mask.device
+    rows = torch.full((layout.rows,), bo, dtype=torch.float64, device=device)
+    rows[-1] = layout.out_features - (layout.rows - 1) * bo
+    inputs, channel_blocks = layout.in_features // groups, layout.columns // taps
+    columns = torch.full((channel_blocks,), bi, dtype=torch.float64, device=device)
+    columns[-1] = inputs - (channel_blocks - 1) * bi
+    return rows.unsqueeze(1) * columns.repeat(taps)
+
+
+def run_pruning_event(pruner: Pruner) -> None:
+    """Remove, regrow and compact, as the pruner's configuration, score, pace and trial say."""
+    config, step = pruner.config, pruner.steps
+    total, live = pruner.units_total, pruner.units_live()
+    wish = pruner.pace.wish(step, total, live)
+    growing = round(_growth_share(pruner) * wish)
+    asked = min(wish + growing, live)
+    pruner.followers.refuse_stale(pruner.layers)
+    pruner.check_state()
+    before = pruner.structure_version
+    if asked > 0:
+        removed = _remove(pruner, asked, total, live)
+        if growing:
+            _regrow(pruner, min(growing, removed), step)
+    if config.compact:
+        compact(pruner)
+    if pruner.structure_version != before:
+        pruner.record_structure()
+
+
+def _growth_share(pruner: Pruner) -> float:
+    config = pruner.config
+    if config.regrow == 0 or not pruner.probes or config.total_steps is None:
+        return 0.0
+    return growth_fraction(pruner.steps, max(1, math.floor(config.end * config.total_steps)), config.regrow)
+
+
+def _selection(pruner: Pruner, count: int) -> Selection:
+    config = pruner.config
+    layers = pruner.layers
+    protected = pruner.protection.masks(pruner.steps)
+    for name, layer in layers.items():
+        if name not in pruner.observed.layers:
+            protected[name] = layer.layout.mask
+    return select(
+        {name: pruner.score.scores(name, layer) for name, layer in layers.items()},
+        {name: layer.layout.mask for name, layer in layers.items()},
+        count,
+        allocation=config.allocation,
+        floors={name: config.floors.get(name, config.floor) for name in layers},
+        original=pruner.original_shapes,
+        cost=pruner.unit_costs() if config.cost == "flops" else None,
+        protected=protected,
+    )
+
+
+def _remove(pruner: Pruner, wish: int, total: int, live: int) -> int:
+    """Remove up to ``wish`` units and say how many went."""
+    removals, step = pruner.removals, pruner.steps
+    selection = _selection(pruner, wish)
+    found = len(selection)
+    if found == 0:
+        return 0
+    if pruner.trial is None:
+        release(pruner, selection.first(found))
+        removals.untested += found
+        return found
+    event = _try(pruner, selection)
+    accepted = event.accepted_size or 0
+    if accepted:
+        release(pruner, selection.first(accepted))
+        removals.passed += accepted
+    backlog = wish - accepted
+    forced = min(pruner.pace.forced(step, total, max(0, live - accepted), backlog), found - accepted)
+    if forced > 0:
+        remaining = _selection(pruner, forced)
+        forced = len(remaining)
+        release(pruner, remaining.first(forced))
+        removals.forced += forced
+    summary = {key: value for key, value in event.as_dict().items() if key != "rungs"}
+    p_values = [rung.test.p_value for rung in event.rungs]
+    removals.events.append(
+        {"step": step, "wish": wish, "passed": accepted, "forced": forced, "p_values": p_values, **summary}
+    )
+    return accepted + forced
+
+
+def _try(pruner: Pruner, selection: Selection) -> TrialEvent:
+    trial = pruner.trial
+    assert trial is not None
+    redraw = getattr(trial, "redraw", None)
+    if callable(redraw):
+        redraw()
+
+    def evaluate(size: int | None) -> Evaluation:
+        masks = selection.first(size) if size is not None else {}
+        try:
+            for name, blocks in masks.items():
+                pruner.layers[name].layout.suspend_(blocks)
+            isolated = getattr(trial, "isolates_itself", False)
+            with nullcontext() if isolated else calibration_mode(pruner.model):
+                return trial()
+        finally:
+            for name in masks:
+                pruner.layers[name].layout.resume_()
+
+    sizes = candidate_sizes(len(selection), pruner.config.rungs)
+    return run_event(sizes, evaluate, pruner.trial_state, pruner.rules)
+
+
+def release(pruner: Pruner, masks: dict[str, Tensor]) -> None:
+    """Let the blocks of ``masks`` die, with weight, gradient and optimizer state zeroed, in the followers too."""
+    for name, blocks in masks.items():
+        layer = pruner.layers[name]
+        for each in [layer, *pruner.followers.of(name)]:
+            where = blocks.to(each.layout.mask.device)
+            optimizers = pruner.optimizers if each is layer else ()
+            zero_slots(optimizers, each.values, slots_of(each, where))
+            each.layout.release_(where)
+        pruner.score.forget(name, blocks)
+    pruner.structure_version += 1
+
+
+def slots_of(layer: BlockSparseLayer, blocks: Tensor) -> Tensor:
+    """Bool ``[capacity]``: the slots that hold ``blocks`` (bool ``[rows, columns]``). No host sync."""
+    block_of_slot = layer.layout.lists.block_of_slot.long()
+    return blocks.reshape(-1)[block_of_slot.clamp(min=0)] & (block_of_slot >= 0)
+
+
+def _regrow(pruner: Pruner, count: int, step: int) -> None:
+    """Let up to ``count`` dead blocks return where the dense gradient is largest."""
+    layers = pruner.layers
+    norms = {name: pruner.probes[name] for name in layers if name in pruner.probes}
+    if count < 1 or not norms:
+        return
+    eligible = {name: ~layers[name].layout.mask & (norm > 0) for name, norm in norms.items()}
+    left = {name: layers[name].layout.capacity - layers[name].layout.live_count() for name in norms}
+    chosen = select_growth(norms, eligible, count, left)
+    for name, blocks in chosen.items():
+        grown = int(blocks.sum())
+        if grown == 0:
+            continue
+        layer = layers[name]
+        live = slots_of(layer, layer.layout.mask)
+        for each in [layer, *pruner.followers.of(name)]:
+            where = blocks.to(each.layout.mask.device)
+            each.layout.allocate_(where)
+            each.layout.check()
+            new = slots_of(each, where)
+            seed_slots(pruner.optimizers if each is layer else (), each.values, live.to(new.device), new)
+        pruner.score.forget(name, blocks)
+        pruner.protection.protect(name, blocks, step + pruner.pace.interval + 1)
+        pruner.removals.grown += grown
+        pruner.structure_version += 1
+
+
+def compact(pruner: Pruner) -> None:
+    """Walk each layer's capacity down where its live blocks allow it."""
+    growing = pruner.config.regrow > 0 and not pruner.pace.ended(pruner.steps)
+    exact = pruner.structure_final
+    for name, layer in pruner.layers.items():
+        capacity = wanted_capacity(layer, exact=exact, growing=growing)
+        if capacity < layer.layout.capacity:
+            compact_layer(layer, capacity, pruner.optimizers, pruner.followers.of(name))
+            pruner.compactions += 1

@@ -1,0 +1,184 @@
+"""Hooks on ``optimizer.step``, and what is read there: gradients as the optimizer sees them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynaprune.nn import BlockSparseLayer
+from dynaprune.pruning.refusals import in_backward, is_capturing
+from dynaprune.pruning.score import Score
+from dynaprune_kernels import BlockSaliency, block_saliency
+
+OBSERVE_SHARE = 0.02
+OBSERVATIONS_PER_INTERVAL = 8
+# Nominal FLOP/s, bytes/s and seconds per small op, by device type: only their ratios decide, and they are constants, so
+# that two runs observe the same steps.
+_MACHINES = {"cpu": (2e11, 2e10, 5e-6), "cuda": (3e14, 2e12, 5e-6)}
+_STEP_OPS, _OBSERVE_OPS = 20, 9
+_STEP_BYTES, _OBSERVE_BYTES = 10 * 4, 2 * 4
+
+
+class StepHooks:
+    """Calls ``before(optimizer)`` when gradients are ready and ``after(optimizer)`` when the step is done.
+
+    ``before`` runs right before the update; with ``step(closure)`` after the closure, which is where backward is. During
+    the capture of a CUDA graph nothing runs.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        before: Callable[[torch.optim.Optimizer], None],
+        after: Callable[[torch.optim.Optimizer], None],
+    ) -> None:
+        self._before, self._after = before, after
+        self._handles: list[Any] = []
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._pre))
+            self._handles.append(optimizer.register_step_post_hook(self._post))
+
+    def _pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_capturing():
+            return None
+        if in_backward():
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes after the step, which "
+                "must not happen there; step after backward"
+            )
+        # `step` is wrapped as a function of the class, so args[0] is the optimizer itself.
+        position = 1 if args and args[0] is optimizer else 0
+        closure = args[position] if len(args) > position else kwargs.get("closure")
+        if closure is None:
+            self._before(optimizer)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            self._before(optimizer)
+            return loss
+
+        if len(args) > position:
+            return (*args[:position], observed, *args[position + 1 :]), kwargs
+        return args, {**kwargs, "closure": observed}
+
+    def _post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not is_capturing():
+            self._after(optimizer)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class RowCounter:
+    """Counts the rows (tokens, or output positions) that each layer sees, until :meth:`stop`: what a step costs.
+
+    Under ``torch.compile`` nothing is counted.
+    """
+
+    def __init__(self, layers: Mapping[str, BlockSparseLayer]) -> None:
+        self.rows: dict[str, int] = {}
+        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
+                self.rows[name] = self.rows.get(name, 0) + output.numel() // module.layout.out_features
+
+        return hook
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str, int], interval: int) -> int:
+    """Least k such that observing every k-th step costs at most 2% of it, by a model of work and memory traffic.
+
+    At least eight observations per event interval are kept, at whatever cost. The model's constants are fixed, so two
+    runs of the same training observe the same steps; what it really cost is measured and in the report.
+    """
+    step = observe = 0.0
+    for name, layer in layers.items():
+        flops, bandwidth, call = _MACHINES.get(layer.values.device.type, _MACHINES["cuda"])
+        weights = layer.values.numel()
+        step += 6 * weights * rows.get(name, 0) / flops + weights * _STEP_BYTES / bandwidth + _STEP_OPS * call
+        observe += weights * _OBSERVE_BYTES / bandwidth + _OBSERVE_OPS * call
+    wanted = math.ceil(observe / (OBSERVE_SHARE * step)) if step else 1
+    return max(1, min(wanted, interval // OBSERVATIONS_PER_INTERVAL))
+
+
+@dataclass
+class Observed:
+    """What observing did so far: steps observed, steps discarded for non-finite gradients, and seconds spent."""
+
+    observations: int = 0
+    discarded: int = 0
+    seconds: float = 0.0
+    layers: set[str] = field(default_factory=set)
+
+
+def observe(
+    layers: Mapping[str, BlockSparseLayer], score: Score, optimizer: torch.optim.Optimizer, observed: Observed
+) -> None:
+    """Show the score one step's gradients of ``layers``; a step with any gradient that is not finite is discarded.
+
+    A fused optimizer under a GradScaler is called with scaled gradients, on skipped steps too: its ``grad_scale`` and
+    ``found_inf`` are honoured.
+    """
+    started = time.perf_counter()
+    scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    seen: dict[str, BlockSaliency] = {}
+    for name, layer in layers.items():
+        if layer.values.grad is not None:
+            saliency = block_saliency(layer.values, layer.values.grad, layer.layout)
+            seen[name] = saliency if scale is None else _unscaled(saliency, scale)
+    if seen and _usable(list(seen.values()), found_inf):
+        for name, saliency in seen.items():
+            score.observe(name, layers[name], saliency)
+            observed.layers.add(name)
+        observed.observations += 1
+    elif seen:
+        observed.discarded += 1
+    observed.seconds += time.perf_counter() - started
+
+
+def _unscaled(saliency: BlockSaliency, scale: Any) -> BlockSaliency:
+    return BlockSaliency(
+        saliency.weight_square,
+        saliency.grad_square / scale / scale,
+        saliency.weight_grad_abs / scale,
+        saliency.weight_grad / scale,
+        saliency.neuron_weight_grad / scale,
+    )
+
+
+def _usable(saliencies: list[BlockSaliency], found_inf: Any) -> bool:
+    """Whether all sums are finite and no scaler found an infinity: one host sync per device."""
+    device = saliencies[0].grad_square.device
+    sums = torch.stack([(s.grad_square.sum() + s.weight_grad_abs.sum()).to(device) for s in saliencies])
+    bad = ~torch.isfinite(sums).all()
+    if found_inf is not None:
+        bad |= torch.as_tensor(found_inf, device=device).sum() != 0
+    return not bool(bad)
+
+
+def refuse_without_gradients(layers: Mapping[str, BlockSparseLayer], optimizer: torch.optim.Optimizer) -> None:
+    """Raise RuntimeError where no prunable weight of the optimizer has a gradient at its step."""
+    if layers and all(layer.values.grad is None for layer in layers.values()):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}.step: expected gradients on the prunable weights, got None on all of "
+            f"{', '.join(list(layers)[:4])}: call backward first, and zero_grad after the step"
+        )

@@ -1,0 +1,123 @@
+"""Optimizer surgery: state that has a weight's shape moves, shrinks and is zeroed with the weight's blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynaprune.pruning.regrowth import seed_state
+
+Optimizers = Sequence[torch.optim.Optimizer]
+_DRY_STEPS = 2
+
+
+def sliced_state(optimizers: Optimizers, parameter: nn.Parameter) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Every optimizer tensor of the parameter's shape, with the dict and key that hold it."""
+    for optimizer in optimizers:
+        state = optimizer.state.get(parameter)
+        for key in list(state or ()):
+            tensor = state[key]
+            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+                yield state, key, tensor
+
+
+def rewrite_state(optimizers: Optimizers, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
+    """Put ``change(tensor)`` in the place of every optimizer tensor of the parameter's shape (before it changes)."""
+    for state, key, tensor in sliced_state(optimizers, parameter):
+        state[key] = change(tensor)
+
+
+def zero_slots(optimizers: Optimizers, parameter: nn.Parameter, slots: Tensor) -> None:
+    """Zero weight, gradient and optimizer state of ``slots`` (bool ``[capacity]``), in place, without a host sync."""
+    where = slots.view(-1, 1, 1)
+    with torch.no_grad():
+        parameter.masked_fill_(where, 0)
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(where, 0)
+        for _, _, tensor in sliced_state(optimizers, parameter):
+            tensor.masked_fill_(where, 0)
+
+
+def seed_slots(optimizers: Optimizers, parameter: nn.Parameter, live: Tensor, new: Tensor) -> None:
+    """Start weight, gradient and state of ``new`` slots: zeros, but second moments at the mean of the ``live`` slots.
+
+    Args:
+        live, new: bool ``[capacity]``.
+    """
+    with torch.no_grad():
+        parameter.masked_fill_(new.view(-1, 1, 1), 0)
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(new.view(-1, 1, 1), 0)
+        for state, key, tensor in sliced_state(optimizers, parameter):
+            state[key] = seed_state(key, tensor, live, new)
+
+
+def check_state_shapes(optimizers: Optimizers, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise RuntimeError where an optimizer holds state of another shape than its parameter.
+
+    ``Optimizer.load_state_dict`` takes such state without a word.
+    """
+    for name, parameter in parameters:
+        for optimizer in optimizers:
+            for key, value in (optimizer.state.get(parameter) or {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                    raise RuntimeError(
+                        f"{type(optimizer).__name__} holds {key} of shape {tuple(value.shape)} for {name}, expected "
+                        f"{tuple(parameter.shape)}: a state dict of another structure was loaded; load the model's, the "
+                        "optimizer's and the pruner's state of the same moment"
+                    )
+
+
+def refuse_unsliceable(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, block: Any) -> None:
+    """Find out by dry steps on a cloned parameter of three blocks whether this optimizer's state can be sliced.
+
+    The optimizer itself, its state and every random state stay as they are.
+
+    Args:
+        group: the param group whose settings hold.
+        like: tensor of the dtype and device to try.
+        block: ``(bo, bi)``.
+
+    Raises:
+        ValueError: naming the optimizer and the state that has no slice per block, or the error of its step.
+    """
+    kind = type(optimizer).__name__
+    parameter = nn.Parameter(torch.full((3, block[1], block[0]), 0.5, dtype=like.dtype, device=like.device))
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.__dict__.pop("step", None)
+    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    twin.param_groups = [{**group, "params": [parameter]}]
+    twin.state = defaultdict(dict)
+    devices = [like.device.index or 0] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        for _ in range(_DRY_STEPS):
+            parameter.grad = torch.full_like(parameter, 1e-3)
+            try:
+                twin.step()
+            except Exception as error:
+                raise ValueError(
+                    f"cannot attach to {kind}: its step fails on a weight of 3-D blocks ({type(error).__name__}: {error})"
+                ) from error
+    for key, value in twin.state[parameter].items():
+        shapes = [tuple(t.shape) for t in _tensors(value) if t.numel() > 1]
+        if shapes and (not isinstance(value, Tensor) or value.shape != parameter.shape):
+            raise ValueError(
+                f"cannot attach to {kind}: its state {key!r} has shapes {shapes} for a weight of shape "
+                f"{tuple(parameter.shape)}, and cannot be sliced by block"
+            )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

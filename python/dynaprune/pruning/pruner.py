@@ -1,0 +1,413 @@
+"""``attach`` and the ``Pruner``: what happens around every optimizer step of a training that is pruned."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dynaprune.nn import BlockSparseLayer, swap_back, swap_layers
+from dynaprune.pruning import refusals
+from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
+from dynaprune.pruning.following import CopyWatch, Followers, watch_copies
+from dynaprune.pruning.observe import (
+    Observed,
+    RowCounter,
+    StepHooks,
+    observation_period,
+    observe,
+    refuse_without_gradients,
+)
+from dynaprune.pruning.optimizer_state import check_state_shapes, refuse_unsliceable, rewrite_state, sliced_state
+from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced, trial_interval
+from dynaprune.pruning.regrowth import Protection
+from dynaprune.pruning.score import make_score
+from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState
+
+EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
+SELF_PACED_INTERVAL = 50
+NOT_OBSERVED_YET = 0
+Trial = Callable[[], Evaluation]
+
+
+class _PaceWithInterval(Pace, Protocol):
+    interval: int
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Any,
+    config: PruningConfig | None = None,
+    *,
+    trial: Trial | None = None,
+    example_inputs: Any = None,
+) -> Pruner:
+    """Make ``model`` get smaller while ``optimizer`` trains it; the training loop stays as it is.
+
+    Dense layers become block-sparse ones in place; their Parameters stay the same objects, and what the optimizer already
+    knows of them moves along, so this may happen before training or in the middle of it.
+
+    Args:
+        model: on its device, with its weights; not wrapped for distributed training.
+        optimizer: a torch optimizer, one wrapped by accelerate or Lightning, or a list of them.
+        config: default ``PruningConfig()``.
+        trial: ``trial()`` returns per-sample losses ``[n]`` or (losses, classes ``[n]``) of the model as it stands, on data
+            that training does not use for its scores; see ``CalibrationTrial``. Without one removals are untested.
+        example_inputs: a batch for the model, needed to trace it when neurons are cut.
+
+    Raises:
+        TypeError, ValueError: what cannot be pruned, by name and with the reason; the model is then as it was.
+    """
+    if config is None:
+        config = PruningConfig()
+    if not isinstance(config, PruningConfig):
+        raise TypeError(f"expected a PruningConfig, got {type(config).__name__}")
+    if trial is not None and not callable(trial):
+        raise TypeError(f"expected the trial as a callable that returns per-sample losses, got {type(trial).__name__}")
+    if config.target_sparsity is None and trial is None:
+        raise ValueError("expected a trial: self-paced pruning (target_sparsity=None) removes what passes it, nothing else")
+    inner = refusals.unwrap_model(model)
+    optimizers = refusals.unwrap_optimizers(optimizer)
+    exempt, layers = _take_layers(inner, optimizers, config)
+    return Pruner(model, inner, optimizers, layers, exempt, config, trial, example_inputs)
+
+
+def _take_layers(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], config: PruningConfig
+) -> tuple[dict[str, str], dict[str, BlockSparseLayer]]:
+    """Reasons of the exempt layers, and the block-sparse layers that are pruned, with their optimizer state moved."""
+    sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
+    dense = {n: m for n, m in model.named_modules() if isinstance(m, config.layer_types)}
+    for name, layer in sparse.items():
+        watch = getattr(layer, "copy_watch", None)
+        if isinstance(watch, CopyWatch) and watch.owned:
+            raise ValueError(f"expected a model without a pruner, got one that is attached already ({name}): detach it")
+    candidates = [(f"{n}.weight", m.weight) for n, m in dense.items() if isinstance(m.weight, nn.Parameter)]
+    candidates += [(f"{n}.values", m.values) for n, m in sparse.items()]
+    trainable = [(n, p) for n, p in candidates if p.requires_grad]
+    held = refusals.refuse_without_prunable_weights(trainable, optimizers)
+    refusals.refuse_in_backward(trainable)
+    for each in optimizers:
+        for group in each.param_groups:
+            mine = [p for p in group["params"] if any(p is q for _, q in trainable)]
+            if mine:
+                block = config.block_size
+                pair = (block, block) if isinstance(block, int) else block
+                refuse_unsliceable(each, group, mine[0], pair)
+    exempt: dict[str, str] = {}
+    if sparse:
+        exempt = {n: "the model came with block-sparse layers, and this one was dense" for n in dense}
+        for name, layer in list(sparse.items()):
+            if id(layer.values) not in held:
+                exempt[name] = "no optimizer given holds its weight"
+                del sparse[name]
+        return exempt, sparse
+    foreign = [n for n, m in dense.items() if m.weight.requires_grad and id(m.weight) not in held]
+    remembered = {n: [(s, k) for s, k, _ in sliced_state(optimizers, m.weight)] for n, m in dense.items()}
+    entries = swap_layers(
+        model,
+        config.block_size,
+        types=config.layer_types,
+        include=config.include,
+        exclude=[*config.exclude, *foreign],
+    )
+    layers: dict[str, BlockSparseLayer] = {}
+    for entry in entries:
+        if not entry.swapped:
+            exempt[entry.name] = "no optimizer given holds its weight" if entry.name in foreign else entry.reason
+            continue
+        layer = model.get_submodule(entry.name)
+        assert isinstance(layer, BlockSparseLayer)
+        layers[entry.name] = layer
+        for state, key in remembered[entry.name]:
+            state[key] = layer.to_slots(state[key])
+    return exempt, layers
+
+
+class Pruner:
+    """Watches every optimizer step and removes what the training no longer needs. Made by :func:`attach`.
+
+    Attributes:
+        layers: the block-sparse layers that are pruned, by name.
+        exempt: layers that stay dense, with the reason.
+        steps: optimizer steps seen; with several optimizers, rounds in which each has stepped.
+        structure_version: grows with every structural change; early stopping restarts its patience on it.
+    """
+
+    def __init__(
+        self,
+        given: nn.Module,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        layers: dict[str, BlockSparseLayer],
+        exempt: dict[str, str],
+        config: PruningConfig,
+        trial: Trial | None,
+        example_inputs: Any,
+    ) -> None:
+        self._given, self.model, self.optimizers = given, model, optimizers
+        self.layers, self.exempt, self.config = layers, exempt, config
+        self.trial, self.example_inputs = trial, example_inputs
+        self.rules = TrialRules(
+            config.threshold, config.tolerance, config.absolute_tolerance, config.allowance, config.classes
+        )
+        self.trial_state = TrialState()
+        self.score = make_score(config.score, seed=config.seed, decay=config.score_decay)
+        self.score.attach(layers)
+        self.pace = make_pace(config, trial)
+        self.protection, self.followers = Protection(), Followers()
+        self.removals, self.observed = Removals(), Observed()
+        self.probes: dict[str, Tensor] = {}
+        self.original_shapes = {name: dense_shape(layer) for name, layer in layers.items()}
+        self.units_total = sum(layer.layout.blocks for layer in layers.values())
+        self.steps = self.structure_version = self.compactions = 0
+        self.observe_every = config.observe_every or NOT_OBSERVED_YET
+        self.history: list[dict[str, Any]] = []
+        self.live_weights: dict[str, int] = {}
+        self._owners = self._layers_by_optimizer()
+        self._stepped: set[int] = set()
+        self._shapes: list[torch.Size] = []
+        self._loaded_slots: dict[str, Tensor] | None = None
+        self.started = time.perf_counter()
+        self._rows: RowCounter | None = RowCounter(layers)
+        self.rows: dict[str, int] = {}
+        watch_copies(layers)
+        if config.regrow > 0:
+            for layer in layers.values():
+                layer.enable_tap_()
+        self._hooks: StepHooks | None = StepHooks(list(self._owners), self._before, self._after)
+        self._loads = [each.register_load_state_dict_post_hook(self._loaded) for each in optimizers]
+        self.record_structure()
+
+    def _layers_by_optimizer(self) -> dict[torch.optim.Optimizer, dict[str, BlockSparseLayer]]:
+        owners: dict[torch.optim.Optimizer, dict[str, BlockSparseLayer]] = {}
+        for optimizer in self.optimizers:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            mine = {name: layer for name, layer in self.layers.items() if id(layer.values) in held}
+            if mine:
+                owners[optimizer] = mine
+        return owners
+
+    # around a step
+
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        layers = self._owners[optimizer]
+        refuse_without_gradients(layers, optimizer)
+        shapes = [layer.values.shape for layer in self.layers.values()]
+        if shapes != self._shapes:
+            self.check_state()
+        step = self.steps + 1
+        if self.observe_every == NOT_OBSERVED_YET or step % self.observe_every == 0:
+            observe(layers, self.score, optimizer, self.observed)
+        if self.config.regrow > 0:
+            self._read_taps(layers, probing=self.pace.due(step))
+
+    def _read_taps(self, layers: Mapping[str, BlockSparseLayer], *, probing: bool) -> None:
+        # Norms are of scaled gradients under a GradScaler. All share one scale, and only their order is used.
+        for name, layer in layers.items():
+            tap = layer.tap
+            if tap is not None and tap.grad is not None:
+                if probing:
+                    self.probes[name] = tap.grad[1].view(layer.layout.rows, layer.layout.columns).clone()
+                tap.grad = None
+
+    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._owners):
+            self._stepped.clear()
+            self._complete()
+
+    def _complete(self) -> None:
+        self.steps += 1
+        if self._rows is not None:
+            self.rows = self._rows.rows
+            self._rows.stop()
+            self._rows = None
+        if self.observe_every == NOT_OBSERVED_YET:
+            self.observe_every = observation_period(self.layers, self.rows, self.pace.interval)
+        if self.pace.due(self.steps):
+            with torch.no_grad():
+                run_pruning_event(self)
+            self.probes.clear()
+        if self.config.regrow > 0:
+            due = self.pace.due(self.steps + 1)
+            for layer in self.layers.values():
+                layer.probe.fill_(due)
+
+    def step(self) -> None:
+        """Do by hand what the hooks do around a step: for replayed CUDA graphs, which run no hooks.
+
+        Call it after each replay that contains a backward pass and an optimizer step.
+        """
+        for optimizer in self._owners:
+            self._before(optimizer)
+        self._complete()
+
+    def check_state(self) -> None:
+        """Raise RuntimeError where the optimizer's state, or a loaded pruner's, does not fit the model's structure."""
+        check_state_shapes(self.optimizers, [(f"{name}.values", layer.values) for name, layer in self.layers.items()])
+        if self._loaded_slots is not None:
+            for name, slots in self._loaded_slots.items():
+                mine = self.layers[name].layout.slot_of_block
+                if slots.shape != mine.shape or not torch.equal(slots.to(mine.device), mine):
+                    raise RuntimeError(
+                        f"the pruner's state was saved with another structure of {name} than the model has now: load the "
+                        "model's, the optimizer's and the pruner's state of the same moment"
+                    )
+            self._loaded_slots = None
+        self._shapes = [layer.values.shape for layer in self.layers.values()]
+
+    def adopt(self, state: Mapping[str, Any]) -> None:
+        """Take over the pruner's own figures of a ``state_dict``."""
+        self.steps, self.structure_version = int(state["steps"]), int(state["structure_version"])
+        self.compactions, self.observe_every = int(state["compactions"]), int(state["observe_every"])
+        self.rows = dict(state["rows"])
+        if self._rows is not None and self.steps > 0:
+            self._rows.stop()
+            self._rows = None
+        self.removals = Removals(**{**state["removals"], "events": list(state["removals"]["events"])})
+        self.observed = Observed(**{**state["observed"], "layers": set(state["observed"]["layers"])})
+        self.history = [dict(row) for row in state["history"]]
+        self.live_weights = dict(state["live_weights"])
+        self.original_shapes = {name: tuple(shape) for name, shape in state["original_shapes"].items()}
+        self.units_total = int(state["units_total"])
+        for name, layer in self.layers.items():
+            layer.probe.fill_(state["probing"][name])
+        self._loaded_slots, self._shapes = dict(state["slots"]), []
+
+    def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        self._shapes = []
+
+    # sizes
+
+    def units_live(self) -> int:
+        """Live units, in blocks of average size: weights that live over all, times the number of blocks, rounded up."""
+        total = sum(math.prod(shape) for shape in self.original_shapes.values())
+        return math.ceil(sum(self.live_weights.values()) / total * self.units_total - 1e-6)
+
+    def unit_costs(self) -> dict[str, float]:
+        """FLOPs per training step that one block of each layer costs."""
+        return {
+            name: 6.0 * layer.values.shape[1] * layer.values.shape[2] * max(self.rows.get(name, 0), 1)
+            for name, layer in self.layers.items()
+        }
+
+    def record_structure(self) -> None:
+        """Bring sizes up to date after a structural change and note them in the history. Syncs."""
+        for name, layer in self.layers.items():
+            self.live_weights[name] = int((block_weights(layer) * layer.layout.mask).sum().item())
+        density = self.density()
+        self.history.append({"step": self.steps, "sparsity": self.sparsity, "density": density})
+
+    def density(self) -> dict[str, float]:
+        """Share of each layer's original weights that live."""
+        return {name: live / math.prod(self.original_shapes[name]) for name, live in self.live_weights.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable weights, as they were at attach, that is gone."""
+        return 1 - sum(self.live_weights.values()) / sum(math.prod(s) for s in self.original_shapes.values())
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the sparsity is at least the target; never without one."""
+        target = self.config.target_sparsity
+        return target is not None and self.sparsity >= target - 1e-9
+
+    @property
+    def structure_final(self) -> bool:
+        """Whether the target is reached, or the schedule's end has passed."""
+        return self.target_reached or self.pace.ended(self.steps)
+
+    # for the user
+
+    def follow(self, copy: nn.Module) -> None:
+        """Keep ``copy`` (a deep copy, an ``AveragedModel``) in step with the model's structure from now on.
+
+        Raises:
+            TypeError, ValueError: not a copy of this model, or one whose structure has fallen behind already.
+        """
+        self.followers.add(copy, self.layers)
+
+    def report(self) -> dict[str, Any]:
+        """What was removed, why, how it was tested and what it cost: plain values, fit for JSON."""
+        from dynaprune.pruning.reporting import report
+
+        return report(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed training needs beside the model's and the optimizer's state: tensors and plain values."""
+        from dynaprune.pruning.reporting import pruner_state
+
+        return pruner_state(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved training; the model's and the optimizer's state are loaded beside it, in any order.
+
+        Raises:
+            ValueError: the state of another model, score or trial.
+        """
+        from dynaprune.pruning.reporting import load_pruner_state
+
+        load_pruner_state(self, state)
+
+    def detach(self) -> None:
+        """Stop watching and pruning; the model keeps its block-sparse layers."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+        for handle in self._loads:
+            handle.remove()
+        self._loads = []
+        if self._rows is not None:
+            self._rows.stop()
+            self._rows = None
+        self.score.detach()
+        for layer in self.layers.values():
+            layer.disable_tap_()
+            layer.probe.fill_(False)
+            layer.copy_watch.owned = False  # type: ignore[union-attr, assignment]
+
+    def finalize(self) -> nn.Module:
+        """Detach and give the model plain dense layers again, smaller where neurons were cut; returns the model.
+
+        Optimizer state and gradients go back to the dense shapes too, and so do the copies that follow.
+        """
+        self.detach()
+        with torch.no_grad():
+            for layer in self.layers.values():
+                rewrite_state(self.optimizers, layer.values, layer.to_dense_shape)
+            self.followers.swap_back()
+            swap_back(self.model)
+        return self._given
+
+
+def make_pace(config: PruningConfig, trial: Any) -> _PaceWithInterval:
+    """The pace that the configuration asks for, with its default interval."""
+    samples = getattr(trial, "samples", None)
+    affordable = 1
+    if isinstance(samples, int) and config.batch_size is not None:
+        affordable = trial_interval(samples, config.batch_size, config.rungs)
+    steps = config.total_steps
+    if config.target_sparsity is None:
+        start = 0 if steps is None else math.floor(config.start * steps)
+        end = None if steps is None else max(start + 1, math.floor(config.end * steps))
+        interval = config.interval or max(SELF_PACED_INTERVAL, affordable)
+        return SelfPaced(interval, config.self_paced_share, start_step=start, end_step=end)
+    assert steps is not None
+    ramp = max(1, math.floor(config.end * steps) - math.floor(config.start * steps))
+    interval = config.interval or max(1, ramp // EVENTS_WANTED, min(affordable, ramp // EVENTS_AT_LEAST))
+    return CubicPace(config.target_sparsity, config.start, config.end, steps, interval)
+
+
+def dense_shape(layer: BlockSparseLayer) -> tuple[int, ...]:
+    """Shape of the dense weight that the layer stands for."""
+    layout = layer.layout
+    if layout.conv is None:
+        return (layout.out_features, layout.in_features)
+    return (layout.out_features, layout.in_features // layout.conv.groups, layout.conv.kernel_h, layout.conv.kernel_w)

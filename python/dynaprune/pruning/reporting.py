@@ -1,0 +1,104 @@
+"""A pruner's report, and its state for a resumed training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynaprune.pruning.pruner import Pruner
+
+STATE_VERSION = 1
+
+
+def report(pruner: Pruner) -> dict[str, Any]:
+    """See :meth:`Pruner.report`."""
+    blocks = sum(layer.layout.live_count() for layer in pruner.layers.values())
+    removals, observed, trials = pruner.removals, pruner.observed, pruner.trial_state
+    seconds = time.perf_counter() - pruner.started
+    density = pruner.density()
+    return {
+        "sparsity": pruner.sparsity,
+        "target_sparsity": pruner.config.target_sparsity,
+        "target_reached": pruner.target_reached,
+        "steps": pruner.steps,
+        "blocks_total": pruner.units_total,
+        "blocks_removed": pruner.units_total - blocks,
+        "blocks_regrown": removals.grown,
+        "neurons_removed": removals.neurons,
+        "removed_passed": removals.passed,
+        "removed_forced": removals.forced,
+        "removed_untested": removals.untested,
+        "layers": {
+            **{name: {"density": density[name], "exempt": ""} for name in pruner.layers},
+            **{name: {"density": 1.0, "exempt": reason} for name, reason in pruner.exempt.items()},
+        },
+        "trials": {
+            "tested": pruner.trial is not None,
+            "note": "" if pruner.trial is not None else "no trial was given: nothing was tested before it was removed",
+            "events": removals.events,
+            "count": trials.events,
+            "accepted": trials.accepted,
+            "allowance_spent": trials.spent,
+            "smallest_sample": trials.smallest_sample,
+            "seconds": trials.seconds,
+            "share": trials.seconds / seconds if seconds > 0 else 0.0,
+        },
+        "observing": {
+            "every": pruner.observe_every,
+            "observations": observed.observations,
+            "seconds": observed.seconds,
+            "share": observed.seconds / seconds if seconds > 0 else 0.0,
+        },
+        "gradients_discarded": observed.discarded,
+        "compactions": pruner.compactions,
+        "structure_version": pruner.structure_version,
+        "structure_final": pruner.structure_final,
+        "history": [dict(row) for row in pruner.history],
+        "config": pruner.config.to_json(),
+    }
+
+
+def pruner_state(pruner: Pruner) -> dict[str, Any]:
+    """See :meth:`Pruner.state_dict`."""
+    trial_state = getattr(pruner.trial, "state_dict", None)
+    observed = asdict(pruner.observed)
+    return {
+        "version": STATE_VERSION,
+        "steps": pruner.steps,
+        "structure_version": pruner.structure_version,
+        "compactions": pruner.compactions,
+        "observe_every": pruner.observe_every,
+        "rows": dict(pruner.rows),
+        "score": pruner.score.state_dict(),
+        "protection": pruner.protection.state_dict(),
+        "trial_state": pruner.trial_state.state_dict(),
+        "trial": trial_state() if callable(trial_state) else None,
+        "removals": asdict(pruner.removals),
+        "observed": {**observed, "layers": sorted(observed["layers"])},
+        "history": [dict(row) for row in pruner.history],
+        "live_weights": dict(pruner.live_weights),
+        "original_shapes": {name: list(shape) for name, shape in pruner.original_shapes.items()},
+        "units_total": pruner.units_total,
+        "slots": {name: layer.layout.slot_of_block.clone() for name, layer in pruner.layers.items()},
+        "probing": {name: bool(layer.probe) for name, layer in pruner.layers.items()},
+    }
+
+
+def load_pruner_state(pruner: Pruner, state: Mapping[str, Any]) -> None:
+    """See :meth:`Pruner.load_state_dict`."""
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"expected a pruner's state of version {STATE_VERSION}, got {state.get('version')!r}")
+    if set(state["slots"]) != set(pruner.layers):
+        raise ValueError(f"expected the state of layers {sorted(pruner.layers)}, got {sorted(state['slots'])}")
+    load_trial = getattr(pruner.trial, "load_state_dict", None)
+    if state["trial"] is not None:
+        if not callable(load_trial):
+            raise ValueError("expected a trial that can continue the saved one (load_state_dict), got none")
+        load_trial(state["trial"])
+    pruner.score.load_state_dict(state["score"])
+    pruner.protection.load_state_dict(state["protection"])
+    pruner.trial_state.load_state_dict(state["trial_state"])
+    pruner.adopt(state)
