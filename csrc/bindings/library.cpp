@@ -1,6 +1,4 @@
-// The library `dynaprune_cpu`: its schemas, and the module that importing `dynaprune_kernels._C` loads.
-#include <Python.h>
-
+// The library `dynaprune_cpu`: its schemas. torch.ops.load_library loads it; no Python module, no Python.h needed.
 #include <string>
 
 #include "bindings/common.h"
@@ -35,10 +33,4 @@ std::string capability() { return cpu::capability_name(); }
 
 STABLE_TORCH_LIBRARY_IMPL(dynaprune_cpu, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&dynaprune::bindings::capability));
-}
-
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Registers the library dynaprune_cpu with torch.",
-                                   -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }
