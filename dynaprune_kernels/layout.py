@@ -64,12 +64,12 @@ class BlockLayout(nn.Module):
             mask = torch.ones(self.rows, self.columns, dtype=torch.bool, device=device)
         mask = self._checked(mask.to(device) if isinstance(mask, Tensor) else mask).clone()
         if capacity is None:
-            capacity = int(mask.sum())
-        self._check_capacity(max(capacity, 1))
+            capacity = max(int(mask.sum()), 1)
+        self._check_capacity(capacity)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("slot_of_block", torch.full_like(mask, -1, dtype=torch.int32))
-        self.register_buffer("index", self._new_index(max(capacity, 1)), persistent=False)
-        self.capacity = max(capacity, 1)
+        self.register_buffer("index", self._new_index(capacity), persistent=False)
+        self.capacity = capacity
         self._rebuild(release=True)
 
     def _new_index(self, capacity: int) -> Tensor:
@@ -244,9 +244,11 @@ class BlockLayout(nn.Module):
                 f"expected slots of shape {tuple(self.slot_of_block.shape)}, got {tuple(slot_of_block.shape)}"
             )
         used = slot_of_block[slot_of_block >= 0]
-        if used.numel() and (int(used.max()) >= capacity or used.unique().numel() != used.numel()):
+        outside = (slot_of_block < -1) | (slot_of_block >= capacity)
+        if outside.any() or used.unique().numel() != used.numel():
             raise ValueError(
-                f"expected each slot once and below the capacity {capacity}, got {used.tolist()[:20]}"
+                f"expected -1, or each slot once and below the capacity {capacity}, "
+                f"got {slot_of_block.flatten().tolist()[:20]}"
             )
         self.capacity = capacity
         self.slot_of_block.copy_(slot_of_block)

@@ -165,7 +165,7 @@ def test_one_small_transfer_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None
         ({"cost": {"a": 1.0}}, ValueError, "positive cost for every layer"),
         ({"cost": {"a": 1.0, "b": 0.0, "c": 1.0}}, ValueError, "positive cost for every layer"),
         ({"live": {}}, ValueError, "same layers"),
-        ({"live": {n: torch.ones(s) for n, s in SHAPES.items()}}, TypeError, "bool mask for a, got torch.float"),
+        ({"live": {n: torch.ones(s) for n, s in SHAPES.items()}}, TypeError, "mask for a, got torch.float32"),
         ({"live": dict.fromkeys(SHAPES, torch.ones(3) > 0)}, ValueError, r"for a of shape \(4, 6\)"),
         ({"protected": {"z": torch.ones(3, dtype=torch.bool)}}, ValueError, "for z of shape of no layer"),
     ],

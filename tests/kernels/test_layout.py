@@ -1,0 +1,311 @@
+"""``BlockLayout`` against plain Python: random sequences of changes, every list after each, wrong input."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, reference
+from dynaprune_kernels.index import index_size
+from tests.kernels.packed_index import packed_index, updated_slots
+
+BACKENDS = ["reference", "cpu"]
+CHANGES = ["update", "suspend", "resume", "release", "allocate", "compact", "restore"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend that rebuilds the lists."""
+    if request.param == "cpu" and not _extension.load().loaded:
+        pytest.skip(str(_extension.load().reason))
+    monkeypatch.setenv("DYNAPRUNE_BACKEND", request.param)
+    return request.param
+
+
+class Grid(NamedTuple):
+    """A weight's sizes."""
+
+    out: int
+    inputs: int
+    block: tuple[int, int]
+    conv: ConvGeometry | None = None
+
+
+GRIDS = {
+    "square": Grid(64, 64, (16, 16)),
+    "ragged": Grid(50, 37, (16, 16)),
+    "rectangular": Grid(64, 96, (8, 32)),
+    "one block": Grid(5, 3, (8, 8)),
+    "one row": Grid(16, 100, (16, 8)),
+    "large blocks": Grid(300, 257, (128, 128)),
+    "conv 3x3": Grid(32, 24, (8, 8), ConvGeometry(3, 3, 1, 1, 1, 1)),
+    "conv stride": Grid(24, 20, (8, 8), ConvGeometry(3, 3, 2, 2, 1, 1)),
+    "conv phases": Grid(16, 16, (8, 8), ConvGeometry(5, 4, 3, 2, 0, 0, 2, 1)),
+    "conv dilated": Grid(16, 24, (8, 16), ConvGeometry(3, 2, 2, 1, 0, 0, 3, 2)),
+    "conv groups": Grid(48, 36, (8, 8), ConvGeometry(3, 3, 2, 1, 1, 1, groups=3)),
+    "depthwise": Grid(32, 4, (8, 8), ConvGeometry(3, 3, 1, 1, 1, 1, groups=4)),
+    "conv 1d": Grid(16, 16, (8, 8), ConvGeometry(1, 7, 1, 2, 0, 3)),
+}
+
+
+class Model:
+    """The same state in plain Python, and which block each slot's content belongs to."""
+
+    def __init__(self, grid: Grid, mask: np.ndarray, capacity: int) -> None:
+        self.grid, self.capacity = grid, capacity
+        self.mask, self.slots, self.dropped = updated_slots(mask, np.full(mask.shape, -1), capacity, True)
+
+    def update(self, mask: np.ndarray, release: bool) -> None:
+        self.mask, self.slots, self.dropped = updated_slots(mask, self.slots, self.capacity, release)
+
+    def compact(self, capacity: int) -> list[int]:
+        used = sorted(self.slots[self.slots >= 0].tolist())
+        new = {old: i for i, old in enumerate(used)}
+        self.slots = np.vectorize(lambda slot: new.get(slot, -1))(self.slots)
+        self.capacity, self.dropped = capacity, 0
+        return used + [-1] * (capacity - len(used))
+
+    def restore(self, slots: np.ndarray, capacity: int) -> None:
+        self.slots, self.mask, self.capacity, self.dropped = slots, slots >= 0, capacity, 0
+
+    def index(self) -> np.ndarray:
+        conv = self.grid.conv
+        sizes: dict[str, Any] = {}
+        if conv is not None:
+            sizes = {
+                "groups": conv.groups,
+                "kernel": conv[0:2],
+                "stride": conv[2:4],
+                "dilation": conv[6:8],
+            }
+        return packed_index(self.mask, self.slots, self.capacity, overflow=self.dropped, **sizes)
+
+
+def _layout(grid: Grid, **options: Any) -> BlockLayout:
+    return BlockLayout(grid.out, grid.inputs, grid.block, conv=grid.conv, **options)
+
+
+def _assert_same(layout: BlockLayout, model: Model, done: list[str]) -> None:
+    message = f"after {done}"
+    assert np.array_equal(layout.mask.numpy(), model.mask), message
+    assert np.array_equal(layout.slot_of_block.numpy(), model.slots), message
+    assert layout.capacity == model.capacity, message
+    expected = model.index()
+    difference = np.flatnonzero(layout.index.numpy() != expected)
+    assert layout.index.shape == expected.shape and not difference.size, f"{message}: at {difference[:9]}"
+    assert layout.live_count() == int((model.mask & (model.slots >= 0)).sum()), message
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_random_sequences_of_changes(name: str, backend: str) -> None:
+    grid = GRIDS[name]
+    choose = random.Random(name)
+    for round_ in range(6):
+        shape = (_layout(grid).rows, _layout(grid).columns)
+        blocks = shape[0] * shape[1]
+
+        def draw(shape: tuple[int, ...] = shape) -> np.ndarray:
+            density = choose.choice([0.0, 0.1, 0.5, 0.9, 1.0])
+            drawn = [choose.random() < density for _ in range(shape[0] * shape[1])]
+            return np.array(drawn).reshape(shape)
+
+        mask = draw()
+        capacity = choose.randint(1, blocks)
+        layout = _layout(grid, mask=torch.from_numpy(mask), capacity=capacity)
+        model = Model(grid, mask, capacity)
+        done = [f"round {round_}: start"]
+        _assert_same(layout, model, done)
+        for _ in range(12):
+            change = choose.choice(CHANGES)
+            done.append(change)
+            other, release = draw(), choose.random() < 0.5
+            if change == "update":
+                layout.update_(torch.from_numpy(other), release=release)
+                model.update(other, release)
+            elif change == "suspend":
+                layout.suspend_(torch.from_numpy(other))
+                model.update(model.mask & ~other, False)
+            elif change == "resume":
+                layout.resume_()
+                model.update(model.slots >= 0, False)
+            elif change == "release":
+                layout.release_(torch.from_numpy(other))
+                model.update(model.mask & ~other, True)
+            elif change == "allocate":
+                layout.allocate_(torch.from_numpy(other))
+                model.update(model.mask | other, True)
+            elif change == "compact":
+                capacity = choose.randint(max(1, int((model.slots >= 0).sum())), blocks)
+                assert layout.compact_(capacity).tolist() == model.compact(capacity)
+            else:
+                saved, capacity = model.slots.copy(), model.capacity
+                layout = _layout(grid)
+                layout.restore_(torch.from_numpy(saved.astype(np.int32)), capacity)
+                model.restore(saved, capacity)
+            _assert_same(layout, model, done)
+
+
+def test_suspended_blocks_keep_slot_and_come_back_and_the_last_ones_in_order_overflow(backend: str) -> None:
+    layout = BlockLayout(16, 32, (8, 8), capacity=5, mask=torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]]) > 0)
+    before = layout.slot_of_block.clone()
+    layout.suspend_(torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]]) > 0)
+    assert layout.live_count() == 2 and torch.equal(layout.slot_of_block, before)
+    layout.check()
+    layout.resume_()
+    assert layout.live_count() == 4 and torch.equal(layout.slot_of_block, before)
+    layout.allocate_(torch.tensor([[0, 0, 0, 1], [0, 1, 1, 0]]) > 0)
+    assert layout.slot_of_block.tolist() == [[0, 1, -1, 4], [2, -1, -1, 3]]
+    with pytest.raises(RuntimeError, match=r"2 blocks found no free slot \(capacity 5\)"):
+        layout.check()
+    layout.update_(layout.mask)
+    layout.check()
+
+
+def test_an_update_keeps_the_buffers_and_bumps_their_version(backend: str) -> None:
+    layout = BlockLayout(32, 32, (8, 8))
+    buffers = (layout.index, layout.mask, layout.slot_of_block)
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    versions = [buffer._version for buffer in buffers]
+    layout.update_(torch.rand(4, 4) < 0.5)
+    assert [b.data_ptr() for b in (layout.index, layout.mask, layout.slot_of_block)] == addresses
+    assert all(b._version > v for b, v in zip(buffers, versions, strict=True))
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses what would wait for a device: values read on the host, sizes that depend on values."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "is_nonzero", "equal.")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(f"aten::{name}" in func._schema.name + "." for name in self.REFUSED):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_reference_never_waits_for_the_device() -> None:
+    with pytest.raises(AssertionError, match="waits"), _NoSync():
+        torch.ones(3).sum().item()
+    for grid in GRIDS.values():
+        layout = _layout(grid)
+        mask = torch.rand(layout.rows, layout.columns) < 0.5
+        values = torch.zeros(layout.capacity, grid.block[1], grid.block[0])
+        with _NoSync():
+            layout.mask.copy_(mask)
+            reference.layout_update(
+                layout.mask, layout.slot_of_block, layout.index, layout.capacity, grid.conv, True
+            )
+            reference.block_saliency(values, values, layout.index, layout.rows, layout.columns)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_ladder_descends_by_a_quarter_and_holds_what_lives(name: str) -> None:
+    layout = _layout(GRIDS[name])
+    seen = {layout.ladder_capacity(least) for least in range(layout.blocks + 1)}
+    for least in range(1, layout.blocks + 1):
+        capacity = layout.ladder_capacity(least)
+        assert least <= capacity <= layout.blocks
+        assert int(capacity * 0.75) < least, "a smaller rung would do"
+    for larger, smaller in zip(sorted(seen)[1:], sorted(seen), strict=False):
+        assert smaller == int(larger * 0.75)
+
+
+def test_a_layout_is_copied_saved_and_moved_as_a_module() -> None:
+    layout = BlockLayout(32, 32, (8, 8), mask=torch.rand(4, 4) < 0.6)
+    twin = copy.deepcopy(layout)
+    twin.update_(torch.zeros(4, 4, dtype=torch.bool))
+    assert layout.live_count() > 0 == twin.live_count()
+    assert set(layout.state_dict()) == {"slot_of_block"}
+    assert layout.double().half().index.dtype == torch.int32
+    assert repr(layout).startswith("BlockLayout(4x4 blocks of 8x8, capacity=")
+
+
+def test_the_largest_grid_is_refused_before_anything_is_allocated() -> None:
+    with pytest.raises(ValueError, match="at most 2147483647 blocks, got 65536 x 32768"):
+        BlockLayout(8 * 65536, 8 * 32768, (8, 8))
+
+
+LINEAR: dict[str, Any] = {"out_features": 32, "in_features": 32, "block": (8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"block": (7, 8)}, ValueError, r"from 8 to 128, got \(7, 8\)"),
+        ({"block": (8, 129)}, ValueError, r"from 8 to 128, got \(8, 129\)"),
+        ({"block": (8.0, 8)}, TypeError, "int or a pair"),
+        ({"block": (8, 8, 8)}, TypeError, "int or a pair"),
+        ({"block": True}, TypeError, "int or a pair"),
+        ({"out_features": 0}, ValueError, "at least one output and one input, got 0 and 32"),
+        ({"capacity": 17}, ValueError, "capacity from 1 to 16 blocks, got 17"),
+        ({"capacity": 0}, ValueError, "capacity from 1 to 16 blocks, got 0"),
+        ({"mask": torch.ones(4, 4)}, TypeError, "bool mask, got torch.float32"),
+        ({"mask": [[True]]}, TypeError, "bool mask, got list"),
+        ({"mask": torch.ones(4, 3, dtype=torch.bool)}, ValueError, r"shape \(4, 4\), got \(4, 3\)"),
+        ({"conv": ConvGeometry(3, 3, groups=3)}, ValueError, "divisible by groups=3"),
+        ({"conv": ConvGeometry(3, 3, groups=8)}, ValueError, r"multiple of the .*outputs \(8\)"),
+    ],
+)
+def test_wrong_layouts_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        BlockLayout(**{**LINEAR, **options})
+
+
+def _wrong_calls() -> dict[str, tuple[Any, type[Exception], str]]:
+    ints = torch.zeros(4, 4, dtype=torch.int32)
+    twice = torch.full((4, 4), -1, dtype=torch.int32)
+    twice[0] = 3
+    return {
+        "float mask": (lambda la: la.update_(torch.ones(4, 4)), TypeError, "bool mask, got torch.float32"),
+        "shape": (lambda la: la.update_(torch.ones(16) > 0), ValueError, r"\(4, 4\), got \(16,\)"),
+        "device": (
+            lambda la: la.update_(torch.ones(4, 4, dtype=torch.bool, device="meta")),
+            ValueError,
+            "on cpu, got meta",
+        ),
+        "suspend": (lambda la: la.suspend_(ints), TypeError, "bool mask, got torch.int32"),
+        "compact": (lambda la: la.compact_(15), ValueError, "at least the 16 slots in use, got 15"),
+        "capacity": (lambda la: la.compact_(0), ValueError, "capacity from 1 to 16 blocks, got 0"),
+        "slots dtype": (lambda la: la.restore_(ints.long(), 16), TypeError, "int32 slots, got torch.int64"),
+        "slots shape": (lambda la: la.restore_(ints[:3], 16), ValueError, r"\(4, 4\), got \(3, 4\)"),
+        "slot twice": (lambda la: la.restore_(twice, 16), ValueError, "each slot once"),
+        "slot negative": (lambda la: la.restore_(ints - 2, 16), ValueError, "each slot once"),
+        "slot outside": (lambda la: la.restore_(ints + 16, 16), ValueError, "each slot once"),
+    }
+
+
+@pytest.mark.parametrize("name", _wrong_calls())
+def test_wrong_changes_are_refused_and_change_nothing(name: str) -> None:
+    call, error, message = _wrong_calls()[name]
+    layout = BlockLayout(**LINEAR)
+    before = [tensor.clone() for tensor in (layout.mask, layout.slot_of_block, layout.index)]
+    with pytest.raises(error, match=message):
+        call(layout)
+    after: list[Tensor] = [layout.mask, layout.slot_of_block, layout.index]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)) and layout.capacity == 16
+
+
+def test_the_packed_index_has_the_documented_size() -> None:
+    for grid in GRIDS.values():
+        layout = _layout(grid, capacity=1)
+        lists = layout.columns
+        if grid.conv is not None:
+            channel_blocks = layout.columns // grid.conv.taps
+            lists = grid.conv.groups * channel_blocks * grid.conv.phases
+        assert layout.index.numel() == 8 + (layout.rows + 1) + (lists + 1) + 6 + layout.rows + lists
+        assert layout.index.numel() == index_size(layout.rows, lists, 1)
+
+
+def test_a_stale_graph_is_refused_not_silently_wrong(backend: str) -> None:
+    layout = BlockLayout(16, 16, (8, 8))
+    values = nn.Parameter(torch.randn(4, 8, 8))
+    y = torch.ops.dynaprune.block_sparse_linear(torch.randn(3, 16), values, None, layout.index, 16)
+    layout.update_(torch.eye(2) > 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
