@@ -1,0 +1,203 @@
+// torch.ops.dynaprune_cpu.conv2d_*: checks the tensors, brings them into dense NHWC memory and calls the kernels.
+//
+// conv = [kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups].
+#include "cpu/conv2d.h"
+
+#include "bindings/common.h"
+#include "cpu/capability.h"
+#include "cpu/linear.h"
+
+namespace dynaprune::bindings {
+namespace {
+
+using cpu::ConvShape;
+using cpu::LayoutView;
+using torch::headeronly::MemoryFormat;
+
+const cpu::ConvKernels& kernels() { return DYNAPRUNE_CHOOSE(conv_kernels); }
+
+constexpr int64_t kConvNumbers = 9;
+
+void check_conv(const char* op, const std::vector<int64_t>& conv) {
+  STD_TORCH_CHECK(int64_t(conv.size()) == kConvNumbers, op,
+                  ": expected conv = [kh, kw, sh, sw, ph, pw, dh, dw, groups], got ", conv.size(), " numbers");
+  for (int64_t i = 0; i < kConvNumbers; ++i) {
+    const bool padding = i == 4 || i == 5;
+    STD_TORCH_CHECK(conv[i] >= (padding ? 0 : 1), op, ": expected conv[", i, "] >= ", padding ? 0 : 1, ", got ",
+                    conv[i]);
+  }
+}
+
+int64_t output_length(const char* op, int64_t length, int64_t kernel, int64_t stride, int64_t padding,
+                      int64_t dilation) {
+  const int64_t room = length + 2 * padding - dilation * (kernel - 1) - 1;
+  STD_TORCH_CHECK(room >= 0, op, ": expected an input of at least ", dilation * (kernel - 1) + 1,
+                  " pixels after padding, got ", length, " with padding ", padding);
+  return room / stride + 1;
+}
+
+// The sizes of a convolution of an [images, in, height, width] input to `out` channels in bi x bo blocks.
+ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t bi, int64_t bo,
+                     const std::vector<int64_t>& conv) {
+  check_conv(op, conv);
+  ConvShape s;
+  s.images = input[0];
+  s.in = input[1];
+  s.height = input[2];
+  s.width = input[3];
+  s.out = out;
+  s.kernel_h = conv[0];
+  s.kernel_w = conv[1];
+  s.stride_h = conv[2];
+  s.stride_w = conv[3];
+  s.padding_h = conv[4];
+  s.padding_w = conv[5];
+  s.dilation_h = conv[6];
+  s.dilation_w = conv[7];
+  s.groups = conv[8];
+  s.bi = bi;
+  s.bo = bo;
+  STD_TORCH_CHECK(bi >= 1 && bo >= 1, op, ": expected blocks of at least 1 x 1, got ", bi, " x ", bo);
+  STD_TORCH_CHECK(s.images >= 0 && s.in >= 1 && s.height >= 1 && s.width >= 1 && out >= 1, op,
+                  ": expected sizes of at least 1 (0 images are allowed), got input [", s.images, ", ", s.in, ", ",
+                  s.height, ", ", s.width, "] and ", out, " output channels");
+  STD_TORCH_CHECK(s.in % s.groups == 0 && out % s.groups == 0, op, ": expected channels divisible by ", s.groups,
+                  " groups, got ", s.in, " in and ", out, " out");
+  STD_TORCH_CHECK(s.groups == 1 || out / s.groups % bo == 0, op, ": expected out / groups (", out / s.groups,
+                  ") to be a multiple of the block's outputs (", bo, ")");
+  s.out_h = output_length(op, s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+  s.out_w = output_length(op, s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  return s;
+}
+
+struct ConvGrid {
+  int64_t rows, columns, lists;
+};
+ConvGrid conv_grid(const ConvShape& s) {
+  const int64_t channel_blocks = ceil_div(s.in / s.groups, s.bi);
+  return {ceil_div(s.out, s.bo), s.kernel_h * s.kernel_w * channel_blocks,
+          s.groups * channel_blocks * s.stride_h * s.stride_w};
+}
+
+LayoutView view_conv(const char* op, const Tensor& index, const ConvShape& s, int64_t capacity) {
+  const ConvGrid grid = conv_grid(s);
+  return view_index(op, index, grid.rows, grid.columns, grid.lists, capacity);
+}
+
+// `t` as dense NHWC memory; strides of tensors that are it already may look otherwise where a size is 1.
+Tensor nhwc(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  check_dim(op, name, t, 4, "[N, C, H, W]");
+  return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
+Tensor new_nhwc(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return torch::stable::empty({n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              MemoryFormat::ChannelsLast);
+}
+
+void check_output_gradient(const char* op, const Tensor& dy, const ConvShape& s) {
+  STD_TORCH_CHECK(dy.size(0) == s.images && dy.size(2) == s.out_h && dy.size(3) == s.out_w, op, ": expected dy [",
+                  s.images, ", ", s.out, ", ", s.out_h, ", ", s.out_w, "], got shape ", shape_of(dy));
+}
+
+// Both operands of a weight gradient, in dense NHWC memory, with the sizes of their convolution.
+struct Gradients {
+  Tensor dy, x;
+  ConvShape shape;
+  DType dtype;
+};
+Gradients gradients(const char* op, const Tensor& dy, const Tensor& x, int64_t bi, int64_t bo,
+                    const std::vector<int64_t>& conv) {
+  Gradients g{nhwc(op, "dy", dy), nhwc(op, "x", x), {}, kernel_dtype(op, "x", x)};
+  check_same_dtype(op, "dy", dy, "x", x);
+  g.shape = conv_shape(op, x.sizes().data(), dy.size(1), bi, bo, conv);
+  check_output_gradient(op, dy, g.shape);
+  return g;
+}
+
+Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
+                      int64_t out_channels, const std::vector<int64_t>& conv) {
+  const char* op = "conv2d_forward";
+  const Tensor input = nhwc(op, "x", x);
+  const DType dtype = kernel_dtype(op, "x", x);
+  check_values(op, "values", values, "x", x);
+  const ConvShape s = conv_shape(op, x.sizes().data(), out_channels, values.size(1), values.size(2), conv);
+  const LayoutView layout = view_conv(op, index, s, values.size(0));
+  std::optional<Tensor> dense_bias;
+  if (bias) {
+    check_cpu(op, "bias", *bias);
+    check_same_dtype(op, "bias", *bias, "x", x);
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, op, ": expected bias [", out_channels,
+                    "], got shape ", shape_of(*bias));
+    dense_bias = torch::stable::contiguous(*bias);
+  }
+  Tensor y = new_nhwc(input, s.images, s.out, s.out_h, s.out_w);
+  kernels().forward(dtype, s, layout, torch_workers(), input.const_data_ptr(), values.const_data_ptr(),
+                    dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr());
+  return y;
+}
+
+Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
+                    const std::vector<int64_t>& input_size, const std::vector<int64_t>& conv) {
+  const char* op = "conv2d_dgrad";
+  STD_TORCH_CHECK(input_size.size() == 4, op, ": expected input_size [N, C, H, W], got ", input_size.size(),
+                  " numbers");
+  const Tensor gradient = nhwc(op, "dy", dy);
+  const DType dtype = kernel_dtype(op, "dy", dy);
+  check_values(op, "values", values, "dy", dy);
+  const ConvShape s = conv_shape(op, input_size.data(), dy.size(1), values.size(1), values.size(2), conv);
+  check_output_gradient(op, dy, s);
+  const LayoutView layout = view_conv(op, index, s, values.size(0));
+  Tensor dx = new_nhwc(gradient, s.images, s.in, s.height, s.width);
+  kernels().dgrad(dtype, s, layout, torch_workers(), gradient.const_data_ptr(), values.const_data_ptr(),
+                  dx.mutable_data_ptr());
+  return dx;
+}
+
+Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t capacity, int64_t bi, int64_t bo,
+                    const std::vector<int64_t>& conv) {
+  const char* op = "conv2d_wgrad";
+  const Gradients g = gradients(op, dy, x, bi, bo, conv);
+  const LayoutView layout = view_conv(op, index, g.shape, capacity);
+  Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
+  kernels().wgrad(g.dtype, g.shape, layout, torch_workers(), g.dy.const_data_ptr(), g.x.const_data_ptr(), nullptr,
+                  dvalues.mutable_data_ptr(), nullptr);
+  return dvalues;
+}
+
+std::tuple<Tensor, Tensor> conv2d_wgrad_saliency(const Tensor& dy, const Tensor& x, const Tensor& values,
+                                                 const Tensor& index, const std::vector<int64_t>& conv) {
+  const char* op = "conv2d_wgrad_saliency";
+  check_values(op, "values", values, "x", x);
+  const Gradients g = gradients(op, dy, x, values.size(1), values.size(2), conv);
+  const LayoutView layout = view_conv(op, index, g.shape, values.size(0));
+  Tensor dvalues = torch::stable::new_empty(x, {values.size(0), values.size(1), values.size(2)});
+  Tensor sums = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
+  kernels().wgrad(g.dtype, g.shape, layout, torch_workers(), g.dy.const_data_ptr(), g.x.const_data_ptr(),
+                  values.const_data_ptr(), dvalues.mutable_data_ptr(), sums.mutable_data_ptr());
+  return {dvalues, sums};
+}
+
+Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t bi, int64_t bo,
+                    const std::vector<int64_t>& conv) {
+  const char* op = "conv2d_probe";
+  const Gradients g = gradients(op, dy, x, bi, bo, conv);
+  const ConvGrid grid = conv_grid(g.shape);
+  const LayoutView layout = view_conv(op, index, g.shape, capacity_of_index(op, index, grid.rows, grid.lists));
+  Tensor norms = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
+  kernels().probe(g.dtype, g.shape, layout, torch_workers(), g.dy.const_data_ptr(), g.x.const_data_ptr(),
+                  norms.mutable_data_ptr());
+  return norms;
+}
+
+}  // namespace
+}  // namespace dynaprune::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(dynaprune_cpu, CPU, m) {
+  m.impl("conv2d_forward", TORCH_BOX(&dynaprune::bindings::conv2d_forward));
+  m.impl("conv2d_dgrad", TORCH_BOX(&dynaprune::bindings::conv2d_dgrad));
+  m.impl("conv2d_wgrad", TORCH_BOX(&dynaprune::bindings::conv2d_wgrad));
+  m.impl("conv2d_wgrad_saliency", TORCH_BOX(&dynaprune::bindings::conv2d_wgrad_saliency));
+  m.impl("conv2d_probe", TORCH_BOX(&dynaprune::bindings::conv2d_probe));
+}
