@@ -131,6 +131,10 @@ void multiply_tile(Rows rows, OutRows y, int64_t ldy, const Term<V>* terms, int6
                    int64_t values_offset, const typename Num<V>::Acc* bias, int last) {
   typedef typename Num<V>::Vec Vec;
   Vec acc[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) prefetch_for_write(output_row(y, ldy, m) + v * kLanes<V>);
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     Vec start = {};

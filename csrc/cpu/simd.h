@@ -40,15 +40,15 @@
 #if !defined(DYNAPRUNE_ISA_GENERIC)
 #if defined(__clang__)
 #if defined(DYNAPRUNE_ISA_AVX512)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw"))), \
                              apply_to = function)
 #else
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw"))), apply_to = function)
 #endif
 #elif defined(DYNAPRUNE_ISA_AVX512)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw,prefer-vector-width=512")
 #else
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,f16c,prfchw")
 #endif
 #endif
 
@@ -187,6 +187,7 @@ DYNAPRUNE_INLINE vdouble absolute(vdouble v) {
 }
 
 DYNAPRUNE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+DYNAPRUNE_INLINE void prefetch_for_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
 }  // namespace
 }  // namespace dynaprune::cpu::DYNAPRUNE_ISA
