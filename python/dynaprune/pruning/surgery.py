@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.swap import swap_back
@@ -23,7 +24,7 @@ _LAYOUT_STATE = (*_SIZES, "mask", "slot_of_block", "index")
 
 
 def gather_slots(by_slot: Tensor, old_slot: Tensor) -> Tensor:
-    """``by_slot [old, bi, bo]`` in the order of ``old_slot [new]``, the slots to copy from; -1 gives zeros."""
+    """``by_slot [old, bi, bo]`` in the order of ``old_slot [new]``, slots to copy from; -1 gives zeros."""
     return by_slot.detach()[old_slot.clamp(min=0)].masked_fill_((old_slot < 0).view(-1, 1, 1), 0)
 
 
@@ -48,15 +49,13 @@ def cannot_cut(module: nn.Module) -> str:
         return "it is a convolution with groups" if conv is not None and conv.groups > 1 else ""
     if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
         return "its weight is parametrized"
-    if is_channelwise(module):
-        return ""
     if isinstance(module, nn.LayerNorm):
         return "LayerNorm over a narrower width computes another function"
-    if type(module) is nn.Linear:
-        return ""
-    if isinstance(module, _CONVOLUTIONS):
-        return "it is a convolution with groups" if module.groups > 1 else ""
-    return f"layers of type {type(module).__name__} cannot be cut"
+    if layer_shape(module) is None:
+        return f"layers of type {type(module).__name__} cannot be cut"
+    if isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not is_depthwise(module):
+        return "it is a convolution with groups"
+    return ""
 
 
 class Surgery:
