@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ COLOURS = {"baseline": "#9a9184", "pruned": "#0b7a75"}
 ACCENT = "#d1603d"
 _LIFE = LinearSegmentedColormap.from_list("life", ["#f1eee5", "#bfe0d2", "#5fb3a3", "#0b7a75", "#08324a"])
 _WEIGHT = LinearSegmentedColormap.from_list("weight", ["#7cc5b4", "#0b7a75", "#08324a"])
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "savefig.facecolor": PAPER,
@@ -122,7 +123,7 @@ def _lines(
         ends.append((epochs[-1], values[-1], arm))
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     if floor:
         axes.set_ylim(bottom=0)
     low, high = axes.get_ylim()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +44,8 @@ class DenseStructure:
         """Whether the network is as small as it was to become."""
         return True
 
-    def schedule_ended(self, step: int) -> bool:
-        """Whether the pruning schedule is over at ``step``."""
+    def schedule_ended(self) -> bool:
+        """Whether the pruning schedule is over."""
         return True
 
     def sparsity(self) -> float:
@@ -105,24 +104,14 @@ class _Frame:
     shapes: dict[str, tuple[int, int]]
 
 
-@dataclass
-class _Film:
-    """Density of every layer at each change of the structure, and now and then a frame of all masks."""
-
-    densities: list[dict[str, Any]] = field(default_factory=list)
-    frames: list[_Frame] = field(default_factory=list)
-
-
 class PrunedStructure(DenseStructure):
     """A network that `dynaprune.attach` makes smaller while it trains."""
 
     def __init__(self, arm: Arm, data: TaskData) -> None:
         import dynaprune
-        from dynaprune.nn import BlockSparseLayer
 
         model, config, task = arm.model, arm.config, arm.task
         super().__init__(model)
-        self.total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
 
         def losses(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             inputs, targets = batch
@@ -134,92 +123,66 @@ class PrunedStructure(DenseStructure):
             )
         )
         inputs, _ = next(batches(data.train, 2))
-        self.pruning = dynaprune.PruningConfig(
+        pruning = dynaprune.PruningConfig(
             target_sparsity=config.target_sparsity,
             block_size=config.block_size,
             threshold=config.threshold,
-            total_steps=self.total_steps,
+            total_steps=config.epochs * batches_per_epoch(data.train, config.batch_size),
             batch_size=config.batch_size,
             classes=data.classes,
             seed=config.model_seed,
             **{"neurons": True, **config.pruning},
         )
         self.pruner = dynaprune.attach(
-            model, arm.optimizer, self.pruning, trial=self.trial, example_inputs=to_device(inputs, arm.device)
+            model, arm.optimizer, pruning, trial=self.trial, example_inputs=to_device(inputs, arm.device)
         )
-        self._sparse_type = BlockSparseLayer
-        self._built = {name: math.prod(_dense_shape(layer)) for name, layer in self._layers()}
-        self._dense_shapes = {name: _dense_shape(layer) for name, layer in self._layers()}
-        self._marks: tuple[Any, ...] = ()
-        self._signature: tuple[Any, ...] = ()
-        self._version = 0
-        self._live: dict[str, int] = {}
-        self._film = _Film()
-        self._steps = 0
-        self.version()
-
-    def _layers(self) -> list[tuple[str, BlockSparseLayer]]:
-        return [(n, m) for n, m in self.model.named_modules() if isinstance(m, self._sparse_type)]
+        self._shapes = {name: _matrix_shape(layer) for name, layer in self.pruner.layers.items()}
+        self._densities: list[dict[str, Any]] = []
+        self._frames: list[_Frame] = []
+        self._recorded = -1
+        self.after_step(0)
 
     def version(self) -> int:
-        """Changes with the live masks and the sizes of layers; cheap where no mask was touched since the last
-        call."""
-        layers = self._layers()
-        masks = tuple((id(m), id(m.layout.mask), m.layout.mask._version) for _, m in layers)
-        marks = (masks, tuple(p.shape for p in self.model.parameters()))
-        if marks == self._marks:
-            return self._version
-        self._marks = marks
-        signature = tuple(
-            (name, _dense_shape(layer), layer.layout.mask.cpu().numpy().tobytes()) for name, layer in layers
-        )
-        if signature != self._signature:
-            self._signature = signature
-            self._version += 1
-            self._live = {name: layer.live_values() for name, layer in layers}
-            self._record()
-        return self._version
-
-    def _record(self) -> None:
-        row: dict[str, Any] = {"step": self._steps, "sparsity": self.sparsity()}
-        row.update({name: self._live.get(name, 0) / built for name, built in self._built.items()})
-        self._film.densities.append(row)
-        frames = self._film.frames
-        if not frames or row["sparsity"] - frames[-1].sparsity >= FRAME_EVERY:
-            frames.append(self._frame())
-
-    def _frame(self) -> _Frame:
-        layers = dict(self._layers())
-        return _Frame(
-            self._steps,
-            self.sparsity(),
-            {name: _block_rms(layer) for name, layer in layers.items()},
-            {name: _dense_shape(layer) for name, layer in layers.items()},
-        )
+        """Grows whenever blocks are removed or grow back, or neurons are cut."""
+        return self.pruner.structure_version
 
     def after_step(self, step: int) -> None:
-        """Note the step, so that what changed in it is dated right."""
-        self._steps = step
-        self.version()
+        """Record the densities where the structure has changed in this step, and now and then all masks."""
+        self._step = step
+        if self.version() == self._recorded:
+            return
+        self._recorded = self.version()
+        sparsity = self.sparsity()
+        self._densities.append({"step": step, "sparsity": sparsity, **self.pruner.density()})
+        if not self._frames or sparsity - self._frames[-1].sparsity >= FRAME_EVERY:
+            self._frames.append(self._frame())
+
+    def _frame(self) -> _Frame:
+        layers = self.pruner.layers
+        return _Frame(
+            self._step,
+            self.sparsity(),
+            {name: _block_rms(layer) for name, layer in layers.items()},
+            {name: _matrix_shape(layer) for name, layer in layers.items()},
+        )
 
     def target_reached(self) -> bool:
-        """True from the moment the pruner says so; self-paced pruning has no target and is never there."""
-        return bool(self.pruner.target_reached)
+        """Whether the sparsity is the target; self-paced pruning has no target and is never there."""
+        return self.pruner.target_reached
 
-    def schedule_ended(self, step: int) -> bool:
-        """True after the schedule's ``end``, a fraction of all steps."""
-        return step >= self.pruning.end * self.total_steps
+    def schedule_ended(self) -> bool:
+        """Whether the target is reached or the schedule's end has passed."""
+        return self.pruner.structure_final
 
     def sparsity(self) -> float:
-        """Share of the weights of the layers that were swapped that is gone, cut neurons included."""
-        return 1 - sum(self._live.values()) / sum(self._built.values())
+        """Share of the weights of the prunable layers, as they were at the start, that is gone."""
+        return self.pruner.sparsity
 
     def parameters_active(self) -> int:
         """Live values: of block-sparse weights those of live blocks, of everything else all."""
-        self.version()
-        values = {id(layer.values) for _, layer in self._layers()}
+        values = {id(layer.values) for layer in self.pruner.layers.values()}
         rest = sum(p.numel() for p in self.model.parameters() if id(p) not in values)
-        return rest + sum(self._live.values())
+        return rest + sum(self.pruner.live_weights.values())
 
     def trial_flops(self) -> float:
         """FLOPs of all forward passes that the trials made."""
@@ -234,9 +197,7 @@ class PrunedStructure(DenseStructure):
             "sparsity": self.sparsity(),
             "target_reached": self.target_reached(),
             **{name: said[name] for name in names},
-            "density_by_layer": {
-                name: self._live.get(name, 0) / built for name, built in self._built.items()
-            },
+            "density_by_layer": self.pruner.density(),
         }
 
     def end_of_training(self) -> dict[str, Any]:
@@ -244,31 +205,30 @@ class PrunedStructure(DenseStructure):
         return {
             "trial_calls": self.trial.calls,
             "trial_seconds": self.trial.seconds,
-            "structure_changes": self._version - 1,
+            "structure_changes": self.version(),
             "pruner": self.pruner.report(),
         }
 
     def write(self, out: Path) -> None:
         """``density.csv`` (layer by step), ``masks.json`` and ``masks.npz`` (frames of live blocks)."""
-        frames = self._film.frames
-        if frames and (frames[-1].step != self._steps):
-            frames.append(self._frame())
-        write_csv(out / "density.csv", self._film.densities)
+        if self._frames[-1].step != self._step:
+            self._frames.append(self._frame())
+        write_csv(out / "density.csv", self._densities)
         arrays: dict[str, np.ndarray] = {}
         index = []
-        for number, frame in enumerate(frames):
+        for number, frame in enumerate(self._frames):
             layers: dict[str, Any] = {}
             for name, image in frame.layers.items():
                 key = f"frame{number}_layer{len(layers)}"
                 arrays[key] = image
                 layers[name] = {"key": key, "shape": list(frame.shapes[name])}
             index.append({"step": frame.step, "sparsity": frame.sparsity, "layers": layers})
-        shapes = {name: list(shape) for name, shape in self._dense_shapes.items()}
+        shapes = {name: list(shape) for name, shape in self._shapes.items()}
         write_json(out / "masks.json", {"shapes": shapes, "frames": index})
         write_bytes(out / "masks.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
-def _dense_shape(layer: BlockSparseLayer) -> tuple[int, int]:
+def _matrix_shape(layer: BlockSparseLayer) -> tuple[int, int]:
     """Outputs and inputs (for a convolution channels x taps) of the dense weight the layer stands for."""
     layout = layer.layout
     if layout.conv is None:

@@ -116,7 +116,7 @@ def _train(
                 epoch,
                 validation_loss,
                 target_reached=structure.target_reached(),
-                schedule_ended=structure.schedule_ended(done.steps),
+                schedule_ended=structure.schedule_ended(),
                 structure_changed=structure.version() != version_before,
             )
             if best:
