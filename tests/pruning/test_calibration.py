@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dynaprune.pruning.calibration import CalibrationTrial, calibration_mode
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-
-from dynaprune.pruning.calibration import CalibrationTrial, calibration_mode
 
 
 class Masked(nn.Linear):
@@ -230,6 +229,16 @@ def test_a_norm_layer_the_user_froze_keeps_its_running_statistics():
     assert [m.training for m in model.modules()] == [True, False, True]
 
 
+def test_a_nested_call_leaves_the_modes_to_the_outer_one():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Dropout()).train()
+    model[0].eval()
+    with calibration_mode(model):
+        with calibration_mode(model):
+            inside = [m.training for m in model.modules()]
+        assert inside == [m.training for m in model.modules()] == [False, False, True, False]
+    assert [m.training for m in model.modules()] == [True, False, True, True]
+
+
 def test_everything_is_put_back_after_an_error():
     model = build().train()
     optimizer = torch.optim.Adam(model.parameters())
@@ -266,16 +275,21 @@ def test_random_draws_inside_are_the_same_in_every_evaluation_and_cost_none_outs
     assert outside == (random.getstate(), bits(np.random.get_state()), bits(torch.get_rng_state()))
 
 
-def test_autocast_stays_on_and_its_cache_is_left_alone():
+def test_autocast_stays_on_and_no_cast_from_before_the_weights_changed_is_evaluated():
     model = nn.Linear(8, 8)
     x = torch.randn(4, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(x).float().sum()
+        with torch.no_grad():
+            model.weight.zero_()
         with calibration_mode(model):
             assert torch.is_autocast_enabled("cpu")
-            assert model(x).dtype == torch.bfloat16
+            output = model(x)
+            assert output.dtype == torch.bfloat16
+            assert torch.equal(output, model.bias.bfloat16().expand(4, 8))
         assert torch.is_autocast_cache_enabled()
-        model(x).float().sum().backward()
-    assert model.weight.grad is not None and bool(model.weight.grad.any())
+        (loss + model(x).float().sum()).backward()
+    assert bool(model.weight.grad.any())
 
 
 def test_calls_of_one_event_see_the_same_samples_and_redraw_draws_others():

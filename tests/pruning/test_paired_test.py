@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-
 from dynaprune.pruning.paired_test import class_p_values, harm_p_values, paired_test
 from dynaprune.pruning.trial import MEASURED_LEVELS
 
@@ -166,6 +165,7 @@ def test_huge_and_tiny_losses_stay_finite():
         base = torch.ones(64, dtype=torch.float64) * scale
         p = paired_test(base + scale * 1e-3 * rise(64), base, 0.1 * scale).p_value
         assert 0 <= p <= 1e-6
+    assert 0 <= float(harm_p_values(1e-150 * rise(64), 1.0)) <= 1e-6
 
 
 @pytest.mark.parametrize(

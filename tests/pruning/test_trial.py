@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-
 from dynaprune.pruning.trial import (
     TrialRules,
     TrialState,

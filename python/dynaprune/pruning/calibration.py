@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from dynaprune.pruning.paired_test import MIN_SAMPLES
 
 Losses = Tensor | tuple[Tensor, Tensor | None]
+
+_CALIBRATING: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -24,8 +27,8 @@ def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None
     Inside: no gradients; every module in eval mode (all dropout variants, stochastic depth, and functional
     dropout that reads `module.training` are off), except norm layers with running statistics, which normalise
     by the statistics of the batch, as in training. A norm layer that the user froze (itself in eval while the
-    model trains) keeps its running statistics. Autocast stays as it is; only its weight cache is off, since
-    casts made without gradients would otherwise be reused by a later training forward.
+    model trains) keeps its running statistics. Autocast stays as it is; only its weight cache is off: a
+    cast made before the weights last changed would be evaluated in their place.
 
     Afterwards, also when an error leaves the block:
     - each module has its own training flag again;
@@ -34,7 +37,7 @@ def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None
     - any other buffer whose bits changed, or that was replaced, added or deleted, is put back, in place;
     - the random states of Python, NumPy, torch on the CPU and on every accelerator in use are what they were.
 
-    Not covered: state a module keeps outside its buffers (Python attributes, its own `torch.Generator`).
+    May be nested; the outermost call sets the modes. Not covered: state a module keeps outside its buffers (Python attributes, its own `torch.Generator`).
 
     Args:
         model: the module to evaluate.
@@ -72,7 +75,13 @@ class CalibrationTrial:
         seed: of the sampling; independent of every global generator.
         collate: makes a batch of a list of items; default `torch.utils.data.default_collate`.
         cache: keep the event's batches (on the CPU) instead of fetching them again for each call.
+
+    `isolates_itself` tells the pruner that the calls already run in `calibration_mode`.
     """
+
+    isolates_itself = True
+
+    isolates_itself = True
 
     def __init__(
         self,
@@ -273,13 +282,18 @@ def _is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def _training_flags_kept(model: nn.Module) -> Iterator[None]:
+    if model in _CALIBRATING:
+        yield
+        return
     flags = [(module, module.training) for module in model.modules()]
     all_batch = not model.training
+    _CALIBRATING.add(model)
     try:
         for module, training in flags:
             module.training = _is_norm(module) and (training or all_batch)
         yield
     finally:
+        _CALIBRATING.discard(model)
         for module, training in flags:
             module.training = training
 
