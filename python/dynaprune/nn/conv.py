@@ -46,6 +46,21 @@ class BlockSparseConv2d(BlockSparseLayer):
         """
         if not isinstance(conv, cls._dense_type):
             raise TypeError(f"expected nn.{cls._dense_type.__name__}, got {type(conv).__name__}")
+        geometry, plain = cls.settings_of(conv)
+        weight, bias = cast(nn.Parameter, conv.weight), cast("nn.Parameter | None", conv.bias)
+        layout = BlockLayout(
+            conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
+        )
+        if weight.dim() == 3:
+            weight.data = weight.data.unsqueeze(2)
+            if weight.grad is not None:
+                weight.grad.data = weight.grad.data.unsqueeze(2)
+        take_over_weight(weight, layout)
+        return cls(layout, weight, bias, plain).train(conv.training)
+
+    @classmethod
+    def settings_of(cls, conv: Any) -> tuple[ConvGeometry, dict[str, Any]]:
+        """What a dense convolution computes: the op's geometry, and the settings that the layer keeps."""
         plain = {
             "in_channels": conv.in_channels,
             "out_channels": conv.out_channels,
@@ -65,18 +80,8 @@ class BlockSparseConv2d(BlockSparseLayer):
             *((0, *own_padding) if one_d else own_padding),
             *((1, *conv.dilation) if one_d else conv.dilation),
         ]
-        geometry = ConvGeometry._make([*sizes, conv.groups])
-        weight, bias = cast(nn.Parameter, conv.weight), cast("nn.Parameter | None", conv.bias)
-        layout = BlockLayout(
-            conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
-        )
         plain["pad_before"] = tuple(conv._reversed_padding_repeated_twice) if outside else None
-        if weight.dim() == 3:
-            weight.data = weight.data.unsqueeze(2)
-            if weight.grad is not None:
-                weight.grad.data = weight.grad.data.unsqueeze(2)
-        take_over_weight(weight, layout)
-        return cls(layout, weight, bias, plain).train(conv.training)
+        return ConvGeometry._make([*sizes, conv.groups]), plain
 
     def _padded(self, x: Tensor) -> Tensor:
         if self.pad_before is None:

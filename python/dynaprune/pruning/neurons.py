@@ -23,8 +23,8 @@ Which groups can go without harm:
 
 - nothing reads them: in every reader the blocks (or, in a plain layer, the weights) are dead;
 - they are constant: all their producers' rows are dead, so they are ``act(bias)``, and that times the
-  readers' weights moves into the readers' biases. The constant comes from a forward pass of the example inputs;
-  it must be one over the whole batch and all positions, and the same with running and with batch statistics.
+  readers' weights moves into the readers' biases. The constant comes from a forward pass of the example
+  inputs; it must be one over the whole batch and all positions, whichever statistics batch norms use.
   A reader without a bias, or one that pads with zeros, takes no constant but 0: such a group stays, with the
   reason. (No bias is added: a new Parameter would have to enter somebody else's optimizer.)
 
@@ -42,6 +42,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.bias_folding import NORMS, Observation, cannot_fold, contribution, observe
 from dynaprune.pruning.neuron_groups import (
@@ -268,13 +269,9 @@ def _above_floor(
 
 
 def _width(module: nn.Module, *, outputs: bool) -> int:
-    if isinstance(module, BlockSparseLayer):
-        return module.layout.out_features if outputs else module.layout.in_features
-    names = ("out_features", "out_channels") if outputs else ("in_features", "in_channels")
-    for name in (*names, "num_features", "num_parameters"):
-        if hasattr(module, name):
-            return int(getattr(module, name))
-    raise ValueError(f"expected a layer with a width, got {module}")
+    shape = layer_shape(module)
+    assert shape is not None
+    return shape.out if outputs or not shape.in_ else shape.in_
 
 
 def _why_not(model: nn.Module, candidate: _Candidate, before: Observation, batch: Observation) -> str:

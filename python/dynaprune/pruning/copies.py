@@ -1,0 +1,62 @@
+"""Carry a cut of neurons into copies of the model: averages of its weights (EMA, SWA), teachers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dynaprune.manifest import layer_shape
+from dynaprune.pruning.bias_folding import observe
+from dynaprune.pruning.neuron_groups import ExampleInputs
+from dynaprune.pruning.neurons import CutPlan, execute
+from dynaprune.pruning.surgery import Surgery
+
+
+def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
+    """Cut from ``copy`` what :func:`~dynaprune.pruning.neurons.cut_dead_neurons` cut from the model.
+
+    Constants that move into biases are the copy's own: its biases differ from the model's.
+
+    Args:
+        copy: the module that mirrors the model (of an ``AveragedModel``, its ``module``), with the blocks that the
+            model had just before the cut.
+        plan: ``report.plan`` of the cut.
+        example: what the model's cut was checked with.
+
+    Raises:
+        RuntimeError: the copy is stale, or does not run after the cut; it is then as it was.
+    """
+    modules = dict(copy.named_modules())
+    for name, (outputs, inputs) in plan.layers.items():
+        shape = layer_shape(modules[name]) if name in modules else None
+        expected = (outputs.numel(), inputs.numel())
+        if shape is None or (shape.out, shape.in_ or shape.out) != expected:
+            raise RuntimeError(
+                f"a copy of the model is stale: expected its layer {name} with {expected[0]} outputs and "
+                f"{expected[1]} inputs, got {shape}. Call pruner.follow(copy) right after making a copy, or make "
+                "a new one of the model as it is now"
+            )
+    surgery = Surgery()
+    with torch.no_grad():
+        try:
+            execute(copy, plan, observe(copy, example, plan.folds), surgery)
+            observe(copy, example)
+        except Exception as error:
+            surgery.undo()
+            raise RuntimeError(
+                f"a copy did not follow when neurons were cut from the model: {error}"
+            ) from error
+
+
+def refuse_averaged_buffers(copy: nn.Module) -> None:
+    """Refuse an ``AveragedModel`` that averages buffers: averages of slot numbers and masks mean nothing.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if getattr(copy, "use_buffers", False):
+        raise ValueError(
+            "expected an average of parameters only, got AveragedModel(use_buffers=True), which would average "
+            "the slot numbers of block-sparse layers: leave use_buffers False, and call "
+            "torch.optim.swa_utils.update_bn at the end"
+        )
