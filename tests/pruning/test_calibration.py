@@ -275,6 +275,19 @@ def test_random_draws_inside_are_the_same_in_every_evaluation_and_cost_none_outs
     assert outside == (random.getstate(), bits(np.random.get_state()), bits(torch.get_rng_state()))
 
 
+@pytest.mark.gpu
+def test_random_state_and_buffers_of_a_gpu_are_put_back():
+    model = build().cuda().train()
+    trial = CalibrationTrial(model, dataset(), losses, samples=64, batch_size=24)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.cuda.get_rng_state()
+    first, second = trial()[0], trial()[0]
+    assert first.is_cuda and torch.equal(first, second)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(buffers[name])), name
+
+
 def test_autocast_stays_on_and_no_cast_from_before_the_weights_changed_is_evaluated():
     model = nn.Linear(8, 8)
     x = torch.randn(4, 8)

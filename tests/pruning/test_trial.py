@@ -231,8 +231,9 @@ def test_tolerances_below_0_are_refused(name, value):
 def test_wrong_types_are_refused():
     with pytest.raises(TypeError, match=r"threshold to be a number, got '0\.01'"):
         TrialRules(threshold="0.01")
-    with pytest.raises(ValueError, match="classes >= 2"):
-        TrialRules(classes=1)
+    for classes in (1, 2.5):
+        with pytest.raises(ValueError, match="classes as an integer >= 2"):
+            TrialRules(classes=classes)
     model = Model({1: 0.0})
     for sizes in ([], [0], [1, 2], [2, 2]):
         with pytest.raises(ValueError, match="strictly decreasing"):

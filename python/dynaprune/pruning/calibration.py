@@ -37,7 +37,8 @@ def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None
     - any other buffer whose bits changed, or that was replaced, added or deleted, is put back, in place;
     - the random states of Python, NumPy, torch on the CPU and on every accelerator in use are what they were.
 
-    May be nested; the outermost call sets the modes. Not covered: state a module keeps outside its buffers (Python attributes, its own `torch.Generator`).
+    May be nested for the same model; the outermost call sets the modes. Not covered: state a module keeps
+    outside its buffers (Python attributes, its own `torch.Generator`).
 
     Args:
         model: the module to evaluate.

@@ -71,8 +71,8 @@ class TrialRules:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"expected {name} to be finite and >= 0, got {value}")
-        if self.classes is not None and self.classes < 2:
-            raise ValueError(f"expected classes >= 2 or None, got {self.classes}")
+        if self.classes is not None and (self.classes != int(self.classes) or self.classes < 2):
+            raise ValueError(f"expected classes as an integer >= 2 or None, got {self.classes}")
 
 
 @dataclass
