@@ -84,7 +84,7 @@ def layer_shape(module: Any) -> LayerShape | None:
     kind = type(module).__name__
     if type(module) is not SHAPED_TYPES.get(kind):
         return None
-    if isinstance(module, BlockSparseLayer):
+    if issubclass(SHAPED_TYPES[kind], BlockSparseLayer):
         layout = module.layout
         groups = layout.conv.groups if layout.conv else 1
         return LayerShape(
@@ -92,7 +92,7 @@ def layer_shape(module: Any) -> LayerShape | None:
         )
     if kind == "Linear":
         return LayerShape(kind, module.out_features, module.in_features)
-    if isinstance(module, _CONVOLUTIONS):
+    if issubclass(SHAPED_TYPES[kind], _CONVOLUTIONS):
         return LayerShape(kind, module.out_channels, module.in_channels, module.groups)
     return LayerShape(kind, module.num_parameters if kind == "PReLU" else module.num_features)
 

@@ -18,8 +18,8 @@ def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
     Constants that move into biases are the copy's own: its biases differ from the model's.
 
     Args:
-        copy: the module that mirrors the model (of an ``AveragedModel``, its ``module``), with the blocks that the
-            model had just before the cut.
+        copy: the module that mirrors the model (of an ``AveragedModel``, its ``module``), with the blocks that
+            the model had just before the cut.
         plan: ``report.plan`` of the cut.
         example: what the model's cut was checked with.
 
@@ -33,8 +33,8 @@ def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
         if shape is None or (shape.out, shape.in_ or shape.out) != expected:
             raise RuntimeError(
                 f"a copy of the model is stale: expected its layer {name} with {expected[0]} outputs and "
-                f"{expected[1]} inputs, got {shape}. Call pruner.follow(copy) right after making a copy, or make "
-                "a new one of the model as it is now"
+                f"{expected[1]} inputs, got {shape}. Call pruner.follow(copy) right after making a copy, or "
+                "make a new one of the model as it is now"
             )
     surgery = Surgery()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def refuse_averaged_buffers(copy: nn.Module) -> None:
     """
     if getattr(copy, "use_buffers", False):
         raise ValueError(
-            "expected an average of parameters only, got AveragedModel(use_buffers=True), which would average "
-            "the slot numbers of block-sparse layers: leave use_buffers False, and call "
+            "expected an average of parameters only, got AveragedModel(use_buffers=True), which would "
+            "average the slot numbers of block-sparse layers: leave use_buffers False, and call "
             "torch.optim.swa_utils.update_bn at the end"
         )
