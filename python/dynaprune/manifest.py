@@ -81,10 +81,11 @@ def structure_manifest(model: nn.Module) -> dict[str, Any]:
 
 def layer_shape(module: Any) -> LayerShape | None:
     """The shape of one layer, None for modules that pruning never reshapes."""
-    kind = type(module).__name__
-    if type(module) is not SHAPED_TYPES.get(kind):
+    type_ = type(module)
+    kind = type_.__name__
+    if SHAPED_TYPES.get(kind) is not type_:
         return None
-    if issubclass(SHAPED_TYPES[kind], BlockSparseLayer):
+    if issubclass(type_, BlockSparseLayer):
         layout = module.layout
         groups = layout.conv.groups if layout.conv else 1
         return LayerShape(
@@ -92,7 +93,7 @@ def layer_shape(module: Any) -> LayerShape | None:
         )
     if kind == "Linear":
         return LayerShape(kind, module.out_features, module.in_features)
-    if issubclass(SHAPED_TYPES[kind], _CONVOLUTIONS):
+    if issubclass(type_, _CONVOLUTIONS):
         return LayerShape(kind, module.out_channels, module.in_channels, module.groups)
     return LayerShape(kind, module.num_parameters if kind == "PReLU" else module.num_features)
 

@@ -18,8 +18,8 @@ def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
     Constants that move into biases are the copy's own: its biases differ from the model's.
 
     Args:
-        copy: the module that mirrors the model (of an ``AveragedModel``, its ``module``), with the blocks that
-            the model had just before the cut.
+        copy: the module that mirrors the model (of an ``AveragedModel``, its ``module``), with the blocks
+            that the model had just before the cut.
         plan: ``report.plan`` of the cut.
         example: what the model's cut was checked with.
 
