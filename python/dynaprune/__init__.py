@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
+    from dynaprune.pruning.attachment import attach
     from dynaprune.pruning.calibration import CalibrationTrial
     from dynaprune.pruning.config import PruningConfig
-    from dynaprune.pruning.pruner import Pruner, attach
+    from dynaprune.pruning.pruner import Pruner
 
 _HOMES = {
     "BlockSparseConv1d": "dynaprune.nn",
@@ -18,7 +19,7 @@ _HOMES = {
     "CalibrationTrial": "dynaprune.pruning.calibration",
     "Pruner": "dynaprune.pruning.pruner",
     "PruningConfig": "dynaprune.pruning.config",
-    "attach": "dynaprune.pruning.pruner",
+    "attach": "dynaprune.pruning.attachment",
     "swap_back": "dynaprune.nn",
     "swap_layers": "dynaprune.nn",
 }

@@ -23,12 +23,14 @@ class PruningConfig:
     """What is pruned, how far, how fast, and what a removal has to satisfy.
 
     Args:
-        target_sparsity: share of the prunable weights to remove, in (0, 1). None: self-paced, the trial alone decides.
+        target_sparsity: share of the prunable weights to remove, in (0, 1). None: self-paced, the trial alone
+            decides.
         block_size: outputs and inputs per block, 8 to 128; one number for square blocks.
         total_steps: optimizer steps of the whole training; needed with a target.
         start, end: the schedule's span as fractions of ``total_steps``, ``0 <= start < end <= 0.6``.
-        interval: steps between pruning events. None: twenty events between ``start`` and ``end``, fewer (at least ten)
-            where trials would cost more than 5% of training (needs ``batch_size``); 50 when self-paced.
+        interval: steps between pruning events. None: twenty events between ``start`` and ``end``, fewer (at
+            least ten) where trials would cost more than 5% of training (needs ``batch_size``); 50 when
+            self-paced.
         score: which units go first: one of ``SCORES``.
         score_decay: decay per observation of the score's exponential mean, in [0, 1).
         allocation: how removals spread over layers: one of ``ALLOCATIONS``.
@@ -42,11 +44,13 @@ class PruningConfig:
         classes: number of classes C; None: from the trial's labels, or its first loss.
         rungs: candidate sets per event: wish, wish/2, wish/4, ...
         self_paced_share: share of the live units that one self-paced event may remove.
-        regrow: fraction of the removed blocks that returns per event, cosine-annealed to 0 at ``end``; 0: none.
-        neurons: cut dead neurons out of the network (needs ``example_inputs`` at attach).
+        regrow: fraction of the removed blocks that returns per event, cosine-annealed to 0 at ``end``; 0:
+            none.
+        neurons: cut dead neurons out of the network, which changes nothing that it computes.
         types: layer types to prune, of "linear", "conv2d" and "conv1d".
         include, exclude: layer names, parents' names or ``re:`` patterns (see ``dynaprune.nn.swap_layers``).
-        observe_every: observe every k-th step. None: the least k whose cost is 2% of a step by a model of memory traffic.
+        observe_every: observe every k-th step. None: the least k whose cost is 2% of a step by a model of
+            memory traffic.
         batch_size: samples per step, for the default interval only.
         compact: drop free slots from weights, gradients and optimizer state as the network shrinks.
         seed: of random scores and random ties.
@@ -75,7 +79,7 @@ class PruningConfig:
     rungs: int = 3
     self_paced_share: float = 0.1
     regrow: float = 0.0
-    neurons: bool = False
+    neurons: bool = True
     types: Sequence[str] = ("linear", "conv2d", "conv1d")
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
@@ -85,12 +89,13 @@ class PruningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_block(self.block_size)  # type: ignore[arg-type]
+        check_block(self.block_size)
         if self.target_sparsity is not None:
             _fraction("target_sparsity", self.target_sparsity)
             if self.total_steps is None:
                 raise ValueError(
-                    "expected total_steps (optimizer steps of the whole training) beside a target_sparsity, got None: "
+                    "expected total_steps (optimizer steps of the whole training) beside a "
+                    "target_sparsity, got None: "
                     "the schedule needs to know when training ends"
                 )
         for name in ("total_steps", "interval", "rungs", "observe_every", "batch_size"):
@@ -123,7 +128,11 @@ class PruningConfig:
             value = getattr(self, name)
             if name == "include" and value is None:
                 continue
-            if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+            if (
+                isinstance(value, str)
+                or not isinstance(value, Sequence)
+                or not all(isinstance(v, str) for v in value)
+            ):
                 raise TypeError(f"expected {name} as a sequence of strings, got {value!r}")
         for name in self.types:
             _one_of("types", name, tuple(_LAYER_TYPES))
@@ -154,7 +163,7 @@ def _number(name: str, value: Any) -> None:
 
 def _fraction(name: str, value: Any, *, zero: bool = False, one: bool = False) -> None:
     _number(name, value)
-    if not ((0 < value or (zero and value == 0)) and (value < 1 or (one and value == 1))):
+    if not ((value > 0 or (zero and value == 0)) and (value < 1 or (one and value == 1))):
         raise ValueError(f"expected {name} in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value}")
 
 

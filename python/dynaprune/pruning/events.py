@@ -14,6 +14,9 @@ from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.allocation import Selection, select
 from dynaprune.pruning.calibration import calibration_mode
 from dynaprune.pruning.compaction import compact_layer, wanted_capacity
+from dynaprune.pruning.copies import cut_copy
+from dynaprune.pruning.neuron_groups import find_groups
+from dynaprune.pruning.neurons import cut_dead_neurons
 from dynaprune.pruning.optimizer_state import seed_slots, zero_slots
 from dynaprune.pruning.regrowth import growth_fraction, select_growth
 from dynaprune.pruning.trial import Evaluation, TrialEvent, candidate_sizes, run_event
@@ -24,13 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Removals:
-    """Numbers of units removed so far, by why they went, and of blocks that grew back."""
+    """What went so far, in units, by why it went.
+
+    ``with_neurons``: live blocks that only read or made dead neurons and went along with them, which changes
+    no output. ``neurons_refused``: layers of which dead neurons stay, with the reason.
+    """
 
     passed: int = 0
     forced: int = 0
     untested: int = 0
     grown: int = 0
+    with_neurons: int = 0
     neurons: int = 0
+    neurons_refused: dict[str, str] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -62,6 +71,8 @@ def run_pruning_event(pruner: Pruner) -> None:
         removed = _remove(pruner, asked, total, live)
         if growing:
             _regrow(pruner, min(growing, removed), step)
+    if config.neurons and pruner.structure_version != before:
+        cut_neurons(pruner)
     if config.compact:
         compact(pruner)
     if pruner.structure_version != before:
@@ -149,7 +160,8 @@ def _try(pruner: Pruner, selection: Selection) -> TrialEvent:
 
 
 def release(pruner: Pruner, masks: dict[str, Tensor]) -> None:
-    """Let the blocks of ``masks`` die, with weight, gradient and optimizer state zeroed, in the followers too."""
+    """Let the blocks of ``masks`` die, with weight, gradient and optimizer state zeroed, in the followers
+    too."""
     for name, blocks in masks.items():
         layer = pruner.layers[name]
         for each in [layer, *pruner.followers.of(name)]:
@@ -192,6 +204,41 @@ def _regrow(pruner: Pruner, count: int, step: int) -> None:
         pruner.protection.protect(name, blocks, step + pruner.pace.interval + 1)
         pruner.removals.grown += grown
         pruner.structure_version += 1
+
+
+def cut_neurons(pruner: Pruner) -> None:
+    """Cut neurons that are dead or constant out of the network; what it computes stays.
+
+    A model that cannot be traced keeps them, with the reason in the report.
+    """
+    example = pruner.example()
+    if example is None or not any(_has_dead_rows_or_columns(layer) for layer in pruner.layers.values()):
+        return
+    removals = pruner.removals
+    try:
+        groups = find_groups(pruner.model, example)
+    except Exception as error:
+        removals.neurons_refused[""] = f"the model cannot be traced: {type(error).__name__}: {error}"
+        return
+    report = cut_dead_neurons(pruner.model, groups, example, pruner.optimizers, floor=pruner.config.floor)
+    removals.neurons_refused = {**groups.refused, **report.refused}
+    if report.plan is None:
+        return
+    for name, kept in report.kept.items():
+        pruner.score.keep(name, *kept)
+        pruner.protection.keep(name, kept.rows, kept.columns)
+    for copy in pruner.followers.models():
+        cut_copy(copy, report.plan, example)
+    removals.neurons += sum(report.neurons.values())
+    removals.with_neurons += report.blocks
+    pruner.structure_version += 1
+
+
+def _has_dead_rows_or_columns(layer: BlockSparseLayer) -> bool:
+    layout = layer.layout
+    taps = 1 if layout.conv is None else layout.conv.taps
+    live = layout.mask.view(layout.rows, taps, -1)
+    return not bool(live.any(2).any(1).all() & live.any(1).any(0).all())
 
 
 def compact(pruner: Pruner) -> None:

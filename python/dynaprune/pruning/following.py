@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.swap import SPARSE_TYPES, _replace
+from dynaprune.pruning.copies import refuse_averaged_buffers
 
 
 class CopyWatch:
@@ -52,7 +53,7 @@ def _unwatched() -> CopyWatch:
 def _note_load(module: nn.Module, _: Any) -> None:
     watch = getattr(module, "copy_watch", None)
     if isinstance(watch, CopyWatch):
-        watch.version = module.values._version  # type: ignore[union-attr, operator, assignment]
+        watch.version = module.values._version
 
 
 def watch_copies(layers: Mapping[str, BlockSparseLayer]) -> None:
@@ -79,11 +80,16 @@ class Followers:
         """
         if not isinstance(copy, nn.Module):
             raise TypeError(f"expected the copy as an nn.Module, got {type(copy).__name__}")
+        refuse_averaged_buffers(copy)
         modules = dict(copy.named_modules())
-        prefix = next((p for p in ("", "module.", "_orig_mod.") if all(p + n in modules for n in layers)), None)
+        prefix = next(
+            (p for p in ("", "module.", "_orig_mod.") if all(p + n in modules for n in layers)), None
+        )
         if prefix is None:
             missing = next(n for n in layers if n not in modules)
-            raise ValueError(f"expected a copy of the model with a layer {missing!r}, got {type(copy).__name__} without it")
+            raise ValueError(
+                f"expected a copy of the model with a layer {missing!r}, got {type(copy).__name__} without it"
+            )
         for name, layer in layers.items():
             _check_like(name, modules[prefix + name], layer)
         followed: dict[str, weakref.ref[BlockSparseLayer]] = {}
@@ -93,25 +99,28 @@ class Followers:
                 twin = _swapped(copy, twin, layer)
             followed[name] = weakref.ref(twin)
         self._copies.append(followed)
-        self._roots.append(weakref.ref(copy))
+        self._roots.append(weakref.ref(copy.get_submodule(prefix.removesuffix("."))))
 
     def of(self, name: str) -> list[BlockSparseLayer]:
         """The living followers of one layer."""
         found = [followed[name]() for followed in self._copies if name in followed]
         return [layer for layer in found if layer is not None]
 
+    def models(self) -> list[nn.Module]:
+        """The living followers: for an ``AveragedModel`` the module in it."""
+        return [copy for root in self._roots if (copy := root()) is not None]
+
     def swap_back(self) -> None:
         """Give every follower plain dense layers again."""
-        for root in self._roots:
-            copy = root()
-            if copy is not None:
-                swap_back(copy)
+        for copy in self.models():
+            swap_back(copy)
         self._copies, self._roots = [], []
 
     def refuse_stale(self, layers: Mapping[str, BlockSparseLayer]) -> None:
         """Raise RuntimeError where a deep copy is being updated (it is an average) but does not follow.
 
-        A copy that was only kept, loaded as a whole, or trains with gradients of its own is none of our business.
+        A copy that was only kept, loaded as a whole, or trains with gradients of its own is none of our
+        business.
         """
         for name, layer in layers.items():
             watch = layer.copy_watch
@@ -125,8 +134,10 @@ class Followers:
                     continue
                 if twin.values._version > twin.copy_watch.version:
                     raise RuntimeError(
-                        f"a copy of the model is being updated without following its structure (layer {name}): an average "
-                        "of weights would mix blocks; call pruner.follow(copy) once, right after making the copy"
+                        "a copy of the model is being updated without following its structure (layer "
+                        f"{name}): an average "
+                        "of weights would mix blocks; call pruner.follow(copy) once, right after making the "
+                        "copy"
                     )
 
 
@@ -134,20 +145,25 @@ def _check_like(name: str, twin: nn.Module, layer: BlockSparseLayer) -> None:
     if isinstance(twin, BlockSparseLayer):
         mine, other = layer.layout, twin.layout
         if other.block != mine.block or other.slot_of_block.shape != mine.slot_of_block.shape:
-            raise ValueError(f"expected {name} of the copy with the blocks of the model, got {other} for {mine}")
+            raise ValueError(
+                f"expected {name} of the copy with the blocks of the model, got {other} for {mine}"
+            )
         same: Tensor = other.slot_of_block.to(mine.slot_of_block.device) == mine.slot_of_block
         if other.capacity != mine.capacity or not bool(same.all()):
             raise ValueError(
-                f"expected {name} of the copy with the structure that the model has now, got another: let a copy follow "
+                f"expected {name} of the copy with the structure that the model has now, got another: let a "
+                "copy follow "
                 "right after making it"
             )
     elif type(twin) not in SPARSE_TYPES or not isinstance(layer, SPARSE_TYPES[type(twin)]):
-        raise ValueError(f"expected {name} of the copy to be a {type(layer).__name__}, got {type(twin).__name__}")
+        raise ValueError(
+            f"expected {name} of the copy to be a {type(layer).__name__}, got {type(twin).__name__}"
+        )
 
 
 def _swapped(copy: nn.Module, dense: nn.Module, layer: BlockSparseLayer) -> BlockSparseLayer:
-    weight = dense.weight.detach().clone()  # type: ignore[union-attr, operator]
-    twin = SPARSE_TYPES[type(dense)].from_dense(dense, layer.layout.block)  # type: ignore[attr-defined]
+    weight = dense.weight.detach().clone()  # type: ignore[operator]
+    twin = SPARSE_TYPES[type(dense)].from_dense(dense, layer.layout.block)
     twin.layout.restore_(layer.layout.slot_of_block.to(twin.values.device), layer.layout.capacity)
     replace_parameter_data_(twin.values, twin.to_slots(weight))
     _replace(copy, dense, twin)

@@ -18,8 +18,8 @@ from dynaprune_kernels import BlockSaliency, block_saliency
 
 OBSERVE_SHARE = 0.02
 OBSERVATIONS_PER_INTERVAL = 8
-# Nominal FLOP/s, bytes/s and seconds per small op, by device type: only their ratios decide, and they are constants, so
-# that two runs observe the same steps.
+# Nominal FLOP/s, bytes/s and seconds per small op, by device type: only their ratios decide, and they are
+# constants, so that two runs observe the same steps.
 _MACHINES = {"cpu": (2e11, 2e10, 5e-6), "cuda": (3e14, 2e12, 5e-6)}
 _STEP_OPS, _OBSERVE_OPS = 20, 9
 _STEP_BYTES, _OBSERVE_BYTES = 10 * 4, 2 * 4
@@ -28,8 +28,8 @@ _STEP_BYTES, _OBSERVE_BYTES = 10 * 4, 2 * 4
 class StepHooks:
     """Calls ``before(optimizer)`` when gradients are ready and ``after(optimizer)`` when the step is done.
 
-    ``before`` runs right before the update; with ``step(closure)`` after the closure, which is where backward is. During
-    the capture of a CUDA graph nothing runs.
+    ``before`` runs right before the update; with ``step(closure)`` after the closure, which is where backward
+    is. During the capture of a CUDA graph nothing runs.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class StepHooks:
             return None
         if in_backward():
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes after the step, which "
+                f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes "
+                "after the step, which "
                 "must not happen there; step after backward"
             )
         # `step` is wrapped as a function of the class, so args[0] is the optimizer itself.
@@ -80,19 +81,23 @@ class StepHooks:
 
 
 class RowCounter:
-    """Counts the rows (tokens, or output positions) that each layer sees, until :meth:`stop`: what a step costs.
+    """Counts the rows (tokens, or output positions) that each layer sees, until :meth:`stop`: what a step
+    costs.
 
     Under ``torch.compile`` nothing is counted.
     """
 
     def __init__(self, layers: Mapping[str, BlockSparseLayer]) -> None:
         self.rows: dict[str, int] = {}
-        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+        self._handles = [
+            layer.register_forward_hook(self._hook(name, layer.layout.out_features))
+            for name, layer in layers.items()
+        ]
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, width: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
-                self.rows[name] = self.rows.get(name, 0) + output.numel() // module.layout.out_features
+                self.rows[name] = self.rows.get(name, 0) + output.numel() // width
 
         return hook
 
@@ -104,10 +109,12 @@ class RowCounter:
 
 
 def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str, int], interval: int) -> int:
-    """Least k such that observing every k-th step costs at most 2% of it, by a model of work and memory traffic.
+    """Least k such that observing every k-th step costs at most 2% of it, by a model of work and memory
+    traffic.
 
-    At least eight observations per event interval are kept, at whatever cost. The model's constants are fixed, so two
-    runs of the same training observe the same steps; what it really cost is measured and in the report.
+    At least eight observations per event interval are kept, at whatever cost. The model's constants are
+    fixed, so two runs of the same training observe the same steps; what it really cost is measured and in the
+    report.
     """
     step = observe = 0.0
     for name, layer in layers.items():
@@ -121,7 +128,8 @@ def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str
 
 @dataclass
 class Observed:
-    """What observing did so far: steps observed, steps discarded for non-finite gradients, and seconds spent."""
+    """What observing did so far: steps observed, steps discarded for non-finite gradients, and seconds
+    spent."""
 
     observations: int = 0
     discarded: int = 0
@@ -132,10 +140,11 @@ class Observed:
 def observe(
     layers: Mapping[str, BlockSparseLayer], score: Score, optimizer: torch.optim.Optimizer, observed: Observed
 ) -> None:
-    """Show the score one step's gradients of ``layers``; a step with any gradient that is not finite is discarded.
+    """Show the score one step's gradients of ``layers``; a step with any gradient that is not finite is
+    discarded.
 
-    A fused optimizer under a GradScaler is called with scaled gradients, on skipped steps too: its ``grad_scale`` and
-    ``found_inf`` are honoured.
+    A fused optimizer under a GradScaler is called with scaled gradients, on skipped steps too: its
+    ``grad_scale`` and ``found_inf`` are honoured.
     """
     started = time.perf_counter()
     scale = getattr(optimizer, "grad_scale", None)
@@ -175,10 +184,13 @@ def _usable(saliencies: list[BlockSaliency], found_inf: Any) -> bool:
     return not bool(bad)
 
 
-def refuse_without_gradients(layers: Mapping[str, BlockSparseLayer], optimizer: torch.optim.Optimizer) -> None:
+def refuse_without_gradients(
+    layers: Mapping[str, BlockSparseLayer], optimizer: torch.optim.Optimizer
+) -> None:
     """Raise RuntimeError where no prunable weight of the optimizer has a gradient at its step."""
     if layers and all(layer.values.grad is None for layer in layers.values()):
         raise RuntimeError(
-            f"{type(optimizer).__name__}.step: expected gradients on the prunable weights, got None on all of "
+            f"{type(optimizer).__name__}.step: expected gradients on the prunable weights, got None on all "
+            "of "
             f"{', '.join(list(layers)[:4])}: call backward first, and zero_grad after the step"
         )

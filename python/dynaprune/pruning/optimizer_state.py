@@ -1,4 +1,5 @@
-"""Optimizer surgery: state that has a weight's shape moves, shrinks and is zeroed with the weight's blocks."""
+"""Optimizer surgery: state that has a weight's shape moves, shrinks and is zeroed with the weight's
+blocks."""
 
 from __future__ import annotations
 
@@ -15,24 +16,30 @@ Optimizers = Sequence[torch.optim.Optimizer]
 _DRY_STEPS = 2
 
 
-def sliced_state(optimizers: Optimizers, parameter: nn.Parameter) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+def sliced_state(
+    optimizers: Optimizers, parameter: nn.Parameter
+) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """Every optimizer tensor of the parameter's shape, with the dict and key that hold it."""
     for optimizer in optimizers:
-        state = optimizer.state.get(parameter)
-        for key in list(state or ()):
+        state = optimizer.state.get(parameter) or {}
+        for key in list(state):
             tensor = state[key]
             if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
                 yield state, key, tensor
 
 
-def rewrite_state(optimizers: Optimizers, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
-    """Put ``change(tensor)`` in the place of every optimizer tensor of the parameter's shape (before it changes)."""
+def rewrite_state(
+    optimizers: Optimizers, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]
+) -> None:
+    """Put ``change(tensor)`` in the place of every optimizer tensor of the parameter's shape (before it
+    changes)."""
     for state, key, tensor in sliced_state(optimizers, parameter):
         state[key] = change(tensor)
 
 
 def zero_slots(optimizers: Optimizers, parameter: nn.Parameter, slots: Tensor) -> None:
-    """Zero weight, gradient and optimizer state of ``slots`` (bool ``[capacity]``), in place, without a host sync."""
+    """Zero weight, gradient and optimizer state of ``slots`` (bool ``[capacity]``), in place, without a host
+    sync."""
     where = slots.view(-1, 1, 1)
     with torch.no_grad():
         parameter.masked_fill_(where, 0)
@@ -43,7 +50,8 @@ def zero_slots(optimizers: Optimizers, parameter: nn.Parameter, slots: Tensor) -
 
 
 def seed_slots(optimizers: Optimizers, parameter: nn.Parameter, live: Tensor, new: Tensor) -> None:
-    """Start weight, gradient and state of ``new`` slots: zeros, but second moments at the mean of the ``live`` slots.
+    """Start weight, gradient and state of ``new`` slots: zeros, but second moments at the mean of the
+    ``live`` slots.
 
     Args:
         live, new: bool ``[capacity]``.
@@ -66,14 +74,19 @@ def check_state_shapes(optimizers: Optimizers, parameters: Iterable[tuple[str, n
             for key, value in (optimizer.state.get(parameter) or {}).items():
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
                     raise RuntimeError(
-                        f"{type(optimizer).__name__} holds {key} of shape {tuple(value.shape)} for {name}, expected "
-                        f"{tuple(parameter.shape)}: a state dict of another structure was loaded; load the model's, the "
+                        f"{type(optimizer).__name__} holds {key} of shape {tuple(value.shape)} for {name}, "
+                        "expected "
+                        f"{tuple(parameter.shape)}: a state dict of another structure was loaded; load the "
+                        "model's, the "
                         "optimizer's and the pruner's state of the same moment"
                     )
 
 
-def refuse_unsliceable(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, block: Any) -> None:
-    """Find out by dry steps on a cloned parameter of three blocks whether this optimizer's state can be sliced.
+def refuse_unsliceable(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, block: Any
+) -> None:
+    """Find out by dry steps on a cloned parameter of three blocks whether this optimizer's state can be
+    sliced.
 
     The optimizer itself, its state and every random state stay as they are.
 
@@ -101,7 +114,8 @@ def refuse_unsliceable(optimizer: torch.optim.Optimizer, group: dict[str, Any], 
                 twin.step()
             except Exception as error:
                 raise ValueError(
-                    f"cannot attach to {kind}: its step fails on a weight of 3-D blocks ({type(error).__name__}: {error})"
+                    f"cannot attach to {kind}: its step fails on a weight of 3-D blocks "
+                    f"({type(error).__name__}: {error})"
                 ) from error
     for key, value in twin.state[parameter].items():
         shapes = [tuple(t.shape) for t in _tensors(value) if t.numel() > 1]

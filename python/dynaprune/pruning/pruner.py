@@ -1,4 +1,4 @@
-"""``attach`` and the ``Pruner``: what happens around every optimizer step of a training that is pruned."""
+"""The ``Pruner``: what happens around every optimizer step of a training that is pruned."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynaprune.nn import BlockSparseLayer, swap_back, swap_layers
-from dynaprune.pruning import refusals
+from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
-from dynaprune.pruning.following import CopyWatch, Followers, watch_copies
+from dynaprune.pruning.following import Followers, watch_copies
+from dynaprune.pruning.neuron_groups import ExampleInputs, InputCapture
 from dynaprune.pruning.observe import (
     Observed,
     RowCounter,
@@ -23,7 +23,7 @@ from dynaprune.pruning.observe import (
     observe,
     refuse_without_gradients,
 )
-from dynaprune.pruning.optimizer_state import check_state_shapes, refuse_unsliceable, rewrite_state, sliced_state
+from dynaprune.pruning.optimizer_state import check_state_shapes, rewrite_state
 from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced, trial_interval
 from dynaprune.pruning.regrowth import Protection
 from dynaprune.pruning.score import make_score
@@ -39,98 +39,9 @@ class _PaceWithInterval(Pace, Protocol):
     interval: int
 
 
-def attach(
-    model: nn.Module,
-    optimizer: Any,
-    config: PruningConfig | None = None,
-    *,
-    trial: Trial | None = None,
-    example_inputs: Any = None,
-) -> Pruner:
-    """Make ``model`` get smaller while ``optimizer`` trains it; the training loop stays as it is.
-
-    Dense layers become block-sparse ones in place; their Parameters stay the same objects, and what the optimizer already
-    knows of them moves along, so this may happen before training or in the middle of it.
-
-    Args:
-        model: on its device, with its weights; not wrapped for distributed training.
-        optimizer: a torch optimizer, one wrapped by accelerate or Lightning, or a list of them.
-        config: default ``PruningConfig()``.
-        trial: ``trial()`` returns per-sample losses ``[n]`` or (losses, classes ``[n]``) of the model as it stands, on data
-            that training does not use for its scores; see ``CalibrationTrial``. Without one removals are untested.
-        example_inputs: a batch for the model, needed to trace it when neurons are cut.
-
-    Raises:
-        TypeError, ValueError: what cannot be pruned, by name and with the reason; the model is then as it was.
-    """
-    if config is None:
-        config = PruningConfig()
-    if not isinstance(config, PruningConfig):
-        raise TypeError(f"expected a PruningConfig, got {type(config).__name__}")
-    if trial is not None and not callable(trial):
-        raise TypeError(f"expected the trial as a callable that returns per-sample losses, got {type(trial).__name__}")
-    if config.target_sparsity is None and trial is None:
-        raise ValueError("expected a trial: self-paced pruning (target_sparsity=None) removes what passes it, nothing else")
-    inner = refusals.unwrap_model(model)
-    optimizers = refusals.unwrap_optimizers(optimizer)
-    exempt, layers = _take_layers(inner, optimizers, config)
-    return Pruner(model, inner, optimizers, layers, exempt, config, trial, example_inputs)
-
-
-def _take_layers(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], config: PruningConfig
-) -> tuple[dict[str, str], dict[str, BlockSparseLayer]]:
-    """Reasons of the exempt layers, and the block-sparse layers that are pruned, with their optimizer state moved."""
-    sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
-    dense = {n: m for n, m in model.named_modules() if isinstance(m, config.layer_types)}
-    for name, layer in sparse.items():
-        watch = getattr(layer, "copy_watch", None)
-        if isinstance(watch, CopyWatch) and watch.owned:
-            raise ValueError(f"expected a model without a pruner, got one that is attached already ({name}): detach it")
-    candidates = [(f"{n}.weight", m.weight) for n, m in dense.items() if isinstance(m.weight, nn.Parameter)]
-    candidates += [(f"{n}.values", m.values) for n, m in sparse.items()]
-    trainable = [(n, p) for n, p in candidates if p.requires_grad]
-    held = refusals.refuse_without_prunable_weights(trainable, optimizers)
-    refusals.refuse_in_backward(trainable)
-    for each in optimizers:
-        for group in each.param_groups:
-            mine = [p for p in group["params"] if any(p is q for _, q in trainable)]
-            if mine:
-                block = config.block_size
-                pair = (block, block) if isinstance(block, int) else block
-                refuse_unsliceable(each, group, mine[0], pair)
-    exempt: dict[str, str] = {}
-    if sparse:
-        exempt = {n: "the model came with block-sparse layers, and this one was dense" for n in dense}
-        for name, layer in list(sparse.items()):
-            if id(layer.values) not in held:
-                exempt[name] = "no optimizer given holds its weight"
-                del sparse[name]
-        return exempt, sparse
-    foreign = [n for n, m in dense.items() if m.weight.requires_grad and id(m.weight) not in held]
-    remembered = {n: [(s, k) for s, k, _ in sliced_state(optimizers, m.weight)] for n, m in dense.items()}
-    entries = swap_layers(
-        model,
-        config.block_size,
-        types=config.layer_types,
-        include=config.include,
-        exclude=[*config.exclude, *foreign],
-    )
-    layers: dict[str, BlockSparseLayer] = {}
-    for entry in entries:
-        if not entry.swapped:
-            exempt[entry.name] = "no optimizer given holds its weight" if entry.name in foreign else entry.reason
-            continue
-        layer = model.get_submodule(entry.name)
-        assert isinstance(layer, BlockSparseLayer)
-        layers[entry.name] = layer
-        for state, key in remembered[entry.name]:
-            state[key] = layer.to_slots(state[key])
-    return exempt, layers
-
-
 class Pruner:
-    """Watches every optimizer step and removes what the training no longer needs. Made by :func:`attach`.
+    """Watches every optimizer step and removes what the training no longer needs. Made by
+    ``dynaprune.attach``.
 
     Attributes:
         layers: the block-sparse layers that are pruned, by name.
@@ -152,7 +63,9 @@ class Pruner:
     ) -> None:
         self._given, self.model, self.optimizers = given, model, optimizers
         self.layers, self.exempt, self.config = layers, exempt, config
-        self.trial, self.example_inputs = trial, example_inputs
+        self.trial = trial
+        self._example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+        self._capture = InputCapture(model)
         self.rules = TrialRules(
             config.threshold, config.tolerance, config.absolute_tolerance, config.allowance, config.classes
         )
@@ -193,8 +106,6 @@ class Pruner:
                 owners[optimizer] = mine
         return owners
 
-    # around a step
-
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         layers = self._owners[optimizer]
         refuse_without_gradients(layers, optimizer)
@@ -234,10 +145,17 @@ class Pruner:
             with torch.no_grad():
                 run_pruning_event(self)
             self.probes.clear()
+            self._capture.remove()
+        due_next = self.pace.due(self.steps + 1)
         if self.config.regrow > 0:
-            due = self.pace.due(self.steps + 1)
             for layer in self.layers.values():
-                layer.probe.fill_(due)
+                layer.probe.fill_(due_next)
+        if due_next and self.config.neurons and self._example is None:
+            self._capture.arm()
+
+    def example(self) -> ExampleInputs | None:
+        """What the model takes: as given to attach, or the last training batch before this event."""
+        return self._example or self._capture.example
 
     def step(self) -> None:
         """Do by hand what the hooks do around a step: for replayed CUDA graphs, which run no hooks.
@@ -249,14 +167,18 @@ class Pruner:
         self._complete()
 
     def check_state(self) -> None:
-        """Raise RuntimeError where the optimizer's state, or a loaded pruner's, does not fit the model's structure."""
-        check_state_shapes(self.optimizers, [(f"{name}.values", layer.values) for name, layer in self.layers.items()])
+        """Raise RuntimeError where the optimizer's state, or a loaded pruner's, does not fit the model's
+        structure."""
+        check_state_shapes(
+            self.optimizers, [(f"{name}.values", layer.values) for name, layer in self.layers.items()]
+        )
         if self._loaded_slots is not None:
             for name, slots in self._loaded_slots.items():
                 mine = self.layers[name].layout.slot_of_block
                 if slots.shape != mine.shape or not torch.equal(slots.to(mine.device), mine):
                     raise RuntimeError(
-                        f"the pruner's state was saved with another structure of {name} than the model has now: load the "
+                        f"the pruner's state was saved with another structure of {name} than the model has "
+                        "now: load the "
                         "model's, the optimizer's and the pruner's state of the same moment"
                     )
             self._loaded_slots = None
@@ -283,10 +205,9 @@ class Pruner:
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         self._shapes = []
 
-    # sizes
-
     def units_live(self) -> int:
-        """Live units, in blocks of average size: weights that live over all, times the number of blocks, rounded up."""
+        """Live units, in blocks of average size: weights that live over all, times the number of blocks,
+        rounded up."""
         total = sum(math.prod(shape) for shape in self.original_shapes.values())
         return math.ceil(sum(self.live_weights.values()) / total * self.units_total - 1e-6)
 
@@ -306,7 +227,9 @@ class Pruner:
 
     def density(self) -> dict[str, float]:
         """Share of each layer's original weights that live."""
-        return {name: live / math.prod(self.original_shapes[name]) for name, live in self.live_weights.items()}
+        return {
+            name: live / math.prod(self.original_shapes[name]) for name, live in self.live_weights.items()
+        }
 
     @property
     def sparsity(self) -> float:
@@ -324,8 +247,6 @@ class Pruner:
         """Whether the target is reached, or the schedule's end has passed."""
         return self.target_reached or self.pace.ended(self.steps)
 
-    # for the user
-
     def follow(self, copy: nn.Module) -> None:
         """Keep ``copy`` (a deep copy, an ``AveragedModel``) in step with the model's structure from now on.
 
@@ -341,13 +262,15 @@ class Pruner:
         return report(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed training needs beside the model's and the optimizer's state: tensors and plain values."""
+        """Everything a resumed training needs beside the model's and the optimizer's state: tensors and plain
+        values."""
         from dynaprune.pruning.reporting import pruner_state
 
         return pruner_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved training; the model's and the optimizer's state are loaded beside it, in any order.
+        """Continue a saved training; the model's and the optimizer's state are loaded beside it, in any
+        order.
 
         Raises:
             ValueError: the state of another model, score or trial.
@@ -368,13 +291,15 @@ class Pruner:
             self._rows.stop()
             self._rows = None
         self.score.detach()
+        self._capture.remove()
         for layer in self.layers.values():
             layer.disable_tap_()
             layer.probe.fill_(False)
-            layer.copy_watch.owned = False  # type: ignore[union-attr, assignment]
+            layer.copy_watch.owned = False  # type: ignore[union-attr]
 
     def finalize(self) -> nn.Module:
-        """Detach and give the model plain dense layers again, smaller where neurons were cut; returns the model.
+        """Detach and give the model plain dense layers again, smaller where neurons were cut; returns the
+        model.
 
         Optimizer state and gradients go back to the dense shapes too, and so do the copies that follow.
         """
@@ -410,4 +335,9 @@ def dense_shape(layer: BlockSparseLayer) -> tuple[int, ...]:
     layout = layer.layout
     if layout.conv is None:
         return (layout.out_features, layout.in_features)
-    return (layout.out_features, layout.in_features // layout.conv.groups, layout.conv.kernel_h, layout.conv.kernel_w)
+    return (
+        layout.out_features,
+        layout.in_features // layout.conv.groups,
+        layout.conv.kernel_h,
+        layout.conv.kernel_w,
+    )

@@ -14,7 +14,8 @@ _NEED_MATRICES = ("Muon", "Shampoo", "SOAP", "KFAC")
 
 
 def unwrap_model(model: Any) -> nn.Module:
-    """The module behind ``torch.compile``; refuses what is not a module, and wrappers that own the parameters.
+    """The module behind ``torch.compile``; refuses what is not a module, and wrappers that own the
+    parameters.
 
     Raises:
         TypeError: not a module. ValueError: a wrapper, a lazy model or a process group that cannot be pruned.
@@ -27,7 +28,9 @@ def unwrap_model(model: Any) -> nn.Module:
             raise ValueError(f"cannot attach to {type(module).__name__}: {reason}")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
-        raise ValueError(f"cannot attach to a model with lazy parameters ({lazy[0]}): run one forward pass first")
+        raise ValueError(
+            f"cannot attach to a model with lazy parameters ({lazy[0]}): run one forward pass first"
+        )
     inner = getattr(model, "_orig_mod", model)
     if isinstance(inner, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         raise ValueError(
@@ -41,7 +44,8 @@ def _refuse_distributed() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(
-            f"cannot attach at world size {distributed.get_world_size()}: ranks would prune differently, and compaction "
+            f"cannot attach at world size {distributed.get_world_size()}: ranks would prune differently, and "
+            "compaction "
             "would silently lose DistributedDataParallel's averaging; train in one process"
         )
 
@@ -53,14 +57,18 @@ def _wrapper_reason(module: nn.Module) -> str | None:
     if names & {"FullyShardedDataParallel", "FSDPModule"}:
         return "FSDP keeps weights in flat shards that blocks cannot be cut from"
     if "DistributedDataParallel" in names:
-        return "its buckets hold the weights' shapes, and compaction changes them; pass the model inside it, unwrapped"
+        return (
+            "its buckets hold the weights' shapes, and compaction changes them; pass the model inside it, "
+            "unwrapped"
+        )
     if "DataParallel" in names:
         return "its replicas would be cut from masks of another device; train on one device"
     return None
 
 
 def unwrap_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The plain torch optimizers behind ``optimizer``: one, a sequence, or wrapped by accelerate or Lightning.
+    """The plain torch optimizers behind ``optimizer``: one, a sequence, or wrapped by accelerate or
+    Lightning.
 
     Raises:
         TypeError: something else. ValueError: an optimizer that cannot train blocks, with the reason.
@@ -82,7 +90,8 @@ def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
     for _ in range(8):
         if type(seen).__module__.split(".")[0] == "deepspeed" or "DeepSpeed" in type(seen).__name__:
             raise ValueError(
-                f"cannot attach to {type(seen).__name__}: DeepSpeed keeps weights and optimizer state in flat "
+                f"cannot attach to {type(seen).__name__}: DeepSpeed keeps weights and optimizer state in "
+                "flat "
                 "partitions that blocks cannot be cut from"
             )
         inner = getattr(seen, "optimizer", None)
@@ -107,12 +116,14 @@ def _optimizer_reason(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def refuse_in_backward(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise ValueError where a parameter is stepped inside backward, before a pruner could read its gradient."""
+    """Raise ValueError where a parameter is stepped inside backward, before a pruner could read its
+    gradient."""
     for name, parameter in parameters:
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
         if getattr(parameter, "_in_backward_optimizers", None) or hooks:
             raise ValueError(
-                f"cannot attach: {name} has a hook that runs when its gradient is ready (an optimizer in backward); "
+                f"cannot attach: {name} has a hook that runs when its gradient is ready (an optimizer in "
+                "backward); "
                 "pruning changes shapes after the step, which must not happen inside backward"
             )
 
@@ -120,13 +131,15 @@ def refuse_in_backward(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
 def refuse_without_prunable_weights(
     candidates: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[torch.optim.Optimizer]
 ) -> set[int]:
-    """Ids of the parameters that the optimizers hold; ValueError where none of the candidates is among them."""
+    """Ids of the parameters that the optimizers hold; ValueError where none of the candidates is among
+    them."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     if candidates and not any(id(p) in held for _, p in candidates):
         names = ", ".join(name for name, _ in candidates[:4])
         kinds = ", ".join(type(each).__name__ for each in optimizers)
         raise ValueError(
-            f"expected an optimizer that holds prunable weights of the model ({names}, ...), got {kinds} with none of them"
+            f"expected an optimizer that holds prunable weights of the model ({names}, ...), got {kinds} "
+            "with none of them"
         )
     return held
 

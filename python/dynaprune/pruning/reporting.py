@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dynaprune.pruning.pruner import Pruner
 
 STATE_VERSION = 1
+_UNTESTED = "no trial was given: nothing was tested before it was removed"
 
 
 def report(pruner: Pruner) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def report(pruner: Pruner) -> dict[str, Any]:
         "blocks_removed": pruner.units_total - blocks,
         "blocks_regrown": removals.grown,
         "neurons_removed": removals.neurons,
+        "neurons_refused": dict(removals.neurons_refused),
+        "blocks_removed_with_neurons": removals.with_neurons,
         "removed_passed": removals.passed,
         "removed_forced": removals.forced,
         "removed_untested": removals.untested,
@@ -37,7 +40,7 @@ def report(pruner: Pruner) -> dict[str, Any]:
         },
         "trials": {
             "tested": pruner.trial is not None,
-            "note": "" if pruner.trial is not None else "no trial was given: nothing was tested before it was removed",
+            "note": "" if pruner.trial is not None else _UNTESTED,
             "events": removals.events,
             "count": trials.events,
             "accepted": trials.accepted,
@@ -90,9 +93,13 @@ def pruner_state(pruner: Pruner) -> dict[str, Any]:
 def load_pruner_state(pruner: Pruner, state: Mapping[str, Any]) -> None:
     """See :meth:`Pruner.load_state_dict`."""
     if state.get("version") != STATE_VERSION:
-        raise ValueError(f"expected a pruner's state of version {STATE_VERSION}, got {state.get('version')!r}")
+        raise ValueError(
+            f"expected a pruner's state of version {STATE_VERSION}, got {state.get('version')!r}"
+        )
     if set(state["slots"]) != set(pruner.layers):
-        raise ValueError(f"expected the state of layers {sorted(pruner.layers)}, got {sorted(state['slots'])}")
+        raise ValueError(
+            f"expected the state of layers {sorted(pruner.layers)}, got {sorted(state['slots'])}"
+        )
     load_trial = getattr(pruner.trial, "load_state_dict", None)
     if state["trial"] is not None:
         if not callable(load_trial):
