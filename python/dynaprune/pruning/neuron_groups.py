@@ -11,16 +11,18 @@ every layer is wholly inside or outside a group: with ``bo = 32`` before ``bi = 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_pruning
 from torch import Tensor, nn
 from torch_pruning import ops
 
+from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.pruning.calibration import calibration_mode
 from dynaprune.pruning.surgery import cannot_cut, is_channelwise
@@ -177,9 +179,8 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     groups: list[NeuronGroup] = []
     refused: dict[str, str] = {}
     seen: set[str] = set()
-    for module in list(graph.module2node):
-        name = names.get(id(module), "")
-        if name in seen or not _makes_neurons(module):
+    for name, module in model.named_modules():
+        if name in seen or module not in graph.module2node or not _makes_neurons(module):
             continue
         items = _group_items(graph, module)
         makers = [names[id(m)] for m, outputs, _ in items if id(m) in names and outputs and _makes_neurons(m)]
@@ -196,8 +197,6 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLayer) and name not in seen:
             refused[name] = "the traced forward pass does not reach it"
-    order = {name: i for i, name in enumerate(names.values())}
-    groups.sort(key=lambda g: order[g.name])
     return NeuronMap(groups, refused)
 
 
@@ -221,7 +220,13 @@ def _trace(model: nn.Module, example: ExampleInputs) -> Any:
     pruner = _BlockSparsePruner()
     types = (BlockSparseLinear, BlockSparseConv2d, BlockSparseConv1d)
     graph = torch_pruning.DependencyGraph()
-    with calibration_mode(model), torch.enable_grad(), _all_require_grad(model), warnings.catch_warnings():
+    with (
+        calibration_mode(model),
+        torch.enable_grad(),
+        _all_require_grad(model),
+        _as_single_ops(model),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         graph.build_dependency(
             model,
@@ -245,6 +250,35 @@ def _all_require_grad(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def _as_single_ops(model: nn.Module) -> Iterator[None]:
+    """Block-sparse layers run as the one dense op they stand for, which is what the tracer understands."""
+    layers = [m for m in model.modules() if isinstance(m, BlockSparseLayer)]
+    try:
+        for layer in layers:
+            layer.forward = _dense_op(layer)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _dense_op(layer: Any) -> Callable[[Tensor], Tensor]:
+    conv = layer.layout.conv
+
+    def forward(x: Tensor) -> Tensor:
+        weight = layer.weight.requires_grad_()
+        if conv is None:
+            return F.linear(x, weight, layer.bias)
+        settings = [conv[2:4], conv[4:6], conv[6:8]]
+        if isinstance(layer, BlockSparseConv1d):
+            stride, padding, dilation = ([each[1]] for each in settings)
+            return F.conv1d(layer._padded(x), weight, layer.bias, stride, padding, dilation, conv.groups)
+        return F.conv2d(layer._padded(x), weight, layer.bias, *settings, conv.groups)
+
+    return forward
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -289,7 +323,7 @@ def _group_items(graph: Any, module: nn.Module) -> list[_Item]:
 
 
 def _cannot_cut_any(items: list[_Item], names: Mapping[int, str], tied: set[int]) -> str:
-    for module, _, _ in items:
+    for module, outputs, (index, _) in items:
         if isinstance(module, ops._OutputOp):
             return "its outputs are outputs of the model"
         if isinstance(module, nn.Parameter):
@@ -298,6 +332,10 @@ def _cannot_cut_any(items: list[_Item], names: Mapping[int, str], tied: set[int]
             return f"{names[id(module)]!r} shares a weight with another layer"
         if why := cannot_cut(module):
             return f"{names.get(id(module), type(module).__name__)!r} is in the way: {why}"
+        shape = layer_shape(module)
+        width = 0 if shape is None else shape.out if outputs or not shape.in_ else shape.in_
+        if int(index.max()) >= width:
+            return f"it could not be traced to {names[id(module)]!r}, which is {width} wide"
     if not any(not outputs and not is_channelwise(module) for module, outputs, _ in items):
         return "no layer reads its outputs"
     return ""
