@@ -117,21 +117,17 @@ def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tup
 
 def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """wgrad and, per block, the signed sum of weight x gradient (float32, or float64 of float64 input)."""
-    capacity, bi, bo = values.shape
-    grad = linear_wgrad(dy, x, index, capacity, (bi, bo))
-    rows, columns = _grid(bo, bi, dy.shape[1], x.shape[1], None)
-    return grad, block_saliency(values, grad, index, rows, columns)[0][3]
+    return _wgrad_saliency_from_dense(dy.t() @ x, values, index, None)
 
 
 def linear_probe(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
 ) -> Tensor:
-    """Squared Frobenius norm of the dense gradient's blocks that are not live, zeros elsewhere: ``[rows *
-    columns]``.
+    """Squared norm of the dense gradient at each block that is not live, ``[rows * columns]``; else zeros.
 
     All zeros while the bool ``probe`` is false.
     """
-    return _probe_from_dense(dy.t() @ x, index, capacity, block, None) * probe
+    return _probe_from_dense(dy.t() @ x, index, capacity, block, None, probe)
 
 
 def conv2d_forward(
@@ -164,10 +160,7 @@ def conv2d_wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
     """wgrad and, per block, the signed sum of weight x gradient."""
-    capacity, bi, bo = values.shape
-    grad = conv2d_wgrad(dy, x, index, capacity, (bi, bo), conv)
-    rows, columns = _grid(bo, bi, dy.shape[1], x.shape[1] // conv.groups, conv)
-    return grad, block_saliency(values, grad, index, rows, columns)[0][3]
+    return _wgrad_saliency_from_dense(_dense_conv_wgrad(dy, x, conv), values, index, conv)
 
 
 def conv2d_probe(
@@ -180,7 +173,7 @@ def conv2d_probe(
     probe: Tensor,
 ) -> Tensor:
     """Squared norms of the dense gradient's blocks that are not live; all zeros while ``probe`` is false."""
-    return _probe_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv) * probe
+    return _probe_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv, probe)
 
 
 def _dense_conv_wgrad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:
@@ -193,6 +186,10 @@ def _convolution_backward(
 ) -> Tensor:
     if dy.numel() == 0:  # the vendor's backward rejects an empty batch
         return torch.zeros_like(weight if wgrad else x)
+    if dy.dtype == torch.bfloat16 and dy.device.type == "cpu":
+        # oneDNN's bfloat16 backward reads memory that nobody wrote where a tap meets nothing but padding.
+        grad = _convolution_backward(dy.float(), x.float(), weight.float(), conv, wgrad=wgrad)
+        return grad.to(dy.dtype)
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy,
         x,
@@ -218,14 +215,28 @@ def _wgrad_from_dense(
     return _blocks_by_slot(blocks, index, rows, columns, capacity)
 
 
+def _wgrad_saliency_from_dense(
+    grad: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry | None
+) -> tuple[Tensor, Tensor]:
+    capacity, bi, bo = values.shape
+    accumulate = _accumulator(values.dtype)
+    weight = dense_weight(values, index, grad.shape[0], grad.shape[1], conv)
+    signed = dense_to_blocks(weight.to(accumulate) * grad.to(accumulate), (bo, bi), conv).sum((1, 2))
+    return _wgrad_from_dense(grad, index, capacity, (bi, bo), conv), signed
+
+
 def _probe_from_dense(
-    grad: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry | None
+    grad: Tensor,
+    index: Tensor,
+    capacity: int,
+    block: tuple[int, int],
+    conv: ConvGeometry | None,
+    probe: Tensor,
 ) -> Tensor:
     bi, bo = block
     rows, columns = _grid(bo, bi, grad.shape[0], grad.shape[1], conv)
-    accumulate = _accumulator(grad.dtype)
-    norms = dense_to_blocks(grad, (bo, bi), conv).to(accumulate).square().sum((1, 2))
-    return norms.masked_fill(_live(index, rows, columns, capacity), 0)
+    norms = dense_to_blocks(grad, (bo, bi), conv).to(_accumulator(grad.dtype)).square().sum((1, 2))
+    return norms.masked_fill(_live(index, rows, columns, capacity) | ~probe, 0)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

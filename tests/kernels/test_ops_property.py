@@ -1,0 +1,428 @@
+"""Drawn shapes, masks, strides and dtypes: outputs and every gradient against the dense masked computation.
+
+An entry passes with an error, against float64, of at most twice the error of the dense computation in the same dtype
+plus ``ORDER_OF_SUMS * eps * (|a| |b|)``, the bound that both would have for any order of summation. Slots without a live
+block and the padding of ragged blocks hold NaN, as do fresh outputs, so that what must not be read or must be written
+shows.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynaprune_kernels import (
+    BlockLayout,
+    ConvGeometry,
+    _extension,
+    block_saliency,
+    block_sparse_conv2d,
+    block_sparse_linear,
+)
+
+# c of the tolerance: n rounded partial sums of random terms are off by about half an eps * (|a| |b|) whatever n is,
+# and by about 3 in the worst of 1e5 results; bounds for certain grow with n and would see nothing.
+ORDER_OF_SUMS = 4.0
+LINEAR_CASES, CONV_CASES = 1300, 900
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+BLOCKS = [8, 9, 16, 24, 32]
+MASKS = ["random", "dead", "live", "one", "cross", "suspended"]
+TAPS = ["none", "saliency", "probe"]
+
+
+class Linear(NamedTuple):
+    """A linear case; ``block`` is (outputs, inputs)."""
+
+    tokens: int
+    out: int
+    inputs: int
+    block: tuple[int, int]
+    dtype: torch.dtype
+    mask: str
+    x_memory: str
+    dy_memory: str
+    bias: bool
+    wanted: tuple[bool, bool, bool]
+    tap: str
+    spare_slots: int
+    seed: int
+
+
+class Conv(NamedTuple):
+    """A convolution; ``inputs`` and ``out`` are channels over all groups."""
+
+    images: int
+    out: int
+    inputs: int
+    size: tuple[int, int]
+    geometry: ConvGeometry
+    block: tuple[int, int]
+    dtype: torch.dtype
+    mask: str
+    x_memory: str
+    dy_memory: str
+    bias: bool
+    wanted: tuple[bool, bool, bool]
+    tap: str
+    spare_slots: int
+    seed: int
+
+
+@st.composite
+def linear_cases(draw: Callable[..., Any]) -> Linear:
+    return Linear(
+        tokens=draw(st.sampled_from([1, 2, 7, 32, 0])),
+        out=draw(st.integers(1, 70)),
+        inputs=draw(st.integers(1, 70)),
+        block=(draw(st.sampled_from(BLOCKS)), draw(st.sampled_from(BLOCKS))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        mask=draw(st.sampled_from(MASKS)),
+        x_memory=draw(st.sampled_from(["contiguous", "three dims", "transposed", "sliced", "expanded"])),
+        dy_memory=draw(st.sampled_from(["contiguous", "transposed", "sliced", "scalar", "row", "column"])),
+        bias=draw(st.booleans()),
+        wanted=draw(st.sampled_from(WANTED)),
+        tap=draw(st.sampled_from(TAPS)),
+        spare_slots=draw(st.integers(0, 2)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def conv_cases(draw: Callable[..., Any]) -> Conv:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    block = (draw(st.sampled_from(BLOCKS)), draw(st.sampled_from(BLOCKS)))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (1, 4), (3, 1)]))
+    stride, padding, dilation = (
+        (draw(st.integers(low, high)), draw(st.integers(low, high))) for low, high in ((1, 3), (0, 2), (1, 2))
+    )
+    extra = (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+    reach = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = (max(reach[0], 1) + extra[0], max(reach[1], 1) + extra[1])
+    return Conv(
+        images=draw(st.sampled_from([1, 2, 7, 0])),
+        out=draw(st.integers(1, 40)) if groups == 1 else groups * block[0] * draw(st.integers(1, 2)),
+        inputs=groups * draw(st.integers(1, 40 if groups == 1 else 20)),
+        size=size,
+        geometry=ConvGeometry(*kernel, *stride, *padding, *dilation, groups),
+        block=block,
+        dtype=draw(st.sampled_from(DTYPES)),
+        mask=draw(st.sampled_from(MASKS)),
+        x_memory=draw(st.sampled_from(["channels last", "contiguous", "sliced", "expanded", "unbatched"])),
+        dy_memory=draw(st.sampled_from(["channels last", "contiguous", "sliced", "scalar", "row", "column"])),
+        bias=draw(st.booleans()),
+        wanted=draw(st.sampled_from(WANTED)),
+        tap=draw(st.sampled_from(TAPS)),
+        spare_slots=draw(st.integers(0, 2)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+WANTED = [
+    (True, True, True), (True, True, True), (False, True, True), (True, False, True), (False, True, False),
+]  # fmt: skip
+
+
+def draw_mask(kind: str, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    if kind == "dead":
+        return torch.zeros(rows, columns, dtype=torch.bool)
+    if kind == "live":
+        return torch.ones(rows, columns, dtype=torch.bool)
+    at = (int(torch.randint(n, (), generator=generator)) for n in (rows, columns))
+    row, column = at
+    if kind == "one":
+        mask = torch.zeros(rows, columns, dtype=torch.bool)
+        mask[row, column] = True
+        return mask
+    if kind == "cross":
+        mask = torch.ones(rows, columns, dtype=torch.bool)
+        mask[row], mask[:, column] = False, False
+        return mask
+    return torch.rand(rows, columns, generator=generator) < torch.rand((), generator=generator)
+
+
+def make_layout(case: Linear | Conv, generator: torch.Generator) -> BlockLayout:
+    """A layout whose slots lie in the disorder that earlier masks leave behind."""
+    options: dict[str, Any] = {"conv": case.geometry} if isinstance(case, Conv) else {}
+    layout = BlockLayout(case.out, case.inputs, case.block, **options)
+    first = draw_mask("random", layout.rows, layout.columns, generator)
+    mask = draw_mask(case.mask, layout.rows, layout.columns, generator)
+    capacity = min(max(int((first | mask).sum()), 1) + case.spare_slots, layout.blocks)
+    layout = BlockLayout(case.out, case.inputs, case.block, mask=first, capacity=capacity, **options)
+    layout.update_(mask)
+    if case.mask == "suspended":
+        layout.suspend_(draw_mask("random", layout.rows, layout.columns, generator))
+    return layout
+
+
+def places(case: Linear | Conv, layout: BlockLayout) -> Iterator[tuple[int, int, tuple[Any, ...], int, int]]:
+    """Row, column, and where in the dense weight a block lies, with the outputs and inputs that it really has."""
+    bo, bi = case.block
+    conv = case.geometry if isinstance(case, Conv) else None
+    inputs = case.inputs if conv is None else case.inputs // conv.groups
+    channel_blocks = -(-inputs // bi)
+    for row in range(layout.rows):
+        for column in range(layout.columns):
+            tap, channel = divmod(column, channel_blocks)
+            outs, ins = slice(row * bo, (row + 1) * bo), slice(channel * bi, (channel + 1) * bi)
+            sizes = min(bo, case.out - row * bo), min(bi, inputs - channel * bi)
+            at: tuple[Any, ...] = (outs, ins)
+            if conv is not None:
+                at = (outs, ins, *divmod(tap, conv.kernel_w))
+            yield row, column, at, *sizes
+
+
+class Truth(NamedTuple):
+    """What the dense masked computation says; every entry in float64, ``scale`` the sums of absolute values."""
+
+    y: Tensor
+    dx: Tensor
+    dw: Tensor
+    db: Tensor
+
+
+def dense_run(case: Linear | Conv, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> Truth:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    bias = torch.zeros(case.out, dtype=x.dtype) if bias is None else bias.detach()
+    bias.requires_grad_()
+    if isinstance(case, Conv):
+        g = case.geometry
+        y = F.conv2d(x, weight, bias, g[2:4], g[4:6], g[6:8], g.groups)
+    else:
+        y = F.linear(x, weight, bias)
+    if dy.numel() == 0:
+        return Truth(y.detach(), torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias))
+    return Truth(y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy))
+
+
+def in_memory(tensor: Tensor, memory: str) -> Tensor:
+    """The same numbers, or for expanded kinds numbers repeated, in another memory layout."""
+    if memory == "transposed":
+        return tensor.t().contiguous().t()
+    if memory == "channels last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if memory == "sliced":
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"))
+        wide[..., 1::2] = tensor
+        return wide[..., 1::2]
+    if tensor.numel() == 0:
+        return tensor
+    if memory == "scalar":
+        return tensor.flatten()[0].expand(tensor.shape)
+    if memory in ("row", "expanded"):
+        return tensor[:1].expand(tensor.shape)
+    if memory == "column":
+        return tensor[:, :1].expand(tensor.shape)
+    return tensor
+
+
+def assert_close(
+    name: str, got: Tensor, truth: Tensor, plain: Tensor, scale: Tensor, dtype: torch.dtype
+) -> None:
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    allowed = 2 * (plain.double() - truth).abs() + ORDER_OF_SUMS * torch.finfo(dtype).eps * scale
+    error = (got.double() - truth).abs()
+    wrong = ~(error <= allowed)
+    assert not wrong.any(), (
+        f"{name}: {int(wrong.sum())} of {wrong.numel()} entries, first at {wrong.nonzero()[0].tolist()}: "
+        f"got {got[wrong][0]}, expected {truth[wrong][0]}, allowed error {allowed[wrong][0]}"
+    )
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory starts as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(case: Linear | Conv) -> None:
+    generator = torch.Generator().manual_seed(case.seed)
+    conv = case.geometry if isinstance(case, Conv) else None
+    layout = make_layout(case, generator)
+    inputs = case.inputs if conv is None else case.inputs // conv.groups
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    weight = drawn(case.out, inputs, *(() if conv is None else conv[:2]))
+    bo, bi = case.block
+    values = torch.full((layout.capacity, bi, bo), float("nan"), dtype=case.dtype)
+    masked = torch.zeros_like(weight)
+    for row, column, at, outs, ins in places(case, layout):
+        if layout.mask[row, column]:
+            values[layout.slot_of_block[row, column], :ins, :outs] = weight[at].t()
+            masked[at] = weight[at]
+    bias = drawn(case.out) if case.bias else None
+    if isinstance(case, Conv):
+        x = drawn(case.images, case.inputs, *case.size)
+        dy = drawn(case.images, case.out, *case.geometry.output_size(*case.size))
+        unbatched = case.x_memory == "unbatched" and case.images == 1
+        if unbatched:
+            x, dy = x[0], dy[0]
+    else:
+        x, dy = drawn(case.tokens, case.inputs), drawn(case.tokens, case.out)
+    x, dy = in_memory(x, case.x_memory), in_memory(dy, case.dy_memory if dy.dim() != 3 else "contiguous")
+
+    double = [t.double() for t in (x, masked)], None if bias is None else bias.double(), dy.double()
+    truth = dense_run(case, *double[0], *double[1:])
+    scale = dense_run(
+        case, *(t.abs() for t in double[0]), None if double[1] is None else double[1].abs(), double[2].abs()
+    )
+    # oneDNN's bfloat16 convolution crashes, or returns NaN, in backward where a tap meets nothing but padding.
+    own = torch.float32 if conv is not None and case.dtype == torch.bfloat16 else case.dtype
+    plain = dense_run(case, x.to(own), masked.to(own), None if bias is None else bias.to(own), dy.to(own))
+    plain = Truth(*(result.to(case.dtype) for result in plain))
+
+    leaves = {"x": x.detach(), "values": values, "bias": bias}
+    for (name, leaf), wanted in zip(leaves.items(), case.wanted, strict=True):
+        leaves[name] = None if leaf is None else leaf.requires_grad_(wanted)
+    tap = None
+    if case.tap != "none":
+        accumulate = torch.float64 if case.dtype == torch.float64 else torch.float32
+        tap = torch.zeros(2, layout.blocks, dtype=accumulate, requires_grad=True)
+    probe = torch.tensor(case.tap == "probe")
+    operation = block_sparse_linear if conv is None else block_sparse_conv2d
+    given_x = leaves["x"]
+    if conv is None and case.x_memory == "three dims":
+        given_x = given_x.unsqueeze(1)
+        dy = dy.unsqueeze(1)
+    with poisoned():
+        y = operation(given_x, leaves["values"], leaves["bias"], layout, tap=tap, probe=probe)
+        needed = [leaf for leaf in (*leaves.values(), tap) if leaf is not None and leaf.requires_grad]
+        grads = dict(zip(map(id, needed), torch.autograd.grad(y, needed, dy), strict=True))
+    y = y.detach().reshape(truth.y.shape)
+    assert y.dtype == case.dtype
+    if conv is not None and y.dim() == 4:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close("y", y, truth.y, plain.y, scale.y, case.dtype)
+    if leaves["x"].requires_grad:
+        assert_close("dx", grads[id(leaves["x"])], truth.dx, plain.dx, scale.dx, case.dtype)
+    if bias is not None and bias.requires_grad:
+        assert_close("db", grads[id(bias)], truth.db, plain.db, scale.db, case.dtype)
+    if values.requires_grad:
+        check_values_grad(case, layout, values.detach(), grads[id(values)], truth, plain, scale)
+    if tap is not None:
+        check_tap(case, layout, weight.double(), grads[id(tap)], truth, plain, scale)
+
+
+def check_values_grad(
+    case: Linear | Conv,
+    layout: BlockLayout,
+    values: Tensor,
+    dvalues: Tensor,
+    truth: Truth,
+    plain: Truth,
+    scale: Truth,
+) -> None:
+    """dW by slots with exact zeros elsewhere, and what ``block_saliency`` makes of it."""
+    by_slot = [torch.zeros(values.shape, dtype=torch.float64) for _ in range(3)]
+    inside = torch.zeros(values.shape, dtype=torch.bool)
+    sums = torch.zeros(4, layout.rows, layout.columns, dtype=torch.float64)
+    per_neuron = torch.zeros(layout.rows * case.block[0], dtype=torch.float64)
+    absolute = per_neuron.clone()
+    for row, column, at, outs, ins in places(case, layout):
+        if not layout.mask[row, column]:
+            continue
+        slot = int(layout.slot_of_block[row, column])
+        inside[slot, :ins, :outs] = True
+        for target, source in zip(by_slot, (truth, plain, scale), strict=True):
+            target[slot, :ins, :outs] = source.dw[at].double().t()
+        w, g = values[slot, :ins, :outs].double(), dvalues[slot, :ins, :outs].double()
+        sums[:, row, column] = torch.stack([w.square().sum(), g.square().sum(), (w * g).abs().sum(), (w * g).sum()])
+        first = row * case.block[0]
+        per_neuron[first : first + outs] += (w * g).sum(0)
+        absolute[first : first + outs] += (w * g).abs().sum(0)
+    assert (dvalues[~inside] == 0).all(), "dvalues: expected exact zeros in unlisted slots and padding"
+    assert_close("dvalues", dvalues, *by_slot, case.dtype)
+
+    clean = values.clone()
+    listed = inside.any(2).any(1)
+    clean[listed] = clean[listed].masked_fill(~inside[listed], 0)
+    garbage = dvalues.clone()
+    garbage[~listed] = float("nan")
+    with poisoned():
+        saliency = block_saliency(clean, garbage, layout)
+    accumulate = torch.float64 if case.dtype == torch.float64 else torch.float32
+    sizes = [sums[0], sums[1], sums[2], sums[2]]
+    for name, got, expected, size in zip(saliency._fields, saliency, sums, sizes, strict=False):
+        assert got.dtype == accumulate
+        assert_close(f"saliency {name}", got, expected, expected, size, accumulate)
+    neuron = per_neuron[: case.out]
+    assert_close("neuron", saliency.neuron_weight_grad, neuron, neuron, absolute[: case.out], accumulate)
+
+
+def check_tap(
+    case: Linear | Conv,
+    layout: BlockLayout,
+    weight: Tensor,
+    dtap: Tensor,
+    truth: Truth,
+    plain: Truth,
+    scale: Truth,
+) -> None:
+    """Signed sums at live blocks; squared norms at the others while the probe is on; zeros everywhere else."""
+    expected, allowed = torch.zeros_like(dtap, dtype=torch.float64), torch.zeros_like(dtap, dtype=torch.float64)
+    eps = torch.finfo(case.dtype).eps
+    for row, column, at, _, _ in places(case, layout):
+        block = row * layout.columns + column
+        g, error = truth.dw[at], 2 * (plain.dw[at].double() - truth.dw[at]).abs() + ORDER_OF_SUMS * eps * scale.dw[at]
+        if layout.mask[row, column]:
+            expected[0, block] = (weight[at] * g).sum()
+            allowed[0, block] = (weight[at].abs() * (error + ORDER_OF_SUMS * eps * g.abs())).sum()
+        elif case.tap == "probe":
+            expected[1, block] = g.square().sum()
+            allowed[1, block] = ((2 * g.abs() + error) * error + ORDER_OF_SUMS * eps * g.square()).sum()
+    wrong = ~((dtap.double() - expected).abs() <= allowed)
+    assert not wrong.any(), (
+        f"tap at {wrong.nonzero()[0].tolist()}: got {dtap[wrong][0]}, expected {expected[wrong][0]}, "
+        f"allowed error {allowed[wrong][0]}"
+    )
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu" and not _extension.load().loaded:
+        pytest.skip(str(_extension.load().reason))
+    monkeypatch.setenv("DYNAPRUNE_BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("cases", "number"), [(linear_cases(), LINEAR_CASES), (conv_cases(), CONV_CASES)], ids=["linear", "conv2d"]
+)
+def test_drawn_cases_match_the_dense_masked_computation(
+    cases: st.SearchStrategy[Any], number: int, backend: str
+) -> None:
+    checked = 0
+
+    @settings(
+        max_examples=int(os.environ.get("DYNAPRUNE_PROPERTY_CASES", number)),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def run(case: Any) -> None:
+        nonlocal checked
+        check(case)
+        checked += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run()
+    assert checked >= min(number, int(os.environ.get("DYNAPRUNE_PROPERTY_CASES", number)))
