@@ -1,4 +1,4 @@
-"""Cutting neurons: what the network computes stays, state is sliced alike, and what cannot go stays with a reason."""
+"""Cutting neurons: outputs stay, state is sliced alike, and what cannot go stays with a reason."""
 
 from __future__ import annotations
 

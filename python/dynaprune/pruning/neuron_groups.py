@@ -258,7 +258,7 @@ def _as_single_ops(model: nn.Module) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, BlockSparseLayer)]
     try:
         for layer in layers:
-            layer.forward = _dense_op(layer)  # type: ignore[method-assign]
+            layer.forward = _dense_op(layer)
         yield
     finally:
         for layer in layers:
@@ -272,11 +272,11 @@ def _dense_op(layer: Any) -> Callable[[Tensor], Tensor]:
         weight = layer.weight.requires_grad_()
         if conv is None:
             return F.linear(x, weight, layer.bias)
-        settings = [conv[2:4], conv[4:6], conv[6:8]]
+        stride, padding, dilation = conv[2:4], conv[4:6], conv[6:8]
+        x, bias = layer._padded(x), layer.bias
         if isinstance(layer, BlockSparseConv1d):
-            stride, padding, dilation = ([each[1]] for each in settings)
-            return F.conv1d(layer._padded(x), weight, layer.bias, stride, padding, dilation, conv.groups)
-        return F.conv2d(layer._padded(x), weight, layer.bias, *settings, conv.groups)
+            return F.conv1d(x, weight, bias, stride[1:], padding[1:], dilation[1:], conv.groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, conv.groups)
 
     return forward
 
