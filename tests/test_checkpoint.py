@@ -291,10 +291,10 @@ def test_hostile_files_are_refused_and_leave_the_model_alone(
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     path = save(pruned(), tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="safetensors"):
+    with pytest.raises(ValueError, match="written by"):
         load(network, path)
     path.write_bytes(b"\x80\x04" + b"x" * 100)
-    with pytest.raises(ValueError, match="safetensors"):
+    with pytest.raises(ValueError, match="written by"):
         load(network, path)
     save_file({"0.weight": torch.zeros(1)}, str(path))
     with pytest.raises(ValueError, match="manifest"):
@@ -304,7 +304,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model() -> None:
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match="as an nn"):
         save({}, "x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="function"):
         load(3, "x")  # type: ignore[arg-type]

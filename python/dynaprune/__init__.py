@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dynaprune.checkpoint import load, save
     from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
     from dynaprune.pruning.attachment import attach
     from dynaprune.pruning.calibration import CalibrationTrial
@@ -20,6 +21,8 @@ _HOMES = {
     "Pruner": "dynaprune.pruning.pruner",
     "PruningConfig": "dynaprune.pruning.config",
     "attach": "dynaprune.pruning.attachment",
+    "load": "dynaprune.checkpoint",
+    "save": "dynaprune.checkpoint",
     "swap_back": "dynaprune.nn",
     "swap_layers": "dynaprune.nn",
 }
@@ -32,6 +35,8 @@ __all__ = [
     "Pruner",
     "PruningConfig",
     "attach",
+    "load",
+    "save",
     "swap_back",
     "swap_layers",
 ]

@@ -346,7 +346,13 @@ def _other_kind(module: Any, shape: LayerShape) -> Any:
 
 
 def add_structure_hooks(model: nn.Module) -> list[Any]:
-    """Let ``state_dict()`` carry the manifest, ``load_state_dict`` follow it; returns handles to remove."""
+    """Let ``state_dict()`` carry the manifest, ``load_state_dict`` follow it.
+
+    Returns:
+        Handles to remove; none where the model has the hooks already.
+    """
+    if _write_manifest in model._state_dict_hooks.values():
+        return []
     return [
         model.register_state_dict_post_hook(_write_manifest),
         model.register_load_state_dict_pre_hook(_follow_manifest),

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
@@ -95,6 +96,7 @@ class Pruner:
                 layer.enable_tap_()
         self._hooks: StepHooks | None = StepHooks(list(self._owners), self._before, self._after)
         self._loads = [each.register_load_state_dict_post_hook(self._loaded) for each in optimizers]
+        add_structure_hooks(model)
         self.record_structure()
 
     def _layers_by_optimizer(self) -> dict[torch.optim.Optimizer, dict[str, BlockSparseLayer]]:
