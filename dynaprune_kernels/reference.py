@@ -61,7 +61,7 @@ def dense_to_blocks(weight: Tensor, block: tuple[int, int], conv: ConvGeometry |
     weight = F.pad(weight, (0, -inputs % bi, 0, 0, 0, -out % bo))
     rows, channel_blocks = weight.shape[0] // bo, weight.shape[2] // bi
     blocks = weight.reshape(rows, bo, taps, channel_blocks, bi).permute(0, 2, 3, 4, 1)
-    return blocks.reshape(rows * taps * channel_blocks, bi, bo)
+    return blocks.reshape(rows * taps * channel_blocks, bi, bo).contiguous()
 
 
 def blocks_to_dense(
