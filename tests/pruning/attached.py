@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from dynaprune import PruningConfig
 from dynaprune.nn import BlockSparseLayer
-from torch import Tensor, nn
 
 STEPS = 24
 BLOCKS = 96

@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import dynaprune
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
+import dynaprune
 from tests.pruning.attached import (
     BLOCKS,
     STEPS,

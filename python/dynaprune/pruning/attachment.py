@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaprune.nn import BlockSparseLayer, swap_layers
+from dynaprune.nn import BlockSparseLayer, swap_back, swap_layers
 from dynaprune.pruning import refusals
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.following import CopyWatch
@@ -84,17 +84,23 @@ def _take_layers(
     if sparse:
         foreign = [n for n, p in values.items() if id(p) not in held]
         exempt = {**dict.fromkeys(dense, _CAME_DENSE), **dict.fromkeys(foreign, _NOT_HELD)}
+        _check_floors(config, [n for n in sparse if n not in exempt])
         return exempt, {n: layer for n, layer in sparse.items() if n not in exempt}
 
     foreign = [n for n, p in weights.items() if p.requires_grad and id(p) not in held]
     states = {n: [(s, k) for s, k, _ in sliced_state(optimizers, p)] for n, p in weights.items()}
-    entries = swap_layers(
-        model,
-        config.block_size,
-        types=config.layer_types,
-        include=config.include,
-        exclude=[*config.exclude, *foreign],
-    )
+    try:
+        entries = swap_layers(
+            model,
+            config.block_size,
+            types=config.layer_types,
+            include=config.include,
+            exclude=[*config.exclude, *foreign],
+        )
+        _check_floors(config, [entry.name for entry in entries if entry.swapped])
+    except Exception:
+        swap_back(model)
+        raise
     exempt = {e.name: _NOT_HELD if e.name in foreign else e.reason for e in entries if not e.swapped}
     layers: dict[str, BlockSparseLayer] = {}
     for name in (entry.name for entry in entries if entry.swapped):
@@ -104,6 +110,12 @@ def _take_layers(
         for state, key in states[name]:
             state[key] = swapped.to_slots(state[key])
     return exempt, layers
+
+
+def _check_floors(config: PruningConfig, names: list[str]) -> None:
+    for name in config.floors:
+        if name not in names:
+            raise ValueError(f"expected floors of pruned layers ({', '.join(names)}), got one of {name!r}")
 
 
 def _refuse_unsliceable(

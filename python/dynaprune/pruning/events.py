@@ -62,7 +62,7 @@ def run_pruning_event(pruner: Pruner) -> None:
     config, step = pruner.config, pruner.steps
     total, live = pruner.units_total, pruner.units_live()
     wish = pruner.pace.wish(step, total, live)
-    growing = round(_growth_share(pruner) * wish)
+    growing = min(round(_growth_share(pruner) * wish), _growable(pruner))
     asked = min(wish + growing, live)
     pruner.followers.refuse_stale(pruner.layers)
     pruner.check_state()
@@ -84,6 +84,11 @@ def _growth_share(pruner: Pruner) -> float:
     if config.regrow == 0 or not pruner.probes or config.total_steps is None:
         return 0.0
     return growth_fraction(pruner.steps, max(1, math.floor(config.end * config.total_steps)), config.regrow)
+
+
+def _growable(pruner: Pruner) -> int:
+    """Dead blocks that the probe found a gradient at."""
+    return sum(int((torch.isfinite(norms) & (norms > 0)).sum()) for norms in pruner.probes.values())
 
 
 def _selection(pruner: Pruner, count: int) -> Selection:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaprune.manifest import add_structure_hooks
+from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
@@ -91,6 +92,7 @@ class Pruner:
         self._rows: RowCounter | None = RowCounter(layers)
         self.rows: dict[str, int] = {}
         watch_copies(layers)
+        add_structure_hooks(model)
         if config.regrow > 0:
             for layer in layers.values():
                 layer.enable_tap_()
@@ -148,6 +150,9 @@ class Pruner:
                 run_pruning_event(self)
             self.probes.clear()
             self._capture.remove()
+        self._prepare_next_step()
+
+    def _prepare_next_step(self) -> None:
         due_next = self.pace.due(self.steps + 1)
         if self.config.regrow > 0:
             for layer in self.layers.values():
@@ -200,8 +205,7 @@ class Pruner:
         self.live_weights = dict(state["live_weights"])
         self.original_shapes = {name: tuple(shape) for name, shape in state["original_shapes"].items()}
         self.units_total = int(state["units_total"])
-        for name, layer in self.layers.items():
-            layer.probe.fill_(state["probing"][name])
+        self._prepare_next_step()
         self._loaded_slots, self._shapes = dict(state["slots"]), []
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
@@ -220,10 +224,14 @@ class Pruner:
             for name, layer in self.layers.items()
         }
 
-    def record_structure(self) -> None:
-        """Bring sizes up to date after a structural change and note them in the history. Syncs."""
+    def measure(self) -> None:
+        """Bring :attr:`live_weights` up to date. Syncs."""
         for name, layer in self.layers.items():
             self.live_weights[name] = int((block_weights(layer) * layer.layout.mask).sum().item())
+
+    def record_structure(self) -> None:
+        """Measure after a structural change and note sizes in the history."""
+        self.measure()
         density = self.density()
         self.history.append({"step": self.steps, "sparsity": self.sparsity, "density": density})
 

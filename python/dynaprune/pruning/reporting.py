@@ -16,6 +16,7 @@ _UNTESTED = "no trial was given: nothing was tested before it was removed"
 
 def report(pruner: Pruner) -> dict[str, Any]:
     """See :meth:`Pruner.report`."""
+    pruner.measure()
     blocks = sum(layer.layout.live_count() for layer in pruner.layers.values())
     removals, observed, trials = pruner.removals, pruner.observed, pruner.trial_state
     seconds = time.perf_counter() - pruner.started
@@ -86,7 +87,6 @@ def pruner_state(pruner: Pruner) -> dict[str, Any]:
         "original_shapes": {name: list(shape) for name, shape in pruner.original_shapes.items()},
         "units_total": pruner.units_total,
         "slots": {name: layer.layout.slot_of_block.clone() for name, layer in pruner.layers.items()},
-        "probing": {name: bool(layer.probe) for name, layer in pruner.layers.items()},
     }
 
 
