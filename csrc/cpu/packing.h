@@ -32,13 +32,21 @@ DYNAPRUNE_INLINE void convert_row(const T* from, int64_t n, U* to) {
   if (i < n) store_partial(to + i, load_partial(from + i, int(n - i)), int(n - i));
 }
 
-// panel[m][0 .. width) = from[m][0 .. width) for `rows` rows, rows `stride` apart in the panel; the gap after `width` is
-// filled with zeros.
+// Cuts columns [first * block, last * block) of `rows` rows (ld apart, `size` columns) into panels, one a block, each
+// panel[m][0 .. stride) and `distance` elements from the one before. What a ragged last block lacks, and the gap up to
+// `stride`, becomes zero. Blocks whose list in `used` (pointers, may be null) is empty are left out.
 template <class T, class A>
-void pack_panel(const T* from, int64_t ld, int64_t rows, int64_t width, A* panel, int64_t stride) {
+void pack_blocks(const T* from, int64_t ld, int64_t size, int64_t rows, int64_t block, int64_t first, int64_t last,
+                 const int32_t* used, A* panels, int64_t stride, int64_t distance) {
   for (int64_t m = 0; m < rows; ++m) {
-    convert_row(from + m * ld, width, panel + m * stride);
-    for (int64_t i = width; i < stride; ++i) panel[m * stride + i] = 0;
+    const T* row = from + m * ld;
+    A* to = panels + m * stride;
+    for (int64_t b = first; b < last; ++b, to += distance) {
+      if (used && used[b + 1] == used[b]) continue;
+      const int64_t width = least(block, size - b * block);
+      convert_row(row + b * block, width, to);
+      for (int64_t i = width; i < stride; ++i) to[i] = 0;
+    }
   }
 }
 
