@@ -15,6 +15,18 @@ using cpu::LayoutView;
 using torch::headeronly::MemoryFormat;
 
 const cpu::ConvKernels& kernels() { return DYNAPRUNE_CHOOSE(conv_kernels); }
+const cpu::LinearKernels& linear_kernels() { return DYNAPRUNE_CHOOSE(linear_kernels); }
+
+// A convolution that multiplies every pixel by the same matrix: NHWC memory is then a matrix of pixels x channels,
+// and the index that of a linear layer.
+bool is_linear(const ConvShape& s) {
+  return s.kernel_h * s.kernel_w * s.stride_h * s.stride_w * s.groups == 1 && s.padding_h == 0 && s.padding_w == 0;
+}
+cpu::LinearShape linear_shape(const ConvShape& s) { return {s.images * s.height * s.width, s.in, s.out, s.bi, s.bo}; }
+
+void check_memory(const char* op, bool had) {
+  STD_TORCH_CHECK(had, op, ": scratch memory could not be allocated");
+}
 
 constexpr int64_t kConvNumbers = 9;
 
@@ -116,6 +128,16 @@ Gradients gradients(const char* op, const Tensor& dy, const Tensor& x, int64_t b
   return g;
 }
 
+void run_wgrad(const char* op, const Gradients& g, const LayoutView& layout, const void* values, void* dvalues,
+               void* sums) {
+  const void *dy = g.dy.const_data_ptr(), *x = g.x.const_data_ptr();
+  if (is_linear(g.shape))
+    check_memory(op, linear_kernels().wgrad(g.dtype, linear_shape(g.shape), layout, dy, x, values, dvalues, sums,
+                                            torch_workers()));
+  else
+    kernels().wgrad(g.dtype, g.shape, layout, torch_workers(), dy, x, values, dvalues, sums);
+}
+
 Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
                       int64_t out_channels, const std::vector<int64_t>& conv) {
   const char* op = "conv2d_forward";
@@ -133,8 +155,14 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
     dense_bias = torch::stable::contiguous(*bias);
   }
   Tensor y = new_nhwc(input, s.images, s.out, s.out_h, s.out_w);
-  kernels().forward(dtype, s, layout, torch_workers(), input.const_data_ptr(), values.const_data_ptr(),
-                    dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr());
+  const void* offsets = dense_bias ? dense_bias->const_data_ptr() : nullptr;
+  if (is_linear(s))
+    check_memory(op, linear_kernels().forward(dtype, linear_shape(s), layout, input.const_data_ptr(),
+                                              values.const_data_ptr(), offsets, y.mutable_data_ptr(),
+                                              torch_workers()));
+  else
+    kernels().forward(dtype, s, layout, torch_workers(), input.const_data_ptr(), values.const_data_ptr(), offsets,
+                      y.mutable_data_ptr());
   return y;
 }
 
@@ -150,8 +178,12 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   check_output_gradient(op, dy, s);
   const LayoutView layout = view_conv(op, index, s, values.size(0));
   Tensor dx = new_nhwc(gradient, s.images, s.in, s.height, s.width);
-  kernels().dgrad(dtype, s, layout, torch_workers(), gradient.const_data_ptr(), values.const_data_ptr(),
-                  dx.mutable_data_ptr());
+  if (is_linear(s))
+    check_memory(op, linear_kernels().dgrad(dtype, linear_shape(s), layout, gradient.const_data_ptr(),
+                                            values.const_data_ptr(), dx.mutable_data_ptr(), torch_workers()));
+  else
+    kernels().dgrad(dtype, s, layout, torch_workers(), gradient.const_data_ptr(), values.const_data_ptr(),
+                    dx.mutable_data_ptr());
   return dx;
 }
 
@@ -161,8 +193,7 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
   const LayoutView layout = view_conv(op, index, g.shape, capacity);
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
-  kernels().wgrad(g.dtype, g.shape, layout, torch_workers(), g.dy.const_data_ptr(), g.x.const_data_ptr(), nullptr,
-                  dvalues.mutable_data_ptr(), nullptr);
+  run_wgrad(op, g, layout, nullptr, dvalues.mutable_data_ptr(), nullptr);
   return dvalues;
 }
 
@@ -174,8 +205,7 @@ std::tuple<Tensor, Tensor> conv2d_wgrad_saliency(const Tensor& dy, const Tensor&
   const LayoutView layout = view_conv(op, index, g.shape, values.size(0));
   Tensor dvalues = torch::stable::new_empty(x, {values.size(0), values.size(1), values.size(2)});
   Tensor sums = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
-  kernels().wgrad(g.dtype, g.shape, layout, torch_workers(), g.dy.const_data_ptr(), g.x.const_data_ptr(),
-                  values.const_data_ptr(), dvalues.mutable_data_ptr(), sums.mutable_data_ptr());
+  run_wgrad(op, g, layout, values.const_data_ptr(), dvalues.mutable_data_ptr(), sums.mutable_data_ptr());
   return {dvalues, sums};
 }
 
@@ -186,8 +216,12 @@ Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const ConvGrid grid = conv_grid(g.shape);
   const LayoutView layout = view_conv(op, index, g.shape, capacity_of_index(op, index, grid.rows, grid.lists));
   Tensor norms = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
-  kernels().probe(g.dtype, g.shape, layout, torch_workers(), g.dy.const_data_ptr(), g.x.const_data_ptr(),
-                  norms.mutable_data_ptr());
+  const void *gradient = g.dy.const_data_ptr(), *input = g.x.const_data_ptr();
+  if (is_linear(g.shape))
+    check_memory(op, linear_kernels().probe(g.dtype, linear_shape(g.shape), layout, gradient, input,
+                                            norms.mutable_data_ptr(), torch_workers()));
+  else
+    kernels().probe(g.dtype, g.shape, layout, torch_workers(), gradient, input, norms.mutable_data_ptr());
   return norms;
 }
 
