@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.pruning.neuron_groups import ExampleInputs, InputCapture, find_groups
 from dynaprune.pruning.neurons import CutReport, blocks_of_group, cut_dead_neurons
-from torch import Tensor, nn
 
 BLOCK = 16
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -574,6 +575,132 @@ def test_held_loss_does_not_break_the_next_backward() -> None:
     optimizer.step()
     assert model[0].values.grad.shape == model[0].values.shape  # type: ignore[union-attr]
     assert loss is not None
+
+
+def test_concatenation_with_aligned_and_misaligned_widths() -> None:
+    class Joined(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(64, width), nn.Linear(64, 64), nn.Linear(width + 64, 64)
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            joined = torch.cat([self.a(x), torch.sigmoid(self.b(x))], 1)
+            return self.head(torch.relu(self.c(torch.relu(joined))))
+
+    x = torch.randn(5, 64)
+    for width, expected in ((32, {"a": 16, "b": 32}), (40, {"a": 16})):
+        model = Joined(width)
+        swap_layers(model, BLOCK, include=["a", "b", "c"])
+        kill(model, "a", rows=[1])
+        kill(model, "b", rows=[0, 1])
+        refused = find_groups(model, ExampleInputs.of(x)).refused
+        assert ("also holds other neurons" in refused.get("b", "")) == (width == 40)
+        assert cut(model, x).neurons == expected
+        assert model.c.in_features == width + 64 - sum(expected.values())
+
+
+def test_a_layer_used_twice_reads_one_constant_or_stays() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.again, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.stem(x))
+            for _ in range(2):
+                x = torch.tanh(self.again(x))
+            return self.head(x)
+
+    model = Recurrent()
+    swap_layers(model, BLOCK)
+    x, y = batch()
+    train(model, torch.optim.Adam(model.parameters()), x, y)
+    for name in ("stem", "again"):
+        kill(model, name, rows=[1])
+    report = cut(model, x)
+    assert report.neurons == {} and "between calls" in report.refused["stem"]
+    with torch.no_grad():
+        model.again.bias[16:32] = model.stem.bias[16:32]
+    assert cut(model, x).neurons == {"stem": 16}
+    assert (model.again.out_features, model.again.in_features, model.head.in_features) == (48, 48, 48)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, steps=2)
+
+
+class Encoder(nn.Module):
+    """One transformer layer, pre-norm, on token numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(50, 64), nn.LayerNorm(64)
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+        self.up, self.down, self.head = nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        q, k, v = (
+            m(self.norm(x)).view(*x.shape[:2], 4, 16).transpose(1, 2) for m in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.o(attended)
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(x.mean(1))
+
+
+def test_transformer_loses_hidden_neurons_and_keeps_heads_and_width() -> None:
+    model = Encoder()
+    optimizer = torch.optim.AdamW(model.parameters())
+    swap_layers(model, BLOCK)
+    tokens = torch.randint(0, 50, (3, 7))
+    train(model, optimizer, tokens, torch.arange(3), steps=5)
+    kill(model, "up", rows=[1])
+    kill(model, "down", rows=[2], columns=[3])
+    for name in "qkv":
+        kill(model, name, rows=[2])
+    example = ExampleInputs.of({"tokens": tokens})
+    before = outputs(model, tokens)
+    groups = find_groups(model, example)
+    report = cut_dead_neurons(model, groups, example, [optimizer])
+    assert report.neurons == {"up": 32} and model.down.in_features == 96
+    assert float((outputs(model, tokens) - before).abs().max()) <= rounding(before)
+    assert "Embedding" in groups.refused["o"] and "Embedding" in groups.refused["down"]
+    assert "does not run" in report.refused["q"] and model.v.out_features == 64
+    train(model, optimizer, tokens, torch.arange(3), steps=2)
+
+
+def test_residual_block_loses_inner_channels() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 32, 3, padding=1), nn.Linear(32, 10)
+            self.conv1, self.norm1 = nn.Conv2d(32, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
+            self.conv2, self.norm2 = nn.Conv2d(48, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            inner = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+            return self.head(F.adaptive_avg_pool2d(torch.relu(x + inner), 1).flatten(1))
+
+    model = Block()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    swap_layers(model, BLOCK)
+    x, y = batch((3, 8, 8))
+    train(model, optimizer, x, y, steps=3)
+    kill(model, "conv2", rows=[1], columns=[1])
+    assert cut(model, x, [optimizer]).neurons == {"conv1": 16}
+    assert (model.norm1.num_features, model.conv2.in_channels, model.norm2.num_features) == (32, 32, 32)
+    train(model, optimizer, x, y, steps=2)
+
+
+def test_compiled_model_is_traced_uncompiled() -> None:
+    model = mlp(64, 64, 64, 10)
+    swap_layers(model, BLOCK)
+    x, y = batch()
+    model.compile(backend="aot_eager")
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, steps=2)
+    kill(model, "0", rows=[1])
+    assert cut(model, x).neurons == {"0": 16}
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, steps=2)
 
 
 def test_tap_follows_the_new_grid() -> None:

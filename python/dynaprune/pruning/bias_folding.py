@@ -90,7 +90,7 @@ def cannot_fold(reader: nn.Module, name: str, index: Tensor, running: Observatio
         low, high = (side[index.to(side.device)] for side in observed.ranges[name])
         eps = torch.finfo(low.dtype).eps
         if not bool((high - low <= _SAME * eps * torch.maximum(low.abs(), high.abs())).all()):
-            return f"{name!r} reads values that differ over the batch, though the neurons' weights are gone"
+            return f"{name!r} reads values that differ over the batch or between calls"
     value, other = constants(running, name, index), constants(batch, name, index)
     if not bool(((value - other).abs() <= _STATISTICS_AGREE * (1 + value.abs())).all()):
         return "a batch norm's running statistics have not caught up with the dead neurons yet"

@@ -10,6 +10,7 @@ every layer is wholly inside or outside a group: with ``bo = 32`` before ``bi = 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,11 @@ class ExampleInputs:
         return cls(tuple(value) if isinstance(value, (tuple, list)) else (value,))
 
     def forward(self, model: nn.Module) -> Any:
-        return model(*self.args, **self.kwargs)
+        """Run ``model``, uncompiled where it was compiled: hooks and traces see every layer."""
+        if "torch._dynamo" not in sys.modules:
+            return model(*self.args, **self.kwargs)
+        with torch.compiler.set_stance("force_eager"):
+            return model(*self.args, **self.kwargs)
 
 
 class InputCapture:
