@@ -54,7 +54,7 @@ class Interrupts:
     def _take(self, number: int, frame: Any) -> None:
         self.seen += 1
         if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(signal.SIGINT if self.seen == 1 else signal.SIGKILL)
+            self.child.send_signal(signal.SIGTERM if self.seen == 1 else signal.SIGKILL)
         if self.seen == 1:
             print(
                 "\ninterrupted: the running arm finishes its step and reports; once more to end it",
@@ -92,7 +92,7 @@ def _run_arm(
     )
     interrupts.child = process
     if interrupts.seen:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
     try:
         code = process.wait()
     finally:

@@ -6,11 +6,14 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dynaprune.tasks import Split, get_task
+
+if TYPE_CHECKING:
+    from dynaprune.pruning.config import PruningConfig
 
 __all__ = ["RunConfig", "resolve"]
 
@@ -44,6 +47,22 @@ class RunConfig:
     def split(self) -> Split:
         """Which rows are the test part."""
         return Split(self.seed, self.fold, self.folds, self.data)
+
+    def pruning_config(self, total_steps: int, classes: int | None = None) -> PruningConfig:
+        """The pruned arm's settings for a training of ``total_steps`` steps; ValueError or TypeError for
+        wrong ones."""
+        from dynaprune.pruning.config import PruningConfig
+
+        return PruningConfig(
+            target_sparsity=self.target_sparsity,
+            block_size=self.block_size,
+            threshold=self.threshold,
+            total_steps=total_steps,
+            batch_size=self.batch_size,
+            classes=classes,
+            seed=self.model_seed,
+            **{"neurons": True, **self.pruning},
+        )
 
     @property
     def model_seed(self) -> int:
@@ -96,6 +115,7 @@ def check(config: RunConfig) -> RunConfig:
         raise ValueError(f"folds must be at least 2, got {config.folds}")
     if config.data not in (None, "hub") and not Path(str(config.data)).expanduser().is_dir():
         raise ValueError(f"data must be 'hub' or a folder, and {config.data} is not a folder")
+    config.pruning_config(total_steps=1000)
     return config
 
 

@@ -123,16 +123,8 @@ class PrunedStructure(DenseStructure):
             )
         )
         inputs, _ = next(batches(data.train, 2))
-        pruning = dynaprune.PruningConfig(
-            target_sparsity=config.target_sparsity,
-            block_size=config.block_size,
-            threshold=config.threshold,
-            total_steps=config.epochs * batches_per_epoch(data.train, config.batch_size),
-            batch_size=config.batch_size,
-            classes=data.classes,
-            seed=config.model_seed,
-            **{"neurons": True, **config.pruning},
-        )
+        total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
+        pruning = config.pruning_config(total_steps, data.classes)
         self.pruner = dynaprune.attach(
             model, arm.optimizer, pruning, trial=self.trial, example_inputs=to_device(inputs, arm.device)
         )

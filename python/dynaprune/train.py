@@ -49,14 +49,21 @@ class CannotStart(Exception):
 
 @dataclass
 class _Stop:
-    """Set by the first SIGINT or by SIGTERM; a second SIGINT ends the process at once."""
+    """While entered: the first SIGINT and any SIGTERM are requests to stop, a second SIGINT ends the process
+    at once."""
 
     requested: bool = False
+    _previous: dict[int, Any] = field(default_factory=dict)
 
-    def listen(self) -> None:
+    def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._take)
-            signal.signal(signal.SIGTERM, self._take)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _take(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:
@@ -198,8 +205,11 @@ def run_arm(config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False)
         CannotStart: data that cannot be read, settings that the pruner refuses for this model."""
     if arm_name not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm_name!r}")
-    stop = _Stop()
-    stop.listen()
+    with _Stop() as stop:
+        return _run(config, arm_name, out, quiet, stop)
+
+
+def _run(config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
     task = get_task(config.task)

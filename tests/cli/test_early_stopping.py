@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import pytest
+
 from dynaprune.early_stopping import EarlyStopping
 
 DENSE = {"target_reached": True, "schedule_ended": True}

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+
 from dynaprune import metrics
 from dynaprune.run_config import RunConfig
 from dynaprune.steps import Arm, evaluate, make_optimizer
 from dynaprune.tasks import get_task
 from dynaprune.tasks.data import mlp
-from torch import nn
 
 CPU = torch.device("cpu")
 

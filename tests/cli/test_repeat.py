@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dynaprune import repeat as repeating
 from dynaprune.repeat import corrected_interval, plan, repeat, summarise, summary_markdown
 from dynaprune.report import build_report

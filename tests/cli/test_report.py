@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from dynaprune import report as reporting
 from dynaprune.report import build_report, ratios, shown, write_csv, write_json, write_markdown
 from dynaprune.run_config import RunConfig, resolve
