@@ -1,4 +1,4 @@
-"""The packed index in plain Python, straight from its definition: what the kernels and ``layout_update`` are checked with."""
+"""The packed index in plain Python, from its definition: what ``layout_update`` is checked with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def packed_index(
     stride: Sequence[int] = (1, 1),
     dilation: Sequence[int] = (1, 1),
 ) -> np.ndarray:
-    """Index (int32) of the blocks with ``mask`` and a slot; ``mask`` and ``slot_of_block`` are ``[rows, columns]``."""
+    """Index (int32) of the blocks with ``mask`` and a slot; both arrays are ``[rows, columns]``."""
     rows, columns = mask.shape
     channel_blocks = columns // (kernel[0] * kernel[1])
     phases = stride[0] * stride[1]
