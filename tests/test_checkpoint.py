@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dynaprune
 from dynaprune.checkpoint import load, save
 from dynaprune.manifest import METADATA_KEY, add_structure_hooks, apply_structure, structure_manifest
 from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear, swap_layers
 from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 
 def network() -> nn.Sequential:
@@ -384,3 +386,50 @@ def test_taps_and_gradients_of_a_resized_model() -> None:
     F.cross_entropy(model(x), torch.arange(5)).backward()
     assert model[9].tap.grad.shape == (2, 4 * 3)  # type: ignore[union-attr]
     assert loss is not None
+
+
+class Run:
+    """A pruned training of a small MLP that cuts neurons, to be saved in the middle."""
+
+    def __init__(self, steps: int = 40) -> None:
+        torch.manual_seed(1)
+        self.model = nn.Sequential(
+            nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10)
+        ).double()
+        with torch.no_grad():
+            self.model[0].weight[32:] *= 1e-3  # type: ignore[index, operator]
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, amsgrad=True)
+        config = dynaprune.PruningConfig(
+            target_sparsity=0.6, block_size=16, total_steps=steps, interval=3, score="taylor", neurons=True
+        )
+        self.pruner = dynaprune.attach(self.model, self.optimizer, config)
+        self.x, self.y = torch.randn(20, 64).double(), torch.randint(0, 10, (20,))
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(self.x), self.y).backward()
+            self.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "pruner": self.pruner}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("order", [["model", "optimizer", "pruner"], ["pruner", "optimizer", "model"]])
+def test_a_resumed_training_goes_on_bitwise_after_cuts(order: list[str], tmp_path: Path) -> None:
+    whole = Run()
+    whole.train(13)
+    assert whole.pruner.report()["neurons_removed"] > 0
+    torch.save(whole.state(), tmp_path / "state.pt")
+    whole.train(27)
+    resumed = Run()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name in order:
+        getattr(resumed, name).load_state_dict(state[name])
+    resumed.train(27)
+    assert whole.pruner.target_reached and resumed.pruner.target_reached
+    assert structure_manifest(resumed.model) == structure_manifest(whole.model)
+    mine, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+    assert resumed.pruner.report()["neurons_removed"] == whole.pruner.report()["neurons_removed"]
