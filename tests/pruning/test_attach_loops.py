@@ -190,6 +190,23 @@ def test_grad_scaler_with_a_skipped_step(fused: bool) -> None:
     assert all(torch.isfinite(w).all() for w in dense_weights(model))
 
 
+def test_a_step_skipped_for_another_parameters_sake_is_not_observed() -> None:
+    """The prunable gradients are finite, but the fused optimizer is told to skip the step."""
+    model = mlp()
+    optimizer = adam(model, fused=True)
+    pruner = dynaprune.attach(model, optimizer, settings())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 1:
+            model[4].bias.grad[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+    report = pruner.report()
+    assert (report["gradients_discarded"], report["observing"]["observations"]) == (1, 1)
+
+
 def test_gradients_that_are_not_finite_are_discarded_and_counted() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -458,7 +475,7 @@ def test_detach_stops_pruning_and_finalize_gives_plain_layers() -> None:
     assert pruner.sparsity == sparsity and pruner.steps == 8
     parameters = [id(p) for p in model.parameters()]
     weights = dense_weights(model)
-    assert pruner.finalize() is model
+    assert pruner.finalize() is model and pruner.finalize() is model
     assert [type(m) for m in model] == [nn.Linear, nn.ReLU] * 2 + [nn.Linear]
     assert_equal(dense_weights(model), weights)
     assert [id(p) for p in model.parameters()] == parameters

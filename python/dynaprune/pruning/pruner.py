@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dynaprune.manifest import add_structure_hooks
-from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
@@ -98,7 +97,6 @@ class Pruner:
                 layer.enable_tap_()
         self._hooks: StepHooks | None = StepHooks(list(self._owners), self._before, self._after)
         self._loads = [each.register_load_state_dict_post_hook(self._loaded) for each in optimizers]
-        add_structure_hooks(model)
         self.record_structure()
 
     def _layers_by_optimizer(self) -> dict[torch.optim.Optimizer, dict[str, BlockSparseLayer]]:
@@ -140,7 +138,7 @@ class Pruner:
     def _complete(self) -> None:
         self.steps += 1
         if self._rows is not None:
-            self.rows = self._rows.rows
+            self.rows = dict(self._rows.rows)
             self._rows.stop()
             self._rows = None
         if self.observe_every == NOT_OBSERVED_YET:
@@ -176,6 +174,12 @@ class Pruner:
     def check_state(self) -> None:
         """Raise RuntimeError where the optimizer's state, or a loaded pruner's, does not fit the model's
         structure."""
+        for name, layer in self.layers.items():
+            if self.model.get_submodule(name) is not layer:
+                raise RuntimeError(
+                    f"layer {name} is no longer the one that this pruner was attached to: a state of another "
+                    "kind was loaded, or the layer was replaced; attach again"
+                )
         check_state_shapes(
             self.optimizers, [(f"{name}.values", layer.values) for name, layer in self.layers.items()]
         )
@@ -314,6 +318,8 @@ class Pruner:
         Optimizer state and gradients go back to the dense shapes too, and so do the copies that follow.
         """
         self.detach()
+        if not any(isinstance(module, BlockSparseLayer) for module in self.model.modules()):
+            return self._given
         with torch.no_grad():
             for layer in self.layers.values():
                 rewrite_state(self.optimizers, layer.values, layer.to_dense_shape)
