@@ -1,14 +1,13 @@
-"""Drawn shapes, masks, strides and dtypes: outputs and every gradient against the dense masked computation.
+"""Drawn shapes, masks, strides and dtypes: outputs and gradients against the dense masked computation.
 
-An entry passes with an error, against float64, of at most twice the error of the dense computation in the same dtype
-plus ``ORDER_OF_SUMS * eps * (|a| |b|)``, the bound that both would have for any order of summation. Slots without a live
-block and the padding of ragged blocks hold NaN, as do fresh outputs, so that what must not be read or must be written
-shows.
+An entry passes with an error, against float64, of at most twice the error of the dense computation in the
+same dtype plus ``ORDER_OF_SUMS * eps * (|a| |b|)``, which allows for another order of summation. Slots
+without a live block and the padding of ragged blocks hold NaN, as do fresh outputs: what must not be read, or
+must be written, shows.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +27,11 @@ from dynaprune_kernels import (
     block_saliency,
     block_sparse_conv2d,
     block_sparse_linear,
+    reference,
 )
 
-# c of the tolerance: n rounded partial sums of random terms are off by about half an eps * (|a| |b|) whatever n is,
-# and by about 3 in the worst of 1e5 results; bounds for certain grow with n and would see nothing.
+# c of the tolerance: n rounded partial sums of random terms are off by about half an eps * (|a| |b|), whatever
+# n is, and by about 3 in the worst of 1e5 results; bounds for certain grow with n and would see nothing.
 ORDER_OF_SUMS = 4.0
 LINEAR_CASES, CONV_CASES = 1300, 900
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -137,8 +137,7 @@ def draw_mask(kind: str, rows: int, columns: int, generator: torch.Generator) ->
         return torch.zeros(rows, columns, dtype=torch.bool)
     if kind == "live":
         return torch.ones(rows, columns, dtype=torch.bool)
-    at = (int(torch.randint(n, (), generator=generator)) for n in (rows, columns))
-    row, column = at
+    row, column = (int(torch.randint(n, (), generator=generator)) for n in (rows, columns))
     if kind == "one":
         mask = torch.zeros(rows, columns, dtype=torch.bool)
         mask[row, column] = True
@@ -165,7 +164,7 @@ def make_layout(case: Linear | Conv, generator: torch.Generator) -> BlockLayout:
 
 
 def places(case: Linear | Conv, layout: BlockLayout) -> Iterator[tuple[int, int, tuple[Any, ...], int, int]]:
-    """Row, column, and where in the dense weight a block lies, with the outputs and inputs that it really has."""
+    """Row, column, and where in the dense weight a block lies, and the outputs and inputs that it has there."""
     bo, bi = case.block
     conv = case.geometry if isinstance(case, Conv) else None
     inputs = case.inputs if conv is None else case.inputs // conv.groups
@@ -182,7 +181,7 @@ def places(case: Linear | Conv, layout: BlockLayout) -> Iterator[tuple[int, int,
 
 
 class Truth(NamedTuple):
-    """What the dense masked computation says; every entry in float64, ``scale`` the sums of absolute values."""
+    """What the dense masked computation says: output and gradients of input, weight and bias."""
 
     y: Tensor
     dx: Tensor
@@ -281,10 +280,7 @@ def check(case: Linear | Conv) -> None:
     scale = dense_run(
         case, *(t.abs() for t in double[0]), None if double[1] is None else double[1].abs(), double[2].abs()
     )
-    # oneDNN's bfloat16 convolution crashes, or returns NaN, in backward where a tap meets nothing but padding.
-    own = torch.float32 if conv is not None and case.dtype == torch.bfloat16 else case.dtype
-    plain = dense_run(case, x.to(own), masked.to(own), None if bias is None else bias.to(own), dy.to(own))
-    plain = Truth(*(result.to(case.dtype) for result in plain))
+    plain = dense_run(case, x, masked, bias, dy)
 
     leaves = {"x": x.detach(), "values": values, "bias": bias}
     for (name, leaf), wanted in zip(leaves.items(), case.wanted, strict=True):
@@ -341,7 +337,8 @@ def check_values_grad(
         for target, source in zip(by_slot, (truth, plain, scale), strict=True):
             target[slot, :ins, :outs] = source.dw[at].double().t()
         w, g = values[slot, :ins, :outs].double(), dvalues[slot, :ins, :outs].double()
-        sums[:, row, column] = torch.stack([w.square().sum(), g.square().sum(), (w * g).abs().sum(), (w * g).sum()])
+        terms = (w.square(), g.square(), (w * g).abs(), w * g)
+        sums[:, row, column] = torch.stack([term.sum() for term in terms])
         first = row * case.block[0]
         per_neuron[first : first + outs] += (w * g).sum(0)
         absolute[first : first + outs] += (w * g).abs().sum(0)
@@ -373,12 +370,13 @@ def check_tap(
     plain: Truth,
     scale: Truth,
 ) -> None:
-    """Signed sums at live blocks; squared norms at the others while the probe is on; zeros everywhere else."""
-    expected, allowed = torch.zeros_like(dtap, dtype=torch.float64), torch.zeros_like(dtap, dtype=torch.float64)
+    """Signed sums at live blocks; squared norms at the others while the probe is on; zeros elsewhere."""
+    expected, allowed = torch.zeros(2, *dtap.shape, dtype=torch.float64)
     eps = torch.finfo(case.dtype).eps
     for row, column, at, _, _ in places(case, layout):
         block = row * layout.columns + column
-        g, error = truth.dw[at], 2 * (plain.dw[at].double() - truth.dw[at]).abs() + ORDER_OF_SUMS * eps * scale.dw[at]
+        g = truth.dw[at]
+        error = 2 * (plain.dw[at].double() - g).abs() + ORDER_OF_SUMS * eps * scale.dw[at]
         if layout.mask[row, column]:
             expected[0, block] = (weight[at] * g).sum()
             allowed[0, block] = (weight[at].abs() * (error + ORDER_OF_SUMS * eps * g.abs())).sum()
@@ -392,6 +390,27 @@ def check_tap(
     )
 
 
+@pytest.mark.parametrize("op", ["linear_forward", "linear_dgrad", "linear_wgrad", "linear_wgrad_saliency"])
+def test_an_error_of_a_thousandth_is_seen(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Linear(
+        7, 20, 20, (8, 8), torch.float32, "live", "contiguous", "contiguous", True, (True,) * 3,
+        "saliency" if "saliency" in op else "none", 0, 1,
+    )  # fmt: skip
+    monkeypatch.setenv("DYNAPRUNE_BACKEND", "reference")
+    check(case)
+    right = getattr(reference, op)
+
+    def wrong(*arguments: Any) -> Any:
+        results = right(*arguments)
+        if isinstance(results, Tensor):
+            return results * 1.001
+        return results[0], results[1] * 1.001
+
+    monkeypatch.setattr(reference, op, wrong)
+    with pytest.raises(AssertionError, match="allowed error"):
+        check(case)
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu" and not _extension.load().loaded:
@@ -401,15 +420,19 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("cases", "number"), [(linear_cases(), LINEAR_CASES), (conv_cases(), CONV_CASES)], ids=["linear", "conv2d"]
+    ("cases", "number"),
+    [(linear_cases(), LINEAR_CASES), (conv_cases(), CONV_CASES)],
+    ids=["linear", "conv2d"],
 )
 def test_drawn_cases_match_the_dense_masked_computation(
     cases: st.SearchStrategy[Any], number: int, backend: str
 ) -> None:
+    if backend == "reference" and _extension.load().loaded:
+        number //= 4
     checked = 0
 
     @settings(
-        max_examples=int(os.environ.get("DYNAPRUNE_PROPERTY_CASES", number)),
+        max_examples=number,
         derandomize=True,
         database=None,
         deadline=None,
@@ -422,7 +445,8 @@ def test_drawn_cases_match_the_dense_masked_computation(
         check(case)
         checked += 1
 
-    with warnings.catch_warnings():
+    # oneDNN's convolution (torch 2.13) crashes, or returns NaN, in backward where a tap meets only padding.
+    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False):
         warnings.simplefilter("ignore")
         run()
-    assert checked >= min(number, int(os.environ.get("DYNAPRUNE_PROPERTY_CASES", number)))
+    assert checked >= number
