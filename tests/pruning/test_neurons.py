@@ -283,6 +283,54 @@ def test_forward_that_knows_a_width_is_taken_back_bitwise() -> None:
             assert torch.equal(optimizer.state[parameter][key], value)
 
 
+def test_an_interrupt_in_the_middle_leaves_the_model_whole() -> None:
+    class Interrupted(nn.Sequential):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 3:  # trace, constants, the check after the cut
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = Interrupted(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    swap_layers(model, BLOCK)
+    x, _ = batch()
+    kill(model, "0", rows=[1])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        cut_dead_neurons(model, find_groups(model, ExampleInputs.of(x)), ExampleInputs.of(x))
+    assert model.calls == 3
+    now = model.state_dict()
+    assert all(torch.equal(now[key], value) for key, value in before.items())
+    assert model(x).shape == (37, 10)
+
+
+def test_outputs_with_infinities_are_compared_where_finite() -> None:
+    class Masked(nn.Module):
+        def __init__(self, broken: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+            self.broken = broken
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.head(torch.relu(self.b(torch.relu(self.a(x))))).index_fill(
+                1, torch.tensor([3]), -torch.inf
+            )
+            return y, y.argmax(1) + (self.b.in_features if self.broken else 0)
+
+    x, _ = batch()
+    for broken in (False, True):
+        model = Masked(broken)
+        swap_layers(model, BLOCK)
+        kill(model, "a", rows=[1])
+        example = ExampleInputs.of(x)
+        report = cut_dead_neurons(model, find_groups(model, example), example)
+        assert report.neurons == ({} if broken else {"a": 16})
+        assert model.a.out_features == (64 if broken else 48)
+        assert not broken or "outputs change" in report.refused["a"]
+
+
 def test_classifier_and_model_outputs_are_never_cut() -> None:
     class TwoOutputs(nn.Module):
         def __init__(self) -> None:

@@ -41,11 +41,11 @@ def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
         try:
             execute(copy, plan, observe(copy, example, plan.folds), surgery)
             observe(copy, example)
-        except Exception as error:
+        except BaseException as error:
             surgery.undo()
-            raise RuntimeError(
-                f"a copy did not follow when neurons were cut from the model: {error}"
-            ) from error
+            if not isinstance(error, Exception):
+                raise
+            raise RuntimeError(f"a copy did not follow a cut of the model's neurons: {error}") from error
 
 
 def refuse_averaged_buffers(copy: nn.Module) -> None:
