@@ -384,6 +384,19 @@ def test_neurons_are_cut_with_their_optimizer_state() -> None:
     train(plain, optimizer, 3)
 
 
+def test_a_model_that_cannot_be_traced_keeps_its_neurons_and_says_so() -> None:
+    model = mlp()
+    optimizer = adam(model)
+    config = settings(neurons=True)
+    pruner = dynaprune.attach(model, optimizer, config, example_inputs=torch.zeros(2, 7))
+    with pytest.warns(RuntimeWarning, match="dead neurons stay in the network: the model cannot be traced"):
+        train(model, optimizer)
+    report = pruner.report()
+    assert report["neurons_removed"] == 0 and report["target_reached"]
+    assert "the model cannot be traced" in report["neurons_refused"]["the whole model"]
+    assert model.training and torch.isfinite(model(batch(0)[0])).all()
+
+
 def test_dense_weights_are_the_starting_point() -> None:
     model, reference = mlp(), mlp()
     weights = dense_weights(reference)

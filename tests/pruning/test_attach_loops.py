@@ -84,6 +84,15 @@ def test_plain_loop_that_holds_its_last_loss() -> None:
     assert float(losses[-1].detach()) < float(losses[0].detach())
 
 
+def test_without_compaction_the_weights_are_the_same_and_the_slots_stay() -> None:
+    model = mlp()
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings(compact=False))
+    train(model, optimizer)
+    assert_equal(dense_weights(model), plain()[0])
+    assert pruner.compactions == 0 and sum(layer.layout.capacity for layer in sparse_layers(model)) == BLOCKS
+
+
 def test_weights_train_from_the_first_step() -> None:
     model, reference = mlp(), mlp()
     optimizer, plain_optimizer = adam(model), adam(reference)

@@ -139,6 +139,11 @@ def test_lazy_parameters() -> None:
     refused(model, torch.optim.SGD(model[0].parameters(), 0.1), r"lazy parameters \(1.weight\)")
 
 
+def test_a_model_without_weights() -> None:
+    model = mlp().to("meta")
+    refused(model, sgd(model), r"a model on the meta device \(0.weight\)")
+
+
 def test_a_second_pruner_on_the_same_model() -> None:
     model = mlp()
     optimizer = sgd(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ from dynaprune.pruning.trial import Evaluation, TrialEvent, candidate_sizes, run
 
 if TYPE_CHECKING:
     from dynaprune.pruning.pruner import Pruner
+
+
+_WHOLE_MODEL = "the whole model"
 
 
 @dataclass
@@ -214,16 +218,19 @@ def _regrow(pruner: Pruner, count: int, step: int) -> None:
 def cut_neurons(pruner: Pruner) -> None:
     """Cut neurons that are dead or constant out of the network; what it computes stays.
 
-    A model that cannot be traced keeps them, with the reason in the report.
+    A model that cannot be traced keeps them: a warning, and the report, say why.
     """
-    example = pruner.example()
-    if example is None or not any(_has_dead_rows_or_columns(layer) for layer in pruner.layers.values()):
+    example, removals = pruner.example(), pruner.removals
+    if example is None or _WHOLE_MODEL in removals.neurons_refused:
         return
-    removals = pruner.removals
+    if not any(_has_dead_rows_or_columns(layer) for layer in pruner.layers.values()):
+        return
     try:
         groups = find_groups(pruner.model, example)
     except Exception as error:
-        removals.neurons_refused[""] = f"the model cannot be traced: {type(error).__name__}: {error}"
+        reason = f"the model cannot be traced: {type(error).__name__}: {error}"
+        removals.neurons_refused[_WHOLE_MODEL] = reason
+        warnings.warn(f"dead neurons stay in the network: {reason}", RuntimeWarning, stacklevel=2)
         return
     report = cut_dead_neurons(pruner.model, groups, example, pruner.optimizers, floor=pruner.config.floor)
     removals.neurons_refused = {**groups.refused, **report.refused}

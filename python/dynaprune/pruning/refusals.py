@@ -26,6 +26,9 @@ def unwrap_model(model: Any) -> nn.Module:
     for module in model.modules():
         if reason := _wrapper_reason(module):
             raise ValueError(f"cannot attach to {type(module).__name__}: {reason}")
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if meta:
+        raise ValueError(f"cannot attach to a model on the meta device ({meta[0]}): give it weights first")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(
