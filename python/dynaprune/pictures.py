@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def _lines(
             fontsize=9,
             va="center",
             weight="bold",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2, "alpha": 0.85},
         )
 
 
@@ -323,7 +325,8 @@ def draw_masks(folder: Path, report: dict[str, Any]) -> Figure:
     _heading(
         figure,
         f"{report['task']}: the live blocks",
-        "dark: large weights;  light: small;  blank: gone, and no longer computed",
+        "dark: large weights;  light: small;  blank: gone and no longer computed;  "
+        "dashed: the size before neurons were cut out",
     )
     return figure
 
@@ -351,5 +354,8 @@ def _mask_image(axes: Axes, image: np.ndarray, shape: list[int], built: list[int
         interpolation="nearest",
         aspect="auto" if built[1] < 0.32 * built[0] else "equal",
     )
+    if list(shape) != list(built):
+        outline = Rectangle((0, 0), built[1], built[0], fill=False, edgecolor=RULE, lw=1.2, ls=(0, (3, 3)))
+        axes.add_patch(outline)
     axes.set_xlim(0, built[1])
     axes.set_ylim(built[0], 0)

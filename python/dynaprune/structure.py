@@ -68,8 +68,8 @@ class DenseStructure:
         """What the report says of the whole training."""
         return {}
 
-    def write(self, out: Path) -> None:
-        """Write what the pictures need into ``out``."""
+    def write(self, out: Path, tested: nn.Module) -> None:
+        """Write what the pictures need, and the model that was tested, into ``out``."""
 
 
 class CountedTrial:
@@ -201,8 +201,12 @@ class PrunedStructure(DenseStructure):
             "pruner": self.pruner.report(),
         }
 
-    def write(self, out: Path) -> None:
-        """``density.csv`` (layer by step), ``masks.json`` and ``masks.npz`` (frames of live blocks)."""
+    def write(self, out: Path, tested: nn.Module) -> None:
+        """``density.csv`` (layer by step), ``masks.json`` and ``masks.npz`` (frames of live blocks), and the
+        tested model as ``model.safetensors`` for `dynaprune.load`."""
+        from dynaprune.checkpoint import save
+
+        save(tested, out / "model.safetensors")
         if self._frames[-1].step != self._step:
             self._frames.append(self._frame())
         write_csv(out / "density.csv", self._densities)

@@ -236,7 +236,7 @@ def _run(config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop) 
     tested, facts = done.kept
     test_loss, truth, guess = evaluate(task, tested, data.test, device)
     accuracy, f1 = metrics.accuracy_and_f1(truth, guess, task.f1_average)
-    structure.write(out)
+    structure.write(out, tested)
     result = {
         "test_accuracy": accuracy,
         "test_f1": f1,

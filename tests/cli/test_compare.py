@@ -18,8 +18,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from dynaprune.checkpoint import load
 from dynaprune.cli import app
+from dynaprune.nn import BlockSparseLayer
 from dynaprune.report import METRICS, PRUNED_METRICS
+from dynaprune.steps import evaluate
+from dynaprune.tasks import Split, get_task
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n"
@@ -139,6 +143,21 @@ def test_the_masks_on_disk_are_those_of_the_report(compared: tuple[Path, str]) -
         for frame in (first, last):
             live = sum(int((arrays[layer["key"]] > 0).sum()) for layer in frame["layers"].values())
             assert live * 1024 == pytest.approx((1 - frame["sparsity"]) * (64 + 2048) * 1024, rel=1e-6)
+
+
+def test_the_saved_model_is_the_one_that_was_tested(compared: tuple[Path, str]) -> None:
+    """Loaded into a fresh network it takes the pruned structure, and has the reported loss, accuracy and
+    size."""
+    out, _ = compared
+    pruned = _report(out)["pruned"]
+    task = get_task("digits")
+    data = task.load(Split(seed=1))
+    model = load(lambda: task.build_model(data, 0.0), out / "pruned" / "model.safetensors")
+    loss, truth, guess = evaluate(task, model, data.test, torch.device("cpu"))
+    assert loss == pytest.approx(pruned["test_loss"], rel=1e-6)
+    assert float((truth == guess).double().mean()) == pytest.approx(pruned["test_accuracy"])
+    live = sum(m.live_values() - m.values.numel() for m in model.modules() if isinstance(m, BlockSparseLayer))
+    assert sum(p.numel() for p in model.parameters()) + live == pruned["parameters_active"]
 
 
 def test_the_same_seed_gives_the_same_run(compared: tuple[Path, str], tmp_path: Path) -> None:

@@ -41,6 +41,6 @@ TASK = Task(
     load=load,
     build_model=build_model,
     f1_average="macro",
-    defaults=Defaults(block_size=32, target_sparsity=0.9),
+    defaults=Defaults(block_size=32, target_sparsity=0.9, pruning={"end": 0.25}),
     uses_data_folder=False,
 )

@@ -137,5 +137,5 @@ TASK = Task(
     load=load,
     build_model=build_model,
     f1_average="binary",
-    defaults=Defaults(block_size=16, target_sparsity=0.7),
+    defaults=Defaults(block_size=16, target_sparsity=0.7, pruning={"end": 0.15}),
 )
