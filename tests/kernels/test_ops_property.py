@@ -30,7 +30,7 @@ from dynaprune_kernels import (
     reference,
 )
 
-# c of the tolerance: n rounded partial sums of random terms are off by about half an eps * (|a| |b|), whatever
+# c of the tolerance: n rounded partial sums of random terms are off by about half an eps * (|a| |b|) whatever
 # n is, and by about 3 in the worst of 1e5 results; bounds for certain grow with n and would see nothing.
 ORDER_OF_SUMS = 4.0
 LINEAR_CASES, CONV_CASES = 1300, 900
@@ -164,7 +164,7 @@ def make_layout(case: Linear | Conv, generator: torch.Generator) -> BlockLayout:
 
 
 def places(case: Linear | Conv, layout: BlockLayout) -> Iterator[tuple[int, int, tuple[Any, ...], int, int]]:
-    """Row, column, and where in the dense weight a block lies, and the outputs and inputs that it has there."""
+    """Row, column, and where in the dense weight a block lies, and how many outputs and inputs it has."""
     bo, bi = case.block
     conv = case.geometry if isinstance(case, Conv) else None
     inputs = case.inputs if conv is None else case.inputs // conv.groups
