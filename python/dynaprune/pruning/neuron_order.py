@@ -28,9 +28,9 @@ def whole_neurons_first(
 ) -> Selection:
     """Put the blocks of whole groups of neurons in front of ``selection``, for at most half of its units.
 
-    A group is taken where its live blocks score, on average, no more than the last block of the selection. Among
-    these the ones with the least neuron score per block go first. A prefix of the new order that a trial accepts
-    holds whole groups, which then are dead and get cut.
+    A group is taken where its live blocks score, on average, no more than the last block of the selection.
+    Among these the ones with the least neuron score per block go first. A prefix of the new order that a
+    trial accepts holds whole groups, which then are dead and get cut.
 
     Args:
         scores: float ``[rows, columns]`` by layer, higher = keep. neuron_scores: float ``[out]``, likewise.
