@@ -201,6 +201,26 @@ def test_planted_useless_units_are_found() -> None:
     assert pruner.report()["removed_forced"] == 0
 
 
+def test_planted_useless_neurons_are_cut() -> None:
+    """Nothing reads the first 24 of 64 hidden neurons; the trial finds them and they leave the network."""
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[:, :24] = 0
+    rows = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    dataset = torch.utils.data.TensorDataset(*batch(7, rows=1024))
+    losses: Any = lambda net, b: (nn.functional.cross_entropy(net(b[0]), b[1], reduction="none"), b[1])  # noqa: E731
+    trial = dynaprune.CalibrationTrial(model, dataset, losses)
+    config = settings(target_sparsity=None, neurons=True, total_steps=200, interval=5, end=0.6)
+    pruner = dynaprune.attach(model, optimizer, config, trial=trial)
+    train(model, optimizer, 120)
+    left = {tuple(row.tolist()) for row in model[0].weight}
+    assert sum(tuple(row.tolist()) in left for row in rows[:24]) <= 2
+    report = pruner.report()
+    assert report["neurons_removed"] >= 22 and report["removed_forced"] == report["removed_untested"] == 0
+    assert model[2].layout.in_features == model[0].layout.out_features == len(left)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_blocks_grow_back_where_the_gradient_is(scaled: bool) -> None:
     model = mlp()

@@ -19,7 +19,7 @@ from dynaprune.pruning.optimizer_state import rewrite_state, sliced_state
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_SIZES = ("rows", "columns", "out_features", "in_features", "capacity")
+_SIZES = ("rows", "columns", "out_features", "in_features")
 _LAYOUT_STATE = (*_SIZES, "mask", "slot_of_block", "index")
 
 
