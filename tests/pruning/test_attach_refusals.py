@@ -226,7 +226,7 @@ def test_things_of_the_wrong_type() -> None:
         ({"allowance": float("nan")}, ValueError, "a finite allowance, got nan"),
         ({"classes": 1}, ValueError, "classes of at least 2, got 1"),
         ({"rungs": 0}, ValueError, "rungs of at least 1, got 0"),
-        ({"regrow": 0.3, "total_steps": None, "target_sparsity": None}, ValueError, "total_steps beside regr"),
+        ({"regrow": 0.3, "total_steps": None, "target_sparsity": None}, ValueError, "beside regrow"),
         ({"regrow": 1.5}, ValueError, "regrow in [0, 1), got 1.5"),
         ({"neurons": 1}, TypeError, "neurons to be True or False, got 1"),
         ({"types": ["lstm"]}, ValueError, "types to be one of linear, conv2d, conv1d, got 'lstm'"),
