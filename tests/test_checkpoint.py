@@ -416,6 +416,21 @@ class Run:
         return {name: part.state_dict() for name, part in parts.items()}
 
 
+def test_going_back_to_an_earlier_structure_in_the_same_run() -> None:
+    """Widths come back with the state: neurons are traced anew, and the rest of the run repeats."""
+    run = Run()
+    run.train(6)
+    early = copy.deepcopy(run.state())
+    run.train(34)
+    first = copy.deepcopy(run.state()["model"])
+    assert structure_manifest(run.model)["layers"]["0"]["out"] < 96
+    for name in ("pruner", "optimizer", "model"):
+        getattr(run, name).load_state_dict(early[name])
+    run.train(34)
+    again = run.model.state_dict()
+    assert set(again) == set(first) and all(torch.equal(again[key], value) for key, value in first.items())
+
+
 @pytest.mark.parametrize("order", [["model", "optimizer", "pruner"], ["pruner", "optimizer", "model"]])
 def test_a_resumed_training_goes_on_bitwise_after_cuts(order: list[str], tmp_path: Path) -> None:
     whole = Run()

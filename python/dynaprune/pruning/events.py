@@ -136,6 +136,8 @@ def _neuron_map(pruner: Pruner) -> NeuronMap | None:
     example, refused = pruner.example(), pruner.removals.neurons_refused
     if example is None or _WHOLE_MODEL in refused:
         return None
+    if pruner.neuron_map is not None and not pruner.neuron_map.fits(pruner.model):
+        pruner.neuron_map = None
     if pruner.neuron_map is None:
         try:
             pruner.neuron_map = find_groups(pruner.model, example)
