@@ -116,6 +116,8 @@ class Pruner:
         if shapes != self._shapes:
             self.check_state()
         step = self.steps + 1
+        if self.nothing_left():
+            return
         if self.observe_every == NOT_OBSERVED_YET or step % self.observe_every == 0:
             observe(layers, self.score, optimizer, self.observed)
         if self.config.regrow > 0:
@@ -149,6 +151,9 @@ class Pruner:
                 run_pruning_event(self)
             self.probes.clear()
             self._capture.remove()
+        if self.nothing_left():
+            for layer in self.layers.values():
+                layer.disable_tap_()
         self._prepare_next_step()
 
     def _prepare_next_step(self) -> None:
@@ -260,6 +265,10 @@ class Pruner:
     def structure_final(self) -> bool:
         """Whether the target is reached, or the schedule's end has passed."""
         return self.target_reached or self.pace.ended(self.steps)
+
+    def nothing_left(self) -> bool:
+        """Whether no event will change anything any more: then nothing needs to be observed either."""
+        return self.pace.ended(self.steps) and (self.target_reached or self.config.target_sparsity is None)
 
     def follow(self, copy: nn.Module) -> None:
         """Keep ``copy`` (a deep copy, an ``AveragedModel``) in step with the model's structure from now on.
