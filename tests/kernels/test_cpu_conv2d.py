@@ -21,8 +21,8 @@ from dynaprune_kernels import _extension
 pytestmark = pytest.mark.skipif(not _extension.load().loaded, reason=str(_extension.load().reason))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-# The c of the tolerance, in units of eps * (|x| * |W|): n sequential sums of random terms are off by about half
-# a unit whatever n is (n roundings of partial sums that grow like sqrt(n)), by about 3 in the worst of 1e5.
+# The c of the tolerance, in units of eps * (|x| * |W|): n sequential sums of random terms are wrong by half
+# a unit whatever n is (n roundings of partial sums growing like sqrt(n)), by about 3 in the worst of 1e5.
 ORDER_OF_SUMS = 4.0
 
 
