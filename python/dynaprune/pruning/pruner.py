@@ -157,7 +157,7 @@ class Pruner:
         self._prepare_next_step()
 
     def _prepare_next_step(self) -> None:
-        due_next = self.pace.due(self.steps + 1)
+        due_next = self.pace.due(self.steps + 1) and not self.nothing_left()
         if self.config.regrow > 0:
             for layer in self.layers.values():
                 layer.probe.fill_(due_next)
