@@ -137,9 +137,7 @@ def test_optimizer_in_backward() -> None:
     optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
-    refused(
-        model, list(optimizers.values()), "the weight of 0 has a hook that runs when .*in backward"
-    )
+    refused(model, list(optimizers.values()), "the weight of 0 has a hook that runs when .*in backward")
 
 
 def test_stepping_inside_backward_is_an_error_when_it_happens() -> None:
