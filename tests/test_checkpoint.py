@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dynaprune
 from dynaprune.checkpoint import load, save
 from dynaprune.manifest import METADATA_KEY, add_structure_hooks, apply_structure, structure_manifest
-from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear, swap_layers
+from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear, swap_back, swap_layers
 from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
 
@@ -115,9 +115,7 @@ def test_plain_cut_model_loads_into_a_sparse_one(tmp_path: Path) -> None:
     source = pruned()
     x = torch.randn(INPUT)
     expected = outputs(source, x)
-    from dynaprune.pruning.surgery import to_plain
-
-    to_plain(source)
+    swap_back(source)
     assert not any(isinstance(m, BlockSparseLayer) for m in source.modules())
     assert torch.allclose(outputs(source, x), expected, rtol=1e-5, atol=1e-6)
     model = load(swapped, save(source, tmp_path / "plain.safetensors"))

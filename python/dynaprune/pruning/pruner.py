@@ -25,11 +25,11 @@ from dynaprune.pruning.observe import (
     refuse_without_gradients,
 )
 from dynaprune.pruning.optimizer_state import check_state_shapes, rewrite_state
-from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced, trial_interval
+from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced
 from dynaprune.pruning.regrowth import Protection
 from dynaprune.pruning.reporting import load_pruner_state, pruner_state, report
 from dynaprune.pruning.score import make_score
-from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState
+from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState, minimum_interval
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
 SELF_PACED_INTERVAL = 50
@@ -333,7 +333,7 @@ def make_pace(config: PruningConfig, trial: Any) -> _PaceWithInterval:
     samples = getattr(trial, "samples", None)
     affordable = 1
     if isinstance(samples, int) and config.batch_size is not None:
-        affordable = trial_interval(samples, config.batch_size, config.rungs)
+        affordable = minimum_interval(samples, config.batch_size, config.rungs)
     steps = config.total_steps
     if config.target_sparsity is None:
         start = 0 if steps is None else math.floor(config.start * steps)
