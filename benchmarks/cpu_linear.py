@@ -10,8 +10,8 @@ a dense kernel that could skip the dead blocks at no cost. With ``--threads 1`` 
 counted instead of wall time, which is the way to measure on a machine that others use, too.
 
 Every call allocates its output. From 32 MiB on, where the allocator maps fresh pages for each, ours asks for
-huge pages and torch's own operators do not: part of such a ratio is page faults. THP_MEM_ALLOC_ENABLE=1 in the
-environment makes torch ask for them everywhere and the comparison one of kernels alone.
+huge pages and torch's own operators do not: part of such a ratio is page faults. THP_MEM_ALLOC_ENABLE=1 in
+the environment makes torch ask for them everywhere and the comparison one of kernels alone.
 """
 
 from __future__ import annotations
