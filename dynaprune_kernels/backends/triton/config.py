@@ -93,17 +93,26 @@ def tile(problem: Problem, device: Device) -> Tile:
     return Tile(**entry["tile"]) if entry else default_tile(problem, device)
 
 
-def shared_bytes(problem: Problem, tile: Tile) -> int:
-    """Shared memory of the pipelined operand tiles.
+def buffers(problem: Problem, tile: Tile, device: Device) -> int:
+    """Steps whose operands lie in shared memory at once.
 
-    A product spends two of its stages on waiting for the index that its loads go through, wgrad none.
+    Loads through an index share the stages with the loads of the index; from Hopper on, asynchronous
+    products hold on to one more. Read off what Triton 3.9 compiles.
     """
+    if is_wgrad(problem.op):
+        return tile.stages - (0 if device.capability >= 90 else 1)
+    return (tile.stages - 1) // 2 + (1 if device.capability >= 90 else 0)
+
+
+def shared_bytes(problem: Problem, tile: Tile, device: Device) -> int:
+    """Shared memory of the pipelined operand tiles."""
+    held = buffers(problem, tile, device) * problem.dtype.itemsize
     bi, bo = block_of(problem)
     if is_wgrad(problem.op):
         outer = max(bo, 64) if problem.op.endswith("probe") else bo
-        return tile.stages * tile.rows * (tile.depth + outer) * problem.dtype.itemsize
+        return held * tile.rows * (tile.depth + outer)
     outer = bi if problem.op.endswith("dgrad") else bo
-    return (tile.stages - 2) * tile.depth * (tile.rows + outer) * problem.dtype.itemsize
+    return held * tile.depth * (tile.rows + outer)
 
 
 def is_wgrad(op: str) -> bool:
@@ -121,14 +130,14 @@ def default_tile(problem: Problem, device: Device) -> Tile:
         probe = problem.op.endswith("probe")
         width = max(bi, 64 if wide or probe or bo > 64 else 128)
         outer = max(bo, 64) if probe else bo
-        warps = 8 if width * outer >= 128 * 128 else 4
-        tile = Tile(min(32 if wide else 64, rows), width, warps, 3 if wide else 4, hopper)
+        warps = 8 if width * outer >= (64 if wide else 128) * 128 else 4
+        tile = Tile(min(32 if wide else 64, rows), width, warps, 3 if wide else 4, hopper and not wide)
     else:
         outer = bi if problem.op.endswith("dgrad") else bo
         widest = (128 if outer <= 64 else 64) if wide else (256 if outer <= 64 and hopper else 128)
         rows = min(widest, rows)
-        warps = 8 if rows * outer >= 128 * 128 or rows >= 256 else 4
-        tile = Tile(rows, 32 if wide else 64, warps, 5 if hopper and not wide else 4, hopper)
+        warps = 8 if rows * outer >= (64 if wide else 128) * 128 or rows >= 256 else 4
+        tile = Tile(rows, 32 if wide else 64, warps, 5 if hopper else 7, hopper)
     return fitting(problem, tile, device)
 
 
@@ -137,9 +146,9 @@ def fitting(problem: Problem, tile: Tile, device: Device) -> Tile:
 
     At least three stages stay: with fewer, loads through an index are not pipelined.
     """
-    while shared_bytes(problem, tile) > device.shared_bytes and tile.stages > 3:
+    while shared_bytes(problem, tile, device) > device.shared_bytes and tile.stages > 3:
         tile = tile._replace(stages=tile.stages - 1)
-    while shared_bytes(problem, tile) > device.shared_bytes and tile.rows > 16:
+    while shared_bytes(problem, tile, device) > device.shared_bytes and tile.rows > 16:
         tile = tile._replace(rows=tile.rows // 2)
     return tile
 

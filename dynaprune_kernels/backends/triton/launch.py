@@ -22,6 +22,7 @@ class Device(NamedTuple):
     shared_bytes: int  # that one program may use
 
 
+OPTIONS = {"enable_fp_fusion": True}  # stated, because Triton's default is about to change
 INTERPRETER = Device("interpreter", 90, 4, 232448)
 
 
@@ -73,6 +74,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         guard = contextlib.nullcontext()
     if support.interpreted():
         options = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
+    else:
+        options |= OPTIONS
     with guard:
         kernel[grid](*args, **options)
 
