@@ -14,9 +14,11 @@ times taps) rounded up to powers of two, and the *capacity* in percent of the de
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,9 +88,26 @@ def measured(problem: Problem, device_name: str) -> tuple[float, float] | None:
     return (entry["milliseconds"], entry["dense_milliseconds"]) if entry else None
 
 
-@functools.lru_cache(maxsize=4096)
+_forced: list[Tile] = []
+
+
+@contextlib.contextmanager
+def forced(tile: Tile) -> Iterator[None]:
+    """Launch with ``tile`` inside, whatever the problem: for tuning and tests."""
+    _forced.append(tile)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 def tile(problem: Problem, device: Device) -> Tile:
     """The configuration to launch with: measured for the problem's bucket, else the default."""
+    return _forced[-1] if _forced else _chosen(problem, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(problem: Problem, device: Device) -> Tile:
     entry = table(device.name).get(key(problem))
     return Tile(**entry["tile"]) if entry else default_tile(problem, device)
 
