@@ -1,8 +1,9 @@
 """Measures Triton configurations and writes this GPU's table: ``python -m benchmarks.tune_triton [--quick]``.
 
-For every problem each candidate is checked against the dense result, then timed; so is the dense backend, so that
-``auto`` can choose between the two. The table (``dynaprune_kernels/backends/triton/configs/<device>.json``) keeps what
-it had and replaces the buckets that are measured anew. It is written after every problem: an interrupted run loses one.
+For every problem each candidate is checked against the dense result, then timed; so is the dense backend, so
+that ``auto`` can choose between the two. The table
+(``dynaprune_kernels/backends/triton/configs/<device>.json``) keeps what it had and replaces the buckets that
+are measured anew. It is written after every problem: an interrupted run loses one.
 """
 
 from __future__ import annotations
@@ -149,10 +150,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     name = torch.cuda.get_device_name()
     path = options.out or config.file_of(name)
+
+    def median(call: Call) -> float:
+        return do_bench(call, warmup=5, rep=30, return_mode="median")
+
     for case in cases(options.quick, options.dtype, options.block, options.density):
-        entry = tune(
-            case, "cuda", lambda call: do_bench(call, warmup=5, rep=30, return_mode="median"), options.quick
-        )
+        entry = tune(case, "cuda", median, options.quick)
         print(
             f"{case.op} {case.shape} {case.block} {case.density}: {entry['milliseconds']} ms with "
             f"{entry['tile']}, dense {entry['dense_milliseconds']} ms",

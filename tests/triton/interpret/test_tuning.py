@@ -1,4 +1,4 @@
-"""The tuner with a stop-watch that is made up: candidates run, wrong ones are refused, the fastest one is kept."""
+"""The tuner with made-up times: candidates run, wrong ones are refused, the fastest one is kept."""
 
 from __future__ import annotations
 
