@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
 
-.PHONY: help demo test gpu check ext clean
+.PHONY: help demo test gpu check bench ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,10 @@ check: $(VENV)/.checkers  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## time the CPU kernels beside the best dense library
+	$(BIN)/python -m benchmarks.cpu_linear
+	$(BIN)/python -m benchmarks.cpu_conv2d
 
 ext: $(VENV)/.torch  ## compile the extension in place, after a change in csrc/
 	$(BIN)/python setup.py --quiet build_ext --inplace

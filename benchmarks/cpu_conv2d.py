@@ -1,10 +1,13 @@
-"""Block-sparse convolutions on the CPU beside the best dense ones: ``python -m benchmarks.cpu_conv2d --quick``.
+"""Block-sparse convolutions on the CPU beside the best dense ones.
 
-Dense is torch's convolution (oneDNN) in channels-last and in contiguous memory, whichever has the lower median. All
-candidates of a layer and op take turns within each round, so that a busy machine hits them alike. Results are checked
-against float64 before anything is timed. ``of ideal`` is density x dense time / time: 1.0 would be a kernel that is as
-good as the dense one and skips every dead block. ``--threads 1`` counts the thread's CPU time instead of wall time, which
-is the way to measure on a machine that others use, too.
+Run ``python -m benchmarks.cpu_conv2d --quick``.
+
+Dense is torch's convolution (oneDNN) in channels-last and in contiguous memory, whichever has the lower
+median. All candidates of a layer and op take turns within each round, so that a busy machine hits them
+alike. Results are checked against float64 before anything is timed. ``of ideal`` is density x dense time /
+time: 1.0 would be a kernel that is as good as the dense one and skips every dead block. ``--threads 1``
+counts the thread's CPU time instead of wall time, which is the way to measure on a machine that others use,
+too.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ class Sparse(NamedTuple):
     block: int
     density: float
     values: Tensor
-    index: Tensor
+    packed: Tensor
     dense: Tensor
     slots: Tensor
 
@@ -88,11 +91,11 @@ def make_sparse(layer: Layer, block: int, density: float, dtype: torch.dtype) ->
 def sparse_call(layer: Layer, sparse: Sparse, op: str, x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
     ops, conv, block = torch.ops.dynaprune_cpu, list(layer.conv), sparse.block
     if op == "forward":
-        return lambda: ops.conv2d_forward(x, sparse.values, None, sparse.index, layer.outputs, conv)
+        return lambda: ops.conv2d_forward(x, sparse.values, None, sparse.packed, layer.outputs, conv)
     if op == "dgrad":
-        return lambda: ops.conv2d_dgrad(dy, sparse.values, sparse.index, list(x.shape), conv)
+        return lambda: ops.conv2d_dgrad(dy, sparse.values, sparse.packed, list(x.shape), conv)
     capacity = sparse.values.shape[0]
-    return lambda: ops.conv2d_wgrad(dy, x, sparse.index, capacity, block, block, conv)
+    return lambda: ops.conv2d_wgrad(dy, x, sparse.packed, capacity, block, block, conv)
 
 
 def dense_call(layer: Layer, op: str, x: Tensor, dy: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -110,13 +113,17 @@ def check(layer: Layer, sparse: Sparse, op: str, x: Tensor, dy: Tensor) -> None:
     """Raises RuntimeError where the kernel's result is not the dense one's, up to rounding."""
     ours = sparse_call(layer, sparse, op, x, dy)().double()
     exact, scale = (
-        dense_call(layer, op, f(x.double()), f(dy.double()), f(sparse.dense))() for f in (torch.Tensor.double, torch.abs)
+        dense_call(layer, op, f(x.double()), f(dy.double()), f(sparse.dense))()
+        for f in (torch.Tensor.double, torch.abs)
     )
     if op == "wgrad":
         live = sparse.slots.flatten() >= 0
         order = sparse.slots.flatten()[live].long()
-        cut = (sparse.block, sparse.block)
-        exact, scale = (reference.dense_to_blocks(g, cut, layer.conv)[live][order.argsort()] for g in (exact, scale))
+        by_slot = order.argsort()
+        exact, scale = (
+            reference.dense_to_blocks(g, (sparse.block, sparse.block), layer.conv)[live][by_slot]
+            for g in (exact, scale)
+        )
     worst = ((ours - exact).abs() / scale.clamp(min=1e-30)).max().item() / torch.finfo(x.dtype).eps
     if not worst <= 16:
         raise RuntimeError(f"{layer.name} {op}, block {sparse.block}: wrong by {worst:.1f} eps of |x||W|")
@@ -124,6 +131,12 @@ def check(layer: Layer, sparse: Sparse, op: str, x: Tensor, dy: Tensor) -> None:
 
 def quantile(times: list[float], q: float) -> float:
     return sorted(times)[min(len(times) - 1, int(q * len(times)))]
+
+
+def spread(times: list[float]) -> str:
+    """Median with the 20% and 80% quantiles, in milliseconds."""
+    low, middle, high = (1e3 * quantile(times, q) for q in (0.2, 0.5, 0.8))
+    return f"{middle:7.2f} ms [{low:.2f}, {high:.2f}]"
 
 
 def run_layer(
@@ -134,8 +147,8 @@ def run_layer(
     x = torch.randn(batch, layer.inputs, layer.size, layer.size).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(layer.outputs, layer.inputs, layer.kernel, layer.kernel).to(dtype)
-    y = F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), None, layer.stride, layer.kernel // 2)
-    dy = torch.randn_like(y)
+    y = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2)
+    dy = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
     sparse = [make_sparse(layer, block, density, dtype) for block in blocks for density in densities]
     flops = 2 * y.numel() * layer.inputs * layer.kernel**2
     for op in OPS:
@@ -158,22 +171,19 @@ def run_layer(
         dense = min(times[:2], key=lambda taken: quantile(taken, 0.5))
         name = "channels-last" if dense is times[0] else "contiguous"
         middle = quantile(dense, 0.5)
-        print(
-            f"{layer.name:12s} {op:8s} dense ({name}) {1e3 * middle:7.2f} ms "
-            f"[{1e3 * quantile(dense, 0.2):.2f}, {1e3 * quantile(dense, 0.8):.2f}] {flops / middle / 1e9:5.0f} GFLOP/s"
-        )
+        print(f"{layer.name:12s} {op:8s} dense ({name}) {spread(dense)} {flops / middle / 1e9:5.0f} GFLOP/s")
         for s, taken in zip(sparse, times[2:], strict=True):
-            median = quantile(taken, 0.5)
+            faster, best = middle / quantile(taken, 0.5), min(dense) / min(taken)
             print(
-                f"{'':12s} {'':8s} block {s.block:3d} density {s.density:4.2f}  {1e3 * median:7.2f} ms "
-                f"[{1e3 * quantile(taken, 0.2):.2f}, {1e3 * quantile(taken, 0.8):.2f}]  {middle / median:5.2f}x dense  "
-                f"{s.density * middle / median:4.2f} of ideal ({s.density * min(dense) / min(taken):4.2f} by best times)",
+                f"{'':21s} block {s.block:3d} density {s.density:4.2f}  {spread(taken)}  "
+                f"{faster:5.2f}x dense  {s.density * faster:4.2f} of ideal "
+                f"({s.density * best:4.2f} by best times)",
                 flush=True,
             )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer layers and densities, shorter")
     parser.add_argument("--layers", default="", help="only layers whose name contains this")
     parser.add_argument("--blocks", type=int, nargs="+", default=[16, 32])
@@ -191,8 +201,10 @@ def main() -> None:
     densities = options.densities or ([0.1, 0.5] if options.quick else [0.05, 0.1, 0.2, 0.5, 1.0])
     layers = RESNET18[:5] if options.quick and not options.layers else RESNET18 + HALF_WIDTH
     seconds = options.seconds or (0.4 if options.quick else 1.5)
-    print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}, {options.dtype}, "
-          f"kernels for {torch.ops.dynaprune_cpu.capability()}; median [20%, 80%]")
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}, {options.dtype}, "
+        f"kernels for {torch.ops.dynaprune_cpu.capability()}; median [20%, 80%]"
+    )
     for layer in layers:
         if options.layers in layer.name:
             run_layer(layer, options.batch, options.blocks, densities, getattr(torch, options.dtype), seconds)

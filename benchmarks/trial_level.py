@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from dynaprune.pruning.paired_test import harm_p_values
 from scipy.stats import t as student
 from torch import Tensor
+
+from dynaprune.pruning.paired_test import harm_p_values
 
 THRESHOLD = 0.01
 RUNGS = 3

@@ -22,7 +22,7 @@ class BlockSaliency(NamedTuple):
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     device_type = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
@@ -79,6 +79,8 @@ def block_sparse_linear(
     """
     x, values, bias = _autocast(x, values, bias)  # type: ignore[assignment]
     _check(x, values, bias, layout, -1)
+    if layout.conv is not None:
+        raise ValueError("expected a linear layer's layout, got a convolution's")
     rows = x.reshape(-1, layout.in_features)
     y = torch.ops.dynaprune.block_sparse_linear(
         rows, values, bias, layout.index, layout.out_features, tap, probe
@@ -134,6 +136,11 @@ def block_saliency(values: Tensor, grad: Tensor, layout: BlockLayout) -> BlockSa
         raise ValueError(
             f"expected a gradient like the values {tuple(values.shape)} {values.dtype} {values.device}, "
             f"got {tuple(grad.shape)} {grad.dtype} {grad.device}"
+        )
+    if values.shape != (layout.capacity, layout.block[1], layout.block[0]):
+        raise ValueError(
+            f"expected values of shape {(layout.capacity, layout.block[1], layout.block[0])}, "
+            f"got {tuple(values.shape)}"
         )
     stats, neuron = torch.ops.dynaprune.block_saliency(
         values.detach(), grad.detach(), layout.index, layout.rows, layout.columns

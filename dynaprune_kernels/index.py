@@ -64,6 +64,12 @@ def index_size(rows: int, lists: int, capacity: int) -> int:
     return sum(_section_sizes(rows, lists, capacity))
 
 
+def capacity_of_index(index: Tensor, rows: int, lists: int) -> int:
+    """The inverse of :func:`index_size`."""
+    fixed = index_size(rows, lists, 0)
+    return (index.shape[0] - fixed) // (index_size(rows, lists, 1) - fixed)
+
+
 def sections(index: Tensor, rows: int, capacity: int) -> IndexSections:
     """Cut a packed ``index`` into its named views; the number of column lists follows from its length.
 

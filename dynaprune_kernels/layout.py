@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from dynaprune_kernels.geometry import ConvGeometry, check_block, check_int32, conv_grid, linear_grid
-from dynaprune_kernels.index import N_LIVE, OVERFLOW, IndexSections, column_lists, index_size, sections
+from dynaprune_kernels.index import (
+    N_LIVE,
+    OVERFLOW,
+    IndexSections,
+    capacity_of_index,
+    column_lists,
+    index_size,
+    sections,
+)
 
 LADDER_RATIO = 0.75
 
@@ -69,7 +77,6 @@ class BlockLayout(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("slot_of_block", torch.full_like(mask, -1, dtype=torch.int32))
         self.register_buffer("index", self._new_index(capacity), persistent=False)
-        self.capacity = capacity
         self._rebuild(release=True)
 
     def _new_index(self, capacity: int) -> Tensor:
@@ -91,6 +98,12 @@ class BlockLayout(nn.Module):
         torch.ops.dynaprune.layout_update(
             self.mask, self.slot_of_block, self.index, self.capacity, self.conv, release
         )
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots; read from the size of :attr:`index`, dynamic in a compiled model."""
+        lists = column_lists(self.columns, self.conv)
+        return capacity_of_index(self.index, self.rows, lists)
 
     @property
     def blocks(self) -> int:
@@ -183,7 +196,6 @@ class BlockLayout(nn.Module):
         old_slot[: used.numel()] = used
         block = self.lists.block_of_slot[used].long()
         self.slot_of_block.view(-1)[block] = torch.arange(used.numel(), dtype=torch.int32, device=used.device)
-        self.capacity = capacity
         self.index = self._new_index(capacity)
         self._rebuild(release=False)
         return old_slot
@@ -214,6 +226,7 @@ class BlockLayout(nn.Module):
                 raise ValueError(f"expected at least one of {size} block {name} to stay, got none")
         if self.conv is not None and self.conv.groups > 1:
             raise ValueError(f"expected a convolution without groups, got groups={self.conv.groups}")
+        before = self.capacity
         keep_rows, keep_columns = ~rows.to(self.mask.device), ~columns.to(self.mask.device)
         self.out_features = _kept_size(keep_rows, self.block[0], self.out_features)
         self.in_features = _kept_size(keep_columns, self.block[1], self.in_features)
@@ -222,11 +235,11 @@ class BlockLayout(nn.Module):
         old = self.slot_of_block[keep_rows][:, keep_columns].contiguous()
         self.rows, self.columns = old.shape
         used = old[old >= 0].sort().values.long()
-        self.capacity = min(self.capacity, self.blocks)
-        old_slot = torch.full((self.capacity,), -1, dtype=torch.int64, device=old.device)
+        capacity = min(before, self.blocks)
+        old_slot = torch.full((capacity,), -1, dtype=torch.int64, device=old.device)
         old_slot[: used.numel()] = used
         self.slot_of_block = torch.where(old >= 0, torch.searchsorted(used, old.long()).int(), -1)
-        self.index = self._new_index(self.capacity)
+        self.index = self._new_index(capacity)
         self._rebuild(release=False)
         return old_slot
 
@@ -250,7 +263,6 @@ class BlockLayout(nn.Module):
                 f"expected -1, or each slot once and below the capacity {capacity}, "
                 f"got {slot_of_block.flatten().tolist()[:20]}"
             )
-        self.capacity = capacity
         self.slot_of_block.copy_(slot_of_block)
         self.mask.copy_(self.slot_of_block >= 0)
         self.index = self._new_index(capacity)

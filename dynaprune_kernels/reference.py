@@ -127,6 +127,8 @@ def linear_probe(
 
     All zeros while the bool ``probe`` is false.
     """
+    if _is_off(probe):
+        return _no_probe(dy.shape[1], x.shape[1], block, None, x)
     return _probe_from_dense(dy.t() @ x, index, capacity, block, None, probe)
 
 
@@ -173,6 +175,8 @@ def conv2d_probe(
     probe: Tensor,
 ) -> Tensor:
     """Squared norms of the dense gradient's blocks that are not live; all zeros while ``probe`` is false."""
+    if _is_off(probe):
+        return _no_probe(dy.shape[1], x.shape[1] // conv.groups, block, conv, x)
     return _probe_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv, probe)
 
 
@@ -223,6 +227,18 @@ def _wgrad_saliency_from_dense(
     weight = dense_weight(values, index, grad.shape[0], grad.shape[1], conv)
     signed = dense_to_blocks(weight.to(accumulate) * grad.to(accumulate), (bo, bi), conv).sum((1, 2))
     return _wgrad_from_dense(grad, index, capacity, (bi, bo), conv), signed
+
+
+def _is_off(probe: Tensor) -> bool:
+    """Whether the host knows, without waiting for a device, that the probe is off."""
+    return probe.device.type == "cpu" and not probe
+
+
+def _no_probe(
+    out_features: int, in_features: int, block: tuple[int, int], conv: ConvGeometry | None, x: Tensor
+) -> Tensor:
+    rows, columns = _grid(block[1], block[0], out_features, in_features, conv)
+    return x.new_zeros(rows * columns, dtype=_accumulator(x.dtype))
 
 
 def _probe_from_dense(

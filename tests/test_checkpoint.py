@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dynaprune
 from dynaprune.checkpoint import load, save
 from dynaprune.manifest import METADATA_KEY, add_structure_hooks, apply_structure, structure_manifest
-from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear, swap_layers
+from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear, swap_back, swap_layers
 from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
 
@@ -115,9 +115,7 @@ def test_plain_cut_model_loads_into_a_sparse_one(tmp_path: Path) -> None:
     source = pruned()
     x = torch.randn(INPUT)
     expected = outputs(source, x)
-    from dynaprune.pruning.surgery import to_plain
-
-    to_plain(source)
+    swap_back(source)
     assert not any(isinstance(m, BlockSparseLayer) for m in source.modules())
     assert torch.allclose(outputs(source, x), expected, rtol=1e-5, atol=1e-6)
     model = load(swapped, save(source, tmp_path / "plain.safetensors"))
@@ -414,6 +412,21 @@ class Run:
     def state(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "pruner": self.pruner}
         return {name: part.state_dict() for name, part in parts.items()}
+
+
+def test_going_back_to_an_earlier_structure_in_the_same_run() -> None:
+    """Widths come back with the state: neurons are traced anew, and the rest of the run repeats."""
+    run = Run()
+    run.train(6)
+    early = copy.deepcopy(run.state())
+    run.train(34)
+    first = copy.deepcopy(run.state()["model"])
+    assert structure_manifest(run.model)["layers"]["0"]["out"] < 96
+    for name in ("pruner", "optimizer", "model"):
+        getattr(run, name).load_state_dict(early[name])
+    run.train(34)
+    again = run.model.state_dict()
+    assert set(again) == set(first) and all(torch.equal(again[key], value) for key, value in first.items())
 
 
 @pytest.mark.parametrize("order", [["model", "optimizer", "pruner"], ["pruner", "optimizer", "model"]])

@@ -2,6 +2,7 @@
 #include "cpu/linear.h"
 
 #include "bindings/common.h"
+#include "bindings/huge_pages.h"
 #include "cpu/capability.h"
 
 namespace dynaprune::bindings {
@@ -51,6 +52,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, std::optional<Tenso
   }
   const Tensor input = torch::stable::contiguous(x);
   Tensor y = torch::stable::new_empty(x, {shape.m, shape.out});
+  advise_huge_pages(y);
   STD_TORCH_CHECK(kernels().forward(dtype, shape, layout, input.const_data_ptr(), values.const_data_ptr(),
                                     dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(),
                                     torch_workers()),
@@ -68,6 +70,7 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   const cpu::LayoutView layout = view_linear(op, index, shape, values.size(0));
   const Tensor gradient = torch::stable::contiguous(dy);
   Tensor dx = torch::stable::new_empty(dy, {shape.m, shape.in});
+  advise_huge_pages(dx);
   STD_TORCH_CHECK(kernels().dgrad(dtype, shape, layout, gradient.const_data_ptr(), values.const_data_ptr(),
                                   dx.mutable_data_ptr(), torch_workers()),
                   op, kNoMemory);
@@ -82,6 +85,7 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const cpu::LayoutView layout = view_linear(op, index, shape, capacity);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
+  advise_huge_pages(dvalues);
   STD_TORCH_CHECK(kernels().wgrad(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(), nullptr,
                                   dvalues.mutable_data_ptr(), nullptr, torch_workers()),
                   op, kNoMemory);
@@ -97,6 +101,7 @@ std::tuple<Tensor, Tensor> linear_wgrad_saliency(const Tensor& dy, const Tensor&
   const cpu::LayoutView layout = view_linear(op, index, shape, values.size(0));
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor dvalues = torch::stable::new_empty(x, {values.size(0), shape.bi, shape.bo});
+  advise_huge_pages(dvalues);
   Tensor wg = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));
   STD_TORCH_CHECK(kernels().wgrad(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(),
                                   values.const_data_ptr(), dvalues.mutable_data_ptr(), wg.mutable_data_ptr(),

@@ -1,9 +1,7 @@
-// Register-tiled inner loops, shared by linear and conv2d. Include after simd.h.
+// Register-tiled inner loops of the linear kernels. Include after simd.h.
 //
 // multiply_tile: MR rows by NV vectors of outputs stay in registers across all live blocks of an output block row.
-// A live block is a Term: where its values are, where its inputs begin relative to every row pointer, how deep it is.
-//   linear: row pointers are rows of x, offset = column * bi
-//   conv2d: row pointers are the pixels' places in padded NHWC input, offset = that of the tap and channel block
+// A live block is a Term: where its values are, where its inputs begin relative to a row, and how deep it is.
 // outer_tile: IR inputs by NV vectors of outputs, summed over rows of packed panels (weight gradients).
 #pragma once
 
@@ -29,17 +27,13 @@ struct Term {
   int64_t depth;    // inputs to read, >= 1 (less than the block's in a ragged last column)
 };
 
-// Rows anywhere (conv2d), or at a constant distance (linear).
+// Rows of an activation, and memory that will be read soon: every term asks for `lines` more cache lines of it.
 template <class X>
-struct PointerRows {
-  typedef X Element;
-  const X* const* row;
-};
-template <class X>
-struct StridedRows {
-  typedef X Element;
+struct TileRows {
   const X* first;
   int64_t stride;  // elements
+  const char* ahead;
+  int64_t lines;
 };
 
 template <class V, bool Tail, int NV>
@@ -49,30 +43,10 @@ DYNAPRUNE_INLINE void load_values(const V* w, int last, typename Num<V>::Vec (&b
     b[v] = Tail && v == NV - 1 ? load_partial(w + v * kLanes<V>, last) : load(w + v * kLanes<V>);
 }
 
-template <class X, class V, int MR, int NV, bool Tail>
-DYNAPRUNE_INLINE void add_term(PointerRows<X> rows, const Term<V>& term, const V* w, int64_t ldv, int last,
-                               typename Num<V>::Vec (&acc)[MR][NV]) {
-  const X* p[MR];
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) p[m] = rows.row[m] + term.offset;
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < term.depth; ++k) {
-    typename Num<V>::Vec b[NV];
-    load_values<V, Tail, NV>(w, last, b);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      const auto a = splat(widen(p[m][k]));
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] = a * b[v] + acc[m][v];
-    }
-    w += ldv;
-  }
-}
-
 // One base pointer serves three rows (x86 addresses reach base, base + stride and base + 2 * stride), so that twelve
 // rows need five address registers.
 template <class X, class V, int MR, int NV, bool Tail>
-DYNAPRUNE_INLINE void add_term(StridedRows<X> rows, const Term<V>& term, const V* w, int64_t ldv, int last,
+DYNAPRUNE_INLINE void add_term(TileRows<X>& rows, const Term<V>& term, const V* w, int64_t ldv, int last,
                                typename Num<V>::Vec (&acc)[MR][NV]) {
   constexpr int kBases = (MR + 2) / 3;
   constexpr int kUnroll = 4;
@@ -81,6 +55,8 @@ DYNAPRUNE_INLINE void add_term(StridedRows<X> rows, const Term<V>& term, const V
 #pragma GCC unroll 16
   for (int g = 0; g < kBases; ++g)
     p[g] = reinterpret_cast<const char*>(rows.first + term.offset) + 3 * g * stride;
+  for (int64_t line = 0; line < rows.lines; ++line) prefetch_l2(rows.ahead + line * 64);
+  rows.ahead += rows.lines * 64;
   int64_t k = 0;
 #pragma GCC unroll 1
   for (; k + kUnroll <= term.depth; k += kUnroll) {
@@ -118,58 +94,53 @@ DYNAPRUNE_INLINE void add_term(StridedRows<X> rows, const Term<V>& term, const V
   }
 }
 
-template <class Y>
-DYNAPRUNE_INLINE Y* output_row(Y* const* y, int64_t, int m) { return y[m]; }
-template <class Y>
-DYNAPRUNE_INLINE Y* output_row(Y* y, int64_t ldy, int m) { return y + m * ldy; }
-
 // y[m][0 .. width) = bias + sum over terms, for MR rows and width = (NV - 1) * lanes + last outputs.
-// `values_offset` moves into every block (the second half of a wide one); `bias` may be null. OutRows is Y* (rows ldy
-// apart) or Y* const* (one pointer a row; ldy is ignored).
-template <class Rows, class V, class OutRows, int MR, int NV, bool Tail>
-void multiply_tile(Rows rows, OutRows y, int64_t ldy, const Term<V>* terms, int64_t count, int64_t ldv,
+// `values_offset` moves into every block (the second half of a wide one); `bias` may be null.
+template <class X, class V, class Y, int MR, int NV, bool Tail>
+void multiply_tile(TileRows<X> rows, Y* y, int64_t ldy, const Term<V>* terms, int64_t count, int64_t ldv,
                    int64_t values_offset, const typename Num<V>::Acc* bias, int last) {
   typedef typename Num<V>::Vec Vec;
+  constexpr int L = kLanes<V>;
   Vec acc[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) prefetch_for_write(output_row(y, ldy, m) + v * kLanes<V>);
+    for (int v = 0; v < NV; ++v) prefetch_for_write(y + m * ldy + v * L);
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     Vec start = {};
-    if (bias) start = Tail && v == NV - 1 ? load_partial(bias + v * kLanes<V>, last) : load(bias + v * kLanes<V>);
+    if (bias) start = Tail && v == NV - 1 ? load_partial(bias + v * L, last) : load(bias + v * L);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) acc[m][v] = start;
   }
   for (int64_t t = 0; t < count; ++t)
-    add_term<typename Rows::Element, V, MR, NV, Tail>(rows, terms[t], terms[t].values + values_offset, ldv, last, acc);
+    add_term<X, V, MR, NV, Tail>(rows, terms[t], terms[t].values + values_offset, ldv, last, acc);
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
-    auto* out = output_row(y, ldy, m);
+    Y* out = y + m * ldy;
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       if (Tail && v == NV - 1)
-        store_partial(out + v * kLanes<V>, acc[m][v], last);
+        store_partial(out + v * L, acc[m][v], last);
       else
-        store(out + v * kLanes<V>, acc[m][v]);
+        store(out + v * L, acc[m][v]);
     }
   }
 }
 
-template <class Rows, class V, class OutRows>
-using MultiplyTile = void (*)(Rows, OutRows, int64_t, const Term<V>*, int64_t, int64_t, int64_t,
+template <class X, class V, class Y>
+using MultiplyTile = void (*)(TileRows<X>, Y*, int64_t, const Term<V>*, int64_t, int64_t, int64_t,
                               const typename Num<V>::Acc*, int);
 
 // The tile function for `rows` (1 .. tile_rows(vectors)) and `vectors` (1 .. kMaxVectors).
-template <class Rows, class V, class OutRows, int NV = 1, int MR = 1>
-MultiplyTile<Rows, V, OutRows> multiply_tile_for(int rows, int vectors, bool tail) {
+template <class X, class V, class Y, int NV = 1, int MR = 1>
+MultiplyTile<X, V, Y> multiply_tile_for(int rows, int vectors, bool tail) {
   if constexpr (NV <= kMaxVectors) {
-    if (vectors > NV) return multiply_tile_for<Rows, V, OutRows, NV + 1, 1>(rows, vectors, tail);
+    if (vectors > NV) return multiply_tile_for<X, V, Y, NV + 1, 1>(rows, vectors, tail);
     if constexpr (MR < tile_rows(NV)) {
-      if (rows > MR) return multiply_tile_for<Rows, V, OutRows, NV, MR + 1>(rows, vectors, tail);
+      if (rows > MR) return multiply_tile_for<X, V, Y, NV, MR + 1>(rows, vectors, tail);
     }
-    return tail ? multiply_tile<Rows, V, OutRows, MR, NV, true> : multiply_tile<Rows, V, OutRows, MR, NV, false>;
+    return tail ? multiply_tile<X, V, Y, MR, NV, true> : multiply_tile<X, V, Y, MR, NV, false>;
   } else {
     return nullptr;
   }
@@ -236,10 +207,29 @@ OuterTile<A> outer_tile_for(int inputs, int vectors, bool tail) {
   }
 }
 
+// A rectangle of memory that will be read soon, asked for a few cache lines at a time.
+struct Ahead {
+  const char* row;
+  int64_t ld, row_bytes, rows;  // ld in bytes
+  int64_t lines;                // of one request
+  int64_t at = 0;
+  void ask() {
+    for (int64_t line = 0; line < lines && rows > 0; ++line) {
+      prefetch_l2(row + at);
+      at += 64;
+      if (at >= row_bytes) {
+        at = 0;
+        row += ld;
+        --rows;
+      }
+    }
+  }
+};
+
 // sum[0 .. depth)[0 .. width) (+)= x^T dy over `rows` rows of two panels: one block of a weight gradient.
 template <class A>
 void outer_block(const A* x, int64_t ldx, int64_t depth, const A* dy, int64_t lddy, int64_t width, int64_t rows,
-                 A* sum, int64_t ldsum, bool add) {
+                 A* sum, int64_t ldsum, bool add, Ahead& ahead) {
   constexpr int L = kLanes<A>;
   for (int64_t o = 0; o < width; o += kMaxVectors * L) {
     const int64_t outputs = width - o < kMaxVectors * L ? width - o : kMaxVectors * L;
@@ -247,6 +237,7 @@ void outer_block(const A* x, int64_t ldx, int64_t depth, const A* dy, int64_t ld
     const int last = int(outputs - (vectors - 1) * L);
     const int64_t pieces = (depth + outer_rows(vectors) - 1) / outer_rows(vectors);
     for (int64_t piece = 0; piece < pieces; ++piece) {
+      ahead.ask();
       const int64_t i0 = depth * piece / pieces, i1 = depth * (piece + 1) / pieces;
       outer_tile_for<A>(int(i1 - i0), vectors, last != L)(x + i0, ldx, dy + o, lddy, rows, sum + i0 * ldsum + o,
                                                           ldsum, add, last);

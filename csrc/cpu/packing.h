@@ -32,21 +32,58 @@ DYNAPRUNE_INLINE void convert_row(const T* from, int64_t n, U* to) {
   if (i < n) store_partial(to + i, load_partial(from + i, int(n - i)), int(n - i));
 }
 
+// One row of `count` whole blocks of NV vectors to panels `distance` apart.
+template <int NV, class T, class A>
+DYNAPRUNE_INLINE void pack_row(const T* row, int64_t count, A* to, int64_t distance) {
+  for (int64_t b = 0; b < count; ++b) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(to + v * kLanes<T>, load(row + v * kLanes<T>));
+    row += NV * kLanes<T>;
+    to += distance;
+  }
+}
+
+template <class T, class A>
+DYNAPRUNE_INLINE void pack_row(const T* row, int64_t block, int64_t count, A* to, int64_t distance) {
+  switch (block % kLanes<T> ? 0 : block / kLanes<T>) {
+    case 1:
+      return pack_row<1>(row, count, to, distance);
+    case 2:
+      return pack_row<2>(row, count, to, distance);
+    case 4:
+      return pack_row<4>(row, count, to, distance);
+    case 8:
+      return pack_row<8>(row, count, to, distance);
+    default:
+      for (int64_t b = 0; b < count; ++b) convert_row(row + b * block, block, to + b * distance);
+  }
+}
+
+// Panels begin this many elements further apart than they are long, lest they all fall into the same cache sets.
+constexpr int64_t kPanelGap = 16;
+
 // Cuts columns [first * block, last * block) of `rows` rows (ld apart, `size` columns) into panels, one a block, each
 // panel[m][0 .. stride) and `distance` elements from the one before. What a ragged last block lacks, and the gap up to
 // `stride`, becomes zero. Blocks whose list in `used` (pointers, may be null) is empty are left out.
 template <class T, class A>
 void pack_blocks(const T* from, int64_t ld, int64_t size, int64_t rows, int64_t block, int64_t first, int64_t last,
                  const int32_t* used, A* panels, int64_t stride, int64_t distance) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const T* row = from + m * ld;
-    A* to = panels + m * stride;
-    for (int64_t b = first; b < last; ++b, to += distance) {
-      if (used && used[b + 1] == used[b]) continue;
-      const int64_t width = least(block, size - b * block);
-      convert_row(row + b * block, width, to);
-      for (int64_t i = width; i < stride; ++i) to[i] = 0;
-    }
+  const int64_t whole = least(last, size / block);
+  for (int64_t begin = first, end; begin < whole; begin = end) {  // runs of used blocks: long reads of each row
+    end = begin + 1;
+    if (used && used[begin + 1] == used[begin]) continue;
+    while (end < whole && !(used && used[end + 1] == used[end])) ++end;
+    for (int64_t m = 0; m < rows; ++m)
+      pack_row(from + m * ld + begin * block, block, end - begin, panels + (begin - first) * distance + m * stride,
+               distance);
+  }
+  for (int64_t b = most(whole, first); b < last; ++b)
+    for (int64_t m = 0; m < rows; ++m)
+      convert_row(from + m * ld + b * block, size - b * block, panels + (b - first) * distance + m * stride);
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t width = least(block, size - b * block);
+    for (int64_t m = 0; m < rows && width < stride; ++m)
+      for (int64_t i = width; i < stride; ++i) panels[(b - first) * distance + m * stride + i] = 0;
   }
 }
 

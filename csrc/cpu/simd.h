@@ -187,6 +187,7 @@ DYNAPRUNE_INLINE vdouble absolute(vdouble v) {
 }
 
 DYNAPRUNE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+DYNAPRUNE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 DYNAPRUNE_INLINE void prefetch_for_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
 }  // namespace

@@ -36,7 +36,7 @@ define(
     "-> Tensor"
 )
 define(
-    "block_sparse_conv2d_wgrad(Tensor dy, Tensor x, Tensor index, int capacity, int[] block, int[] conv) "
+    "block_sparse_conv2d_wgrad(Tensor dy, Tensor x, Tensor index, SymInt capacity, int[] block, int[] conv) "
     "-> Tensor"
 )
 define(
@@ -44,7 +44,7 @@ define(
     "-> (Tensor, Tensor)"
 )
 define(
-    "conv2d_gradient_probe(Tensor dy, Tensor x, Tensor index, int capacity, int[] block, int[] conv, "
+    "conv2d_gradient_probe(Tensor dy, Tensor x, Tensor index, SymInt capacity, int[] block, int[] conv, "
     "Tensor probe) "
     "-> Tensor"
 )

@@ -11,8 +11,8 @@ from dynaprune_kernels.geometry import ConvGeometry
 from dynaprune_kernels.ops.registration import define, fake, implement
 
 define(
-    "layout_update(Tensor(a!) mask, Tensor(b!) slot_of_block, Tensor(c!) index, int capacity, int[]? conv, "
-    "bool release) -> ()"
+    "layout_update(Tensor(a!) mask, Tensor(b!) slot_of_block, Tensor(c!) index, SymInt capacity, "
+    "int[]? conv, bool release) -> ()"
 )
 
 

@@ -31,12 +31,12 @@ define(
     "Tensor? tap=None, Tensor? probe=None) -> Tensor"
 )
 define("block_sparse_linear_dgrad(Tensor dy, Tensor values, Tensor index, int in_features) -> Tensor")
-define("block_sparse_linear_wgrad(Tensor dy, Tensor x, Tensor index, int capacity, int[] block) -> Tensor")
+define("block_sparse_linear_wgrad(Tensor dy, Tensor x, Tensor index, SymInt capacity, int[] block) -> Tensor")
 define(
     "block_sparse_linear_wgrad_saliency(Tensor dy, Tensor x, Tensor values, Tensor index) -> (Tensor, Tensor)"
 )
 define(
-    "linear_gradient_probe(Tensor dy, Tensor x, Tensor index, int capacity, int[] block, Tensor probe) "
+    "linear_gradient_probe(Tensor dy, Tensor x, Tensor index, SymInt capacity, int[] block, Tensor probe) "
     "-> Tensor"
 )
 

@@ -43,6 +43,9 @@ Batch = Annotated[int | None, typer.Option("--batch-size", help="samples per ste
 Patience = Annotated[int | None, typer.Option(help="epochs without a better validation loss before stopping")]
 Decay = Annotated[float | None, typer.Option("--weight-decay", help="L2")]
 Dropout = Annotated[float | None, typer.Option(help="the baseline's dropout")]
+Samples = Annotated[
+    int | None, typer.Option("--calibration-samples", help="training samples per trial evaluation")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
 
@@ -95,6 +98,7 @@ def compare_command(
     patience: Patience = None,
     weight_decay: Decay = None,
     dropout: Dropout = None,
+    calibration_samples: Samples = None,
     quiet: Quiet = False,
 ) -> None:
     """Train TASK twice on the same data, dense with dropout and pruned while it trains, and report on both.
@@ -117,6 +121,7 @@ def compare_command(
         patience=patience,
         weight_decay=weight_decay,
         dropout=dropout,
+        calibration_samples=calibration_samples,
     )
     from dynaprune import compare as comparison
     from dynaprune.terminal import print_report, print_summary
@@ -169,6 +174,7 @@ def train_command(
     patience: Patience = None,
     weight_decay: Decay = None,
     dropout: Dropout = None,
+    calibration_samples: Samples = None,
     quiet: Quiet = False,
 ) -> None:
     """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its
@@ -189,6 +195,7 @@ def train_command(
         patience=patience,
         weight_decay=weight_decay,
         dropout=dropout,
+        calibration_samples=calibration_samples,
     )
     from dynaprune.compare import check_empty
     from dynaprune.train import ARMS, exit_code, run_arm

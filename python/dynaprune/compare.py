@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def _run_arm(
         str(out / arm),
     ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    started = time.perf_counter()
     process = subprocess.Popen(
         command + (["--quiet"] if quiet else []), env=environment, start_new_session=True
     )
@@ -102,7 +104,9 @@ def _run_arm(
             process.wait()
     result = out / arm / "arm.json"
     if result.is_file() and code in (0, 130):
-        return dict(json.loads(result.read_text()))
+        found = dict(json.loads(result.read_text()))
+        found["result"]["process_seconds"] = time.perf_counter() - started
+        return found
     if interrupts.seen:
         return None
     raise ArmFailed(arm, code)

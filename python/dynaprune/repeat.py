@@ -123,7 +123,8 @@ def summarise(reports: dict[str, dict[str, Any]], planned: int) -> dict[str, Any
                 "worst": values[at],
                 "worst_run": at,
             }
-    missed = [name for name, report in reports.items() if not report["pruned"]["target_reached"]]
+    targeted = runs[0]["config"]["target_sparsity"] is not None
+    missed = [name for name, report in reports.items() if targeted and not report["pruned"]["target_reached"]]
     return {
         "task": runs[0]["task"],
         "runs": len(runs),

@@ -221,6 +221,12 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
             done = report[arm]
             best = f"weights of epoch {done['best_epoch']}" if done["best_epoch"] else "the last weights"
             lines.append(f"- {arm}: {done['state']} after {done['epochs']} epochs; tested with {best}.")
+            if "process_seconds" in done:
+                around = done["process_seconds"] - done["train_seconds"]
+                lines.append(
+                    f"  Its process took {done['process_seconds']:.1f} s, {around:.1f} s of it around "
+                    "the training: imports, data, test, timing."
+                )
     pruned = report["pruned"]
     if pruned and pruned.get("trial_seconds") is not None:
         share = 100 * pruned["trial_seconds"] / max(pruned["train_seconds"], 1e-9)

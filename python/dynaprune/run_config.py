@@ -134,6 +134,6 @@ def resolve(task: str, *, paper: bool = False, self_paced: bool = False, **given
     if self_paced:
         if given.get("target_sparsity") is not None:
             raise ValueError("--self-paced has no target: leave --target-sparsity out")
-        config = replace(config, target_sparsity=None)
+        config = replace(config, target_sparsity=None, pruning=dict(known.defaults.self_paced))
     config = replace(config, **{k: v for k, v in given.items() if v is not None})
     return check(replace(config, device=_device(given.get("device") or "auto")))

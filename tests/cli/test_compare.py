@@ -27,7 +27,7 @@ from dynaprune.tasks import Split, get_task
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n"
-SHORT = ("--epochs", 4, "--seed", 1, "--target-sparsity", 0.6)
+SHORT = ("--epochs", 4, "--seed", 1, "--target-sparsity", 0.6, "--calibration-samples", 128)
 
 
 def _start(*arguments: object) -> subprocess.Popen[str]:
@@ -193,7 +193,7 @@ def test_an_interrupt_leaves_a_usable_report(tmp_path: Path) -> None:
 
 def test_an_interrupt_of_the_pruned_arm_says_that_the_target_was_not_reached(tmp_path: Path) -> None:
     out = tmp_path / "arm"
-    process = _start("train", "digits", "--arm", "pruned", "--out", out, "--epochs", 500)
+    process = _start("train", "digits", "--arm", "pruned", "--out", out, "--epochs", 200)
     try:
         _wait_for(out / "history.csv", process)
         process.send_signal(signal.SIGINT)
@@ -217,7 +217,7 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def test_repeating_resumes_and_summarises(tmp_path: Path, data_dir: Path) -> None:
     """Two runs on titanic; the second start finds both, makes none, and other settings are refused."""
     out = tmp_path / "runs"
-    given = ("compare", "titanic", "--out", out, "--epochs", 2, "--seeds", "0,1", "--data", data_dir)
+    given = ("compare", "titanic", "--out", out, "--epochs", 1, "--seeds", "0,1", "--data", data_dir)
     done = _invoke(*given)
     assert done.exit_code == 0, done.output
     summary = json.loads((out / "summary.json").read_text())

@@ -66,7 +66,7 @@ def test_evaluation_leaves_the_mode_and_averages_over_samples() -> None:
     loss, truth, guess = evaluate(task, model, data, CPU, batch_size=8)
     assert model.training
     assert loss == pytest.approx(evaluate(task, model, data, CPU, batch_size=37)[0], rel=1e-6)
-    outputs = model[1](data.tensors[0])
+    outputs = model[1](data.tensors[0]).detach()
     assert loss == pytest.approx(float(nn.functional.cross_entropy(outputs, data.tensors[1])), rel=1e-6)
     assert torch.equal(truth, data.tensors[1]) and torch.equal(guess, outputs.argmax(1))
 

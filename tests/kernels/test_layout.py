@@ -17,7 +17,7 @@ from dynaprune_kernels.index import index_size
 from tests.kernels.packed_index import packed_index, updated_slots
 
 BACKENDS = ["reference", "cpu"]
-CHANGES = ["update", "suspend", "resume", "release", "allocate", "compact", "restore"]
+CHANGES = ["update", "suspend", "resume", "release", "allocate", "compact", "restore", "drop"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -75,6 +75,15 @@ class Model:
     def restore(self, slots: np.ndarray, capacity: int) -> None:
         self.slots, self.mask, self.capacity, self.dropped = slots, slots >= 0, capacity, 0
 
+    def drop(self, rows: np.ndarray, channels: np.ndarray) -> list[int]:
+        block, conv = self.grid.block, self.grid.conv
+        out = sum(min(block[0], self.grid.out - r * block[0]) for r in np.flatnonzero(~rows))
+        inputs = sum(min(block[1], self.grid.inputs - c * block[1]) for c in np.flatnonzero(~channels))
+        self.grid = Grid(out, inputs, block, conv)
+        stay = np.ix_(~rows, np.tile(~channels, 1 if conv is None else conv.taps))
+        self.mask, self.slots = self.mask[stay], self.slots[stay]
+        return self.compact(min(self.capacity, self.mask.size))
+
     def index(self) -> np.ndarray:
         conv = self.grid.conv
         sizes: dict[str, Any] = {}
@@ -103,6 +112,11 @@ def _assert_same(layout: BlockLayout, model: Model, done: list[str]) -> None:
     assert layout.live_count() == int((model.mask & (model.slots >= 0)).sum()), message
 
 
+def _drawn(choose: random.Random, shape: tuple[int, ...]) -> np.ndarray:
+    density = choose.choice([0.0, 0.1, 0.5, 0.9, 1.0])
+    return np.array([choose.random() < density for _ in range(shape[0] * shape[1])]).reshape(shape)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_random_sequences_of_changes(name: str, backend: str) -> None:
     grid = GRIDS[name]
@@ -111,12 +125,7 @@ def test_random_sequences_of_changes(name: str, backend: str) -> None:
         shape = (_layout(grid).rows, _layout(grid).columns)
         blocks = shape[0] * shape[1]
 
-        def draw(shape: tuple[int, ...] = shape) -> np.ndarray:
-            density = choose.choice([0.0, 0.1, 0.5, 0.9, 1.0])
-            drawn = [choose.random() < density for _ in range(shape[0] * shape[1])]
-            return np.array(drawn).reshape(shape)
-
-        mask = draw()
+        mask = _drawn(choose, shape)
         capacity = choose.randint(1, blocks)
         layout = _layout(grid, mask=torch.from_numpy(mask), capacity=capacity)
         model = Model(grid, mask, capacity)
@@ -125,7 +134,7 @@ def test_random_sequences_of_changes(name: str, backend: str) -> None:
         for _ in range(12):
             change = choose.choice(CHANGES)
             done.append(change)
-            other, release = draw(), choose.random() < 0.5
+            other, release = _drawn(choose, model.mask.shape), choose.random() < 0.5
             if change == "update":
                 layout.update_(torch.from_numpy(other), release=release)
                 model.update(other, release)
@@ -144,9 +153,20 @@ def test_random_sequences_of_changes(name: str, backend: str) -> None:
             elif change == "compact":
                 capacity = choose.randint(max(1, int((model.slots >= 0).sum())), blocks)
                 assert layout.compact_(capacity).tolist() == model.compact(capacity)
+            elif change == "drop":
+                if grid.conv is not None and grid.conv.groups > 1:
+                    continue
+                rows, columns = model.mask.shape
+                sizes = rows, columns // (grid.conv.taps if grid.conv else 1)
+                gone = [np.array([choose.random() < 0.15 for _ in range(size)]) for size in sizes]
+                if gone[0].all() or gone[1].all():
+                    continue
+                assert layout.drop_(*map(torch.from_numpy, gone)).tolist() == model.drop(*gone)
+                assert (layout.out_features, layout.in_features) == (model.grid.out, model.grid.inputs)
+                blocks = model.mask.size
             else:
                 saved, capacity = model.slots.copy(), model.capacity
-                layout = _layout(grid)
+                layout = _layout(model.grid)
                 layout.restore_(torch.from_numpy(saved.astype(np.int32)), capacity)
                 model.restore(saved, capacity)
             _assert_same(layout, model, done)

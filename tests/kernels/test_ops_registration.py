@@ -161,14 +161,14 @@ def test_what_has_no_second_derivative_says_so(family: str, backend: str) -> Non
     operation = block_sparse_linear if conv is None else block_sparse_conv2d
     y = operation(x, values, None, p.layout, tap=tap, probe=torch.tensor(True))
     (grad,) = torch.autograd.grad(y.square().sum(), tap, create_graph=True)
-    with pytest.raises(RuntimeError, match="it is a statistic, detach its inputs"):
+    with pytest.raises(RuntimeError, match=r"it is a statistic, detach its inputs"):
         torch.autograd.grad(grad.sum(), x)
 
 
 def test_a_tap_of_the_wrong_dtype_is_refused() -> None:
     p = problem(None, torch.float32)
     tap = torch.zeros(2, p.layout.blocks, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(TypeError, match="float32 tap for torch.float32 inputs, got torch.float64"):
+    with pytest.raises(TypeError, match=r"float32 tap for torch.float32 inputs, got torch.float64"):
         block_sparse_linear(p.x, clean(p), None, p.layout, tap=tap)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from dynaprune.pruning.allocation import select
 from torch import Tensor
+
+from dynaprune.pruning.allocation import select
 
 SHAPES = {"a": (4, 6), "b": (10, 3), "c": (5,)}
 

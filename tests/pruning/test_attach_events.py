@@ -201,6 +201,26 @@ def test_planted_useless_units_are_found() -> None:
     assert pruner.report()["removed_forced"] == 0
 
 
+def test_planted_useless_neurons_are_cut() -> None:
+    """Nothing reads the first 24 of 64 hidden neurons; the trial finds them and they leave the network."""
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[:, :24] = 0
+    rows = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    dataset = torch.utils.data.TensorDataset(*batch(7, rows=1024))
+    losses: Any = lambda net, b: (nn.functional.cross_entropy(net(b[0]), b[1], reduction="none"), b[1])  # noqa: E731
+    trial = dynaprune.CalibrationTrial(model, dataset, losses)
+    config = settings(target_sparsity=None, neurons=True, total_steps=200, interval=5, end=0.6)
+    pruner = dynaprune.attach(model, optimizer, config, trial=trial)
+    train(model, optimizer, 120)
+    left = {tuple(row.tolist()) for row in model[0].weight}
+    assert sum(tuple(row.tolist()) in left for row in rows[:24]) <= 2
+    report = pruner.report()
+    assert report["neurons_removed"] >= 22 and report["removed_forced"] == report["removed_untested"] == 0
+    assert model[2].layout.in_features == model[0].layout.out_features == len(left)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_blocks_grow_back_where_the_gradient_is(scaled: bool) -> None:
     model = mlp()
@@ -214,7 +234,7 @@ def test_blocks_grow_back_where_the_gradient_is(scaled: bool) -> None:
         optimizer.zero_grad()
         scaler.scale(loss_of(model, step)).backward()
         probing = [bool(layer.probe) for layer in sparse_layers(model)]
-        assert set(probing) == {pruner.pace.due(step + 1)}
+        assert set(probing) == {pruner.pace.due(step + 1) and not pruner.nothing_left()}
         scaler.step(optimizer)
         scaler.update()
         for layer, mask in zip(sparse_layers(model), masks, strict=True):
@@ -222,7 +242,7 @@ def test_blocks_grow_back_where_the_gradient_is(scaled: bool) -> None:
             assert not layer.to_blocks(layer.weight)[new.view(-1)].any()
             if new.any():
                 grown.append((step, new))
-            assert layer.tap is not None and layer.tap.grad is None
+            assert layer.tap is None if pruner.nothing_left() else layer.tap.grad is None
     report = pruner.report()
     assert report["blocks_regrown"] == sum(int(new.sum()) for _, new in grown) > 8
     assert report["blocks_removed"] == report["removed_untested"] - report["blocks_regrown"] == 72
@@ -337,7 +357,18 @@ def test_the_report_is_plain_and_complete() -> None:
     live = {name: layer.density() for name, layer in pruner.layers.items()}
     assert history[-1]["density"] == {name: report["layers"][name]["density"] for name in live} == live
     assert report["trials"]["seconds"] > 0 and 0 < report["observing"]["share"] < 1
-    assert report["observing"]["observations"] == STEPS
+    assert 12 < report["observing"]["observations"] <= STEPS
+
+
+def test_nothing_is_observed_once_there_is_nothing_left_to_do() -> None:
+    model = mlp()
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings(regrow=0.3))
+    train(model, optimizer)
+    report = pruner.report()
+    assert report["target_reached"] and report["structure_final"]
+    assert report["observing"]["observations"] == STEPS // 2
+    assert all(layer.tap is None and not layer.probe for layer in sparse_layers(model))
 
 
 def test_a_run_cut_short_has_not_reached_its_target() -> None:

@@ -71,6 +71,23 @@ def test_an_optimizer_whose_step_fails_on_blocks() -> None:
     refused(model, Matrices(model.parameters(), 0.1), reason)
 
 
+def test_a_wrapper_with_state_of_its_own_is_not_looked_through() -> None:
+    class Lookahead:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = mlp()
+    reason = "expected a torch.optim.Optimizer or a list of them, got Lookahead"
+    refused(model, Lookahead(sgd(model)), reason, TypeError)
+
+
+def test_lightnings_wrapper_is_looked_through() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    wrapper = type("LightningOptimizer", (), {"__module__": "lightning.pytorch.core", "optimizer": optimizer})
+    assert dynaprune.attach(model, wrapper(), settings()).optimizers == [optimizer]
+
+
 def test_deepspeed_by_optimizer_and_by_engine() -> None:
     model = mlp()
     wrapper = type(
@@ -120,9 +137,7 @@ def test_optimizer_in_backward() -> None:
     optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
-    refused(
-        model, list(optimizers.values()), "0 has a hook that runs when its gradient is ready .*in backward"
-    )
+    refused(model, list(optimizers.values()), "the weight of 0 has a hook that runs when .*in backward")
 
 
 def test_stepping_inside_backward_is_an_error_when_it_happens() -> None:
@@ -209,6 +224,7 @@ def test_things_of_the_wrong_type() -> None:
         ({"allowance": float("nan")}, ValueError, "a finite allowance, got nan"),
         ({"classes": 1}, ValueError, "classes of at least 2, got 1"),
         ({"rungs": 0}, ValueError, "rungs of at least 1, got 0"),
+        ({"regrow": 0.3, "total_steps": None, "target_sparsity": None}, ValueError, "beside regrow"),
         ({"regrow": 1.5}, ValueError, "regrow in [0, 1), got 1.5"),
         ({"neurons": 1}, TypeError, "neurons to be True or False, got 1"),
         ({"types": ["lstm"]}, ValueError, "types to be one of linear, conv2d, conv1d, got 'lstm'"),

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dynaprune.pruning.calibration import CalibrationTrial, calibration_mode
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+
+from dynaprune.pruning.calibration import CalibrationTrial, calibration_mode
 
 
 class Masked(nn.Linear):

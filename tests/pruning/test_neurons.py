@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.pruning.neuron_groups import ExampleInputs, InputCapture, find_groups
 from dynaprune.pruning.neurons import CutReport, blocks_of_group, cut_dead_neurons
+from dynaprune_kernels import BlockLayout, ConvGeometry
 
 BLOCK = 16
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -761,3 +762,21 @@ def test_tap_follows_the_new_grid() -> None:
     assert cut(model, x).neurons == {"0": 16}
     F.cross_entropy(model(x), y).backward()
     assert model[0].tap.grad.shape == (2, 3 * 4) and model[2].tap.grad.shape == (2, 4 * 3)  # type: ignore[union-attr]
+
+
+def test_dropping_rows_and_columns_refuses_what_makes_no_sense() -> None:
+    layout = BlockLayout(64, 40, (16, 16))
+    none, columns = torch.zeros(4, dtype=torch.bool), torch.tensor([False, True, False])
+    with pytest.raises(TypeError, match="bool rows"):
+        layout.drop_(none.int(), columns)
+    with pytest.raises(ValueError, match=r"columns of shape \(3,\), got \(4,\)"):
+        layout.drop_(none, none)
+    with pytest.raises(ValueError, match="at least one of 4 block rows"):
+        layout.drop_(~none, columns)
+    grouped = BlockLayout(64, 64, (16, 16), conv=ConvGeometry(3, 3, groups=2))
+    with pytest.raises(ValueError, match="groups=2"):
+        grouped.drop_(none, torch.zeros(2, dtype=torch.bool))
+    assert (layout.out_features, layout.in_features, layout.capacity) == (64, 40, 12)
+    old_slot = layout.drop_(none, columns)
+    assert (layout.out_features, layout.in_features, layout.capacity) == (64, 24, 8)
+    assert old_slot.tolist() == [0, 2, 3, 5, 6, 8, 9, 11]

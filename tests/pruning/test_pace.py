@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from dynaprune.pruning.pace import CubicPace, SelfPaced, trial_interval
+
+from dynaprune.pruning.pace import CubicPace, SelfPaced
+from dynaprune.pruning.trial import minimum_interval
 
 
 def _run(
@@ -118,9 +120,7 @@ def test_self_paced_takes_a_share_of_what_lives_and_forces_nothing() -> None:
 
 
 def test_the_trials_cost_sets_the_least_interval() -> None:
-    interval = trial_interval(1024, 32)
-    assert interval == math.ceil(4 * 1024 / (0.05 * 3 * 32))
-    assert (1 + 3) * 1024 <= 0.05 * interval * 3 * 32 < (1 + 3) * 1024 + 0.05 * 3 * 32
+    interval = minimum_interval(1024, 32)
     with pytest.raises(ValueError, match=f"at least {interval} steps, what trials may cost, got 100"):
         CubicPace(0.8, 0.1, 0.5, 100_000, 100, minimum_interval=interval)
     with pytest.raises(ValueError, match=f"at least {interval} steps"):
@@ -163,5 +163,3 @@ def test_other_wrong_input_is_refused() -> None:
         SelfPaced(10, 1)
     with pytest.raises(ValueError, match="end_step of at least 11, got 10"):
         SelfPaced(10, start_step=10, end_step=10)
-    with pytest.raises(ValueError, match="batch_size of at least 1, got 0"):
-        trial_interval(1024, 0)

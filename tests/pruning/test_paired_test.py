@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
+
 from dynaprune.pruning.paired_test import class_p_values, harm_p_values, paired_test
 from dynaprune.pruning.trial import MEASURED_LEVELS
 

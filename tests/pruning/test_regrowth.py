@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from dynaprune.pruning.regrowth import Protection, growth_fraction, seed_state, select_growth
 from torch import Tensor
+
+from dynaprune.pruning.regrowth import Protection, growth_fraction, seed_state, select_growth
 
 
 def test_the_fraction_follows_half_a_cosine() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
-from dynaprune.pruning.score import SCORES, Score, make_score
 from torch import Tensor, nn
 
+from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
+from dynaprune.pruning.score import SCORES, Score, make_score
 from dynaprune_kernels import block_saliency
 
 DECAY = 0.9

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from dynaprune.pruning.trial import (
     TrialRules,
     TrialState,

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset, TensorDataset
+
 from dynaprune.tasks import Split
 from dynaprune.tasks.data import batches, batches_per_epoch, mlp, read_table, split_rows
-from torch.utils.data import Dataset, TensorDataset
 
 LABELS = np.repeat([0, 1, 2], [300, 150, 50])
 

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
+
 from dynaprune.tasks import Split, get_task, task_names
 from dynaprune.tasks.data import split_rows
 from dynaprune.tasks.titanic import passenger_features, prepare, title_of
-from pyarrow import parquet
 
 
 def _table(folder: Path) -> pyarrow.Table:

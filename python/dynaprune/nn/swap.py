@@ -23,6 +23,16 @@ SPARSE_TYPES: dict[type[nn.Module], Any] = {
     nn.Conv1d: BlockSparseConv1d,
 }
 _FUNCTIONALLY_READ = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 MAX_PADDING = 1.25
 
 
@@ -87,6 +97,7 @@ def swap_layers(
     spared = _spared_by_default(candidates)
     readers = dict(_outside_readers(model))
     entries: list[SwapEntry] = []
+    chosen: list[nn.Module] = []
     for name, module in candidates:
         named = include is not None and name in include
         if matches(name, exclude):
@@ -101,13 +112,15 @@ def swap_layers(
             reason = why
         else:
             reason = ""
-            _replace(model, module, SPARSE_TYPES[type(module)].from_dense(module, block))
+            chosen.append(module)
         entries.append(SwapEntry(name, reason))
-    if not any(entry.swapped for entry in entries):
+    if not chosen:
         raise ValueError(
             "expected a model with at least one prunable layer, got none: "
             + ("; ".join(f"{e.name}: {e.reason}" for e in entries) or f"no layer of type {_names(types)}")
         )
+    for module in chosen:
+        _replace(model, module, SPARSE_TYPES[type(module)].from_dense(module, block))
     return entries
 
 
@@ -146,6 +159,8 @@ def _outside_readers(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(name)
     for name, module in model.named_modules():
+        if module is model:
+            yield name, "it is the model itself: wrap it in a module"
         if isinstance(module, _FUNCTIONALLY_READ):
             for child, _ in module.named_modules(prefix=name):
                 yield child, f"its weight is read by {type(module).__name__} directly"
@@ -157,11 +172,11 @@ def _outside_readers(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str | None:
     if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
         return "its weight is parametrized (weight norm, spectral norm or the like)"
-    if type(module) not in SPARSE_TYPES:
-        return f"{type(module).__name__} is a subclass with behaviour of its own"
     weight = module.weight
     if isinstance(weight, UninitializedParameter):
         return "it is lazy: run a forward pass first"
+    if type(module) not in SPARSE_TYPES:
+        return f"{type(module).__name__} is a subclass with behaviour of its own"
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a Parameter"
     if not weight.requires_grad:
@@ -185,12 +200,10 @@ def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str 
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` stands in ``model``; its hooks move along."""
-    for attribute in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, attribute).update(getattr(old, attribute))
-    for attribute in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
-        getattr(new, attribute).update(getattr(old, attribute))
-    for parent in model.modules():
-        for name, child in parent.named_children():
+    """Put ``new`` wherever ``old`` stands in ``model``; its hooks move along, their handles go on working."""
+    for attribute in _HOOKS:
+        setattr(new, attribute, getattr(old, attribute))
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)

@@ -1,2 +1,1 @@
-"""What is pruned and when: score, trial, pace, allocation, regrowth, neurons, and the pruner that joins
-them."""
+"""What is pruned and when: score, trial, pace, allocation, regrowth, neurons, and the pruner of them all."""

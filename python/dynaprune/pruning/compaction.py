@@ -13,8 +13,7 @@ GROWTH_HEADROOM = 0.1
 
 
 def wanted_capacity(layer: BlockSparseLayer, *, exact: bool, growing: bool) -> int:
-    """Slots that the layer should have: a step of the ladder, or as many as live blocks with ``exact``.
-    Syncs."""
+    """Slots that the layer should have: a step of the ladder, or with ``exact`` no free one. Syncs."""
     used = int((layer.layout.slot_of_block >= 0).sum())
     if growing:
         used = min(layer.layout.blocks, used + max(1, int(used * GROWTH_HEADROOM)))
@@ -26,8 +25,7 @@ def wanted_capacity(layer: BlockSparseLayer, *, exact: bool, growing: bool) -> i
 def compact_layer(
     layer: BlockSparseLayer, capacity: int, optimizers: Optimizers, copies: list[BlockSparseLayer]
 ) -> None:
-    """Change the layer's number of slots, with its gradient, its optimizer state and the copies that follow
-    it.
+    """Change the layer's number of slots, with its gradient, its optimizer state and its followers.
 
     The Parameter object and the optimizers' param groups stay. Syncs.
 
@@ -39,8 +37,7 @@ def compact_layer(
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
             f"cannot compact at world size {distributed.get_world_size()}: giving a Parameter another shape "
-            "removes "
-            "DistributedDataParallel's averaging hook without a word"
+            "removes DistributedDataParallel's averaging hook without a word"
         )
     old_slot = layer.layout.compact_(capacity)
     free = (old_slot < 0).view(-1, 1, 1)

@@ -94,14 +94,15 @@ class PruningConfig:
             _fraction("target_sparsity", self.target_sparsity)
             if self.total_steps is None:
                 raise ValueError(
-                    "expected total_steps (optimizer steps of the whole training) beside a "
-                    "target_sparsity, got None: "
-                    "the schedule needs to know when training ends"
+                    "expected total_steps (optimizer steps of the whole training) beside a target_sparsity, "
+                    "got None: the schedule needs to know when training ends"
                 )
         for name in ("total_steps", "interval", "rungs", "observe_every", "batch_size"):
             _count(name, getattr(self, name), optional=name != "rungs")
         _count("classes", self.classes, optional=True, least=2)
         _count("seed", self.seed, least=0)
+        if self.regrow and self.total_steps is None:
+            raise ValueError("expected total_steps beside regrow, which ends at `end` of training, got None")
         _fraction("threshold", self.threshold)
         _fraction("start", self.start, zero=True)
         _fraction("end", self.end)

@@ -16,7 +16,8 @@ from dynaprune.pruning.allocation import Selection, select
 from dynaprune.pruning.calibration import calibration_mode
 from dynaprune.pruning.compaction import compact_layer, wanted_capacity
 from dynaprune.pruning.copies import cut_copy
-from dynaprune.pruning.neuron_groups import find_groups
+from dynaprune.pruning.neuron_groups import NeuronMap, find_groups
+from dynaprune.pruning.neuron_order import whole_neurons_first
 from dynaprune.pruning.neurons import cut_dead_neurons
 from dynaprune.pruning.optimizer_state import seed_slots, zero_slots
 from dynaprune.pruning.regrowth import growth_fraction, select_growth
@@ -95,29 +96,65 @@ def _growable(pruner: Pruner) -> int:
     return sum(int((torch.isfinite(norms) & (norms > 0)).sum()) for norms in pruner.probes.values())
 
 
-def _selection(pruner: Pruner, count: int) -> Selection:
-    config = pruner.config
-    layers = pruner.layers
+def _selection(pruner: Pruner, count: int, *, whole_neurons: bool = False) -> Selection:
+    """The next ``count`` blocks to go; with ``whole_neurons`` those first that make or read whole neurons."""
+    config, layers = pruner.config, pruner.layers
     protected = pruner.protection.masks(pruner.steps)
     for name, layer in layers.items():
         if name not in pruner.observed.layers:
             protected[name] = layer.layout.mask
-    return select(
-        {name: pruner.score.scores(name, layer) for name, layer in layers.items()},
-        {name: layer.layout.mask for name, layer in layers.items()},
+    scores = {name: pruner.score.scores(name, layer) for name, layer in layers.items()}
+    live = {name: layer.layout.mask for name, layer in layers.items()}
+    floors = {name: config.floors.get(name, config.floor) for name in layers}
+    selection = select(
+        scores,
+        live,
         count,
         allocation=config.allocation,
-        floors={name: config.floors.get(name, config.floor) for name in layers},
+        floors=floors,
         original=pruner.original_shapes,
         cost=pruner.unit_costs() if config.cost == "flops" else None,
         protected=protected,
     )
+    neuron_map = _neuron_map(pruner) if whole_neurons else None
+    if neuron_map is None:
+        return selection
+    least = {name: max(1, math.ceil(floors[name] * layer.layout.blocks)) for name, layer in layers.items()}
+    return whole_neurons_first(
+        pruner.model,
+        selection,
+        neuron_map,
+        scores,
+        {name: pruner.score.neuron_scores(name, layer) for name, layer in layers.items()},
+        {name: mask & ~protected[name] if name in protected else mask for name, mask in live.items()},
+        {name: max(0, layer.layout.live_count() - least[name]) for name, layer in layers.items()},
+    )
+
+
+def _neuron_map(pruner: Pruner) -> NeuronMap | None:
+    """The model's groups of neurons, traced again only after a cut; None where the model cannot be traced."""
+    example, refused = pruner.example(), pruner.removals.neurons_refused
+    if example is None or _WHOLE_MODEL in refused:
+        return None
+    if pruner.neuron_map is not None and not pruner.neuron_map.fits(pruner.model):
+        pruner.neuron_map = None
+    if pruner.neuron_map is None:
+        try:
+            pruner.neuron_map = find_groups(pruner.model, example)
+        except Exception as error:
+            refused[_WHOLE_MODEL] = f"the model cannot be traced: {type(error).__name__}: {error}"
+            warnings.warn(
+                f"dead neurons stay in the network: {refused[_WHOLE_MODEL]}", RuntimeWarning, stacklevel=2
+            )
+    return pruner.neuron_map
 
 
 def _remove(pruner: Pruner, wish: int, total: int, live: int) -> int:
     """Remove up to ``wish`` units and say how many went."""
     removals, step = pruner.removals, pruner.steps
-    selection = _selection(pruner, wish)
+    config = pruner.config
+    neurons = config.neurons and config.allocation == "global" and pruner.trial is not None
+    selection = _selection(pruner, wish, whole_neurons=neurons)
     found = len(selection)
     if found == 0:
         return 0
@@ -169,8 +206,7 @@ def _try(pruner: Pruner, selection: Selection) -> TrialEvent:
 
 
 def release(pruner: Pruner, masks: dict[str, Tensor]) -> None:
-    """Let the blocks of ``masks`` die, with weight, gradient and optimizer state zeroed, in the followers
-    too."""
+    """Let the blocks of ``masks`` die: weight, gradient and state become zeros, in the followers too."""
     for name, blocks in masks.items():
         layer = pruner.layers[name]
         for each in [layer, *pruner.followers.of(name)]:
@@ -220,22 +256,16 @@ def cut_neurons(pruner: Pruner) -> None:
 
     A model that cannot be traced keeps them: a warning, and the report, say why.
     """
-    example, removals = pruner.example(), pruner.removals
-    if example is None or _WHOLE_MODEL in removals.neurons_refused:
-        return
     if not any(_has_dead_rows_or_columns(layer) for layer in pruner.layers.values()):
         return
-    try:
-        groups = find_groups(pruner.model, example)
-    except Exception as error:
-        reason = f"the model cannot be traced: {type(error).__name__}: {error}"
-        removals.neurons_refused[_WHOLE_MODEL] = reason
-        warnings.warn(f"dead neurons stay in the network: {reason}", RuntimeWarning, stacklevel=2)
+    groups, example, removals = _neuron_map(pruner), pruner.example(), pruner.removals
+    if groups is None or example is None:
         return
     report = cut_dead_neurons(pruner.model, groups, example, pruner.optimizers, floor=pruner.config.floor)
     removals.neurons_refused = {**groups.refused, **report.refused}
     if report.plan is None:
         return
+    pruner.neuron_map = None
     for name, kept in report.kept.items():
         pruner.score.keep(name, *kept)
         pruner.protection.keep(name, kept.rows, kept.columns)

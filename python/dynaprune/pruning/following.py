@@ -23,31 +23,21 @@ class CopyWatch:
         owned: whether a pruner is attached to the layer.
     """
 
-    def __init__(self, layer: BlockSparseLayer) -> None:
-        self._layer = weakref.ref(layer)
+    def __init__(self, layer: BlockSparseLayer | None = None) -> None:
+        self._layer = weakref.ref(layer) if layer is not None else None
         self.copies: list[weakref.ref[Any]] = []
         self.version = 0
         self.owned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopyWatch:
-        layer = self._layer()
+        layer = self._layer() if self._layer is not None else None
         twin = memo.get(id(layer)) if layer is not None else None
-        if twin is None:
-            return CopyWatch.__new__(CopyWatch)._empty()
-        self.copies.append(weakref.ref(twin))
+        if twin is not None:
+            self.copies.append(weakref.ref(twin))
         return CopyWatch(twin)
 
-    def _empty(self) -> CopyWatch:
-        self._layer, self.copies, self.version = (lambda: None), [], 0  # type: ignore[assignment]
-        self.owned = False
-        return self
-
     def __reduce__(self) -> Any:
-        return _unwatched, ()
-
-
-def _unwatched() -> CopyWatch:
-    return CopyWatch.__new__(CopyWatch)._empty()
+        return CopyWatch, ()
 
 
 def _note_load(module: nn.Module, _: Any) -> None:
@@ -135,9 +125,8 @@ class Followers:
                 if twin.values._version > twin.copy_watch.version:
                     raise RuntimeError(
                         "a copy of the model is being updated without following its structure (layer "
-                        f"{name}): an average "
-                        "of weights would mix blocks; call pruner.follow(copy) once, right after making the "
-                        "copy"
+                        f"{name}): an average of weights would mix blocks; call pruner.follow(copy) once, "
+                        "right after making the copy"
                     )
 
 
@@ -152,8 +141,7 @@ def _check_like(name: str, twin: nn.Module, layer: BlockSparseLayer) -> None:
         if other.capacity != mine.capacity or not bool(same.all()):
             raise ValueError(
                 f"expected {name} of the copy with the structure that the model has now, got another: let a "
-                "copy follow "
-                "right after making it"
+                "copy follow right after making it"
             )
     elif type(twin) not in SPARSE_TYPES or not isinstance(layer, SPARSE_TYPES[type(twin)]):
         raise ValueError(

@@ -143,10 +143,18 @@ class NeuronGroup:
 
 @dataclass(frozen=True)
 class NeuronMap:
-    """All groups of a model, and for every layer without any the reason."""
+    """All groups of a model, and for every layer without any the reason.
+
+    ``widths``: outputs and inputs of every layer when the model was traced.
+    """
 
     groups: list[NeuronGroup]
     refused: dict[str, str]
+    widths: dict[str, tuple[int, int]]
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the widths of ``model`` are still those that were traced, so that the groups hold."""
+        return self.widths == widths_of(model)
 
     def of(self, name: str) -> list[NeuronGroup]:
         """The groups named after the layer ``name``."""
@@ -202,7 +210,13 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLayer) and name not in seen:
             refused[name] = "the traced forward pass does not reach it"
-    return NeuronMap(groups, refused)
+    return NeuronMap(groups, refused, widths_of(model))
+
+
+def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every layer that can be cut."""
+    shapes = ((name, layer_shape(module)) for name, module in model.named_modules())
+    return {name: (shape.out, shape.in_) for name, shape in shapes if shape is not None}
 
 
 _Item = tuple[Any, bool, Tensor]

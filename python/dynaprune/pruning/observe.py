@@ -49,9 +49,8 @@ class StepHooks:
             return None
         if in_backward():
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes "
-                "after the step, which "
-                "must not happen there; step after backward"
+                f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes after "
+                "the step, which must not happen there; step after backward"
             )
         # `step` is wrapped as a function of the class, so args[0] is the optimizer itself.
         position = 1 if args and args[0] is optimizer else 0
@@ -81,8 +80,7 @@ class StepHooks:
 
 
 class RowCounter:
-    """Counts the rows (tokens, or output positions) that each layer sees, until :meth:`stop`: what a step
-    costs.
+    """Counts the rows (tokens, or output positions) that each layer sees, until :meth:`stop`.
 
     Under ``torch.compile`` nothing is counted.
     """
@@ -109,8 +107,7 @@ class RowCounter:
 
 
 def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str, int], interval: int) -> int:
-    """Least k such that observing every k-th step costs at most 2% of it, by a model of work and memory
-    traffic.
+    """Least k such that observing every k-th step costs at most 2% of training, by a model of the costs.
 
     At least eight observations per event interval are kept, at whatever cost. The model's constants are
     fixed, so two runs of the same training observe the same steps; what it really cost is measured and in the
@@ -128,8 +125,13 @@ def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str
 
 @dataclass
 class Observed:
-    """What observing did so far: steps observed, steps discarded for non-finite gradients, and seconds
-    spent."""
+    """What observing did so far.
+
+    Attributes:
+        observations, discarded: steps shown to the score, and steps with gradients that are not finite.
+        seconds: time spent.
+        layers: names of layers of which any gradient was seen.
+    """
 
     observations: int = 0
     discarded: int = 0
@@ -140,8 +142,7 @@ class Observed:
 def observe(
     layers: Mapping[str, BlockSparseLayer], score: Score, optimizer: torch.optim.Optimizer, observed: Observed
 ) -> None:
-    """Show the score one step's gradients of ``layers``; a step with any gradient that is not finite is
-    discarded.
+    """Show the score one step's gradients; a step with any that is not finite is discarded.
 
     A fused optimizer under a GradScaler is called with scaled gradients, on skipped steps too: its
     ``grad_scale`` and ``found_inf`` are honoured.
@@ -191,6 +192,5 @@ def refuse_without_gradients(
     if layers and all(layer.values.grad is None for layer in layers.values()):
         raise RuntimeError(
             f"{type(optimizer).__name__}.step: expected gradients on the prunable weights, got None on all "
-            "of "
-            f"{', '.join(list(layers)[:4])}: call backward first, and zero_grad after the step"
+            f"of {', '.join(list(layers)[:4])}: call backward first, and zero_grad after the step"
         )

@@ -1,5 +1,4 @@
-"""Optimizer surgery: state that has a weight's shape moves, shrinks and is zeroed with the weight's
-blocks."""
+"""Optimizer surgery: state of a weight's shape moves, shrinks and is zeroed with the weight's blocks."""
 
 from __future__ import annotations
 
@@ -31,15 +30,13 @@ def sliced_state(
 def rewrite_state(
     optimizers: Optimizers, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]
 ) -> None:
-    """Put ``change(tensor)`` in the place of every optimizer tensor of the parameter's shape (before it
-    changes)."""
+    """Put the optimizer tensors of the parameter's shape through ``change``, before the parameter changes."""
     for state, key, tensor in sliced_state(optimizers, parameter):
         state[key] = change(tensor)
 
 
 def zero_slots(optimizers: Optimizers, parameter: nn.Parameter, slots: Tensor) -> None:
-    """Zero weight, gradient and optimizer state of ``slots`` (bool ``[capacity]``), in place, without a host
-    sync."""
+    """Zero weight, gradient and optimizer state of ``slots`` (bool ``[capacity]``) in place; no host sync."""
     where = slots.view(-1, 1, 1)
     with torch.no_grad():
         parameter.masked_fill_(where, 0)
@@ -50,8 +47,7 @@ def zero_slots(optimizers: Optimizers, parameter: nn.Parameter, slots: Tensor) -
 
 
 def seed_slots(optimizers: Optimizers, parameter: nn.Parameter, live: Tensor, new: Tensor) -> None:
-    """Start weight, gradient and state of ``new`` slots: zeros, but second moments at the mean of the
-    ``live`` slots.
+    """Start ``new`` slots: zeros, but second moments at the mean of the ``live`` slots.
 
     Args:
         live, new: bool ``[capacity]``.
@@ -75,18 +71,15 @@ def check_state_shapes(optimizers: Optimizers, parameters: Iterable[tuple[str, n
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
                     raise RuntimeError(
                         f"{type(optimizer).__name__} holds {key} of shape {tuple(value.shape)} for {name}, "
-                        "expected "
-                        f"{tuple(parameter.shape)}: a state dict of another structure was loaded; load the "
-                        "model's, the "
-                        "optimizer's and the pruner's state of the same moment"
+                        f"expected {tuple(parameter.shape)}: a state dict of another structure was loaded; "
+                        "load the model's, the optimizer's and the pruner's state of the same moment"
                     )
 
 
 def refuse_unsliceable(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, block: Any
 ) -> None:
-    """Find out by dry steps on a cloned parameter of three blocks whether this optimizer's state can be
-    sliced.
+    """Find out by dry steps on a parameter of three blocks whether this optimizer's state can be sliced.
 
     The optimizer itself, its state and every random state stay as they are.
 

@@ -166,21 +166,6 @@ class SelfPaced:
         return self.end_step is not None and step >= self.end_step
 
 
-def trial_interval(samples: int, batch_size: int, rungs: int = 3, cost: float = 0.05) -> int:
-    """Least steps between events for which trials cost at most ``cost`` of training.
-
-    A training step costs about three forwards of a batch, an event ``1 + rungs`` forwards of the calibration
-    samples.
-
-    Raises:
-        TypeError, ValueError: an argument out of its range.
-    """
-    for name, value in (("samples", samples), ("batch_size", batch_size), ("rungs", rungs)):
-        _check_steps(name, value)
-    _check_fraction("cost", cost, low=0, high=1)
-    return math.ceil((1 + rungs) * samples / (cost * 3 * batch_size))
-
-
 def _check_fraction(name: str, value: float, *, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")

@@ -15,7 +15,7 @@ from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
 from dynaprune.pruning.following import Followers, watch_copies
-from dynaprune.pruning.neuron_groups import ExampleInputs, InputCapture
+from dynaprune.pruning.neuron_groups import ExampleInputs, InputCapture, NeuronMap
 from dynaprune.pruning.observe import (
     Observed,
     RowCounter,
@@ -25,10 +25,11 @@ from dynaprune.pruning.observe import (
     refuse_without_gradients,
 )
 from dynaprune.pruning.optimizer_state import check_state_shapes, rewrite_state
-from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced, trial_interval
+from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced
 from dynaprune.pruning.regrowth import Protection
+from dynaprune.pruning.reporting import load_pruner_state, pruner_state, report
 from dynaprune.pruning.score import make_score
-from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState
+from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState, minimum_interval
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
 SELF_PACED_INTERVAL = 50
@@ -41,8 +42,7 @@ class _PaceWithInterval(Pace, Protocol):
 
 
 class Pruner:
-    """Watches every optimizer step and removes what the training no longer needs. Made by
-    ``dynaprune.attach``.
+    """Watches every optimizer step and removes what the training no longer needs; ``attach`` makes it.
 
     Attributes:
         layers: the block-sparse layers that are pruned, by name.
@@ -67,6 +67,7 @@ class Pruner:
         self.trial = trial
         self._example = None if example_inputs is None else ExampleInputs.of(example_inputs)
         self._capture = InputCapture(model)
+        self.neuron_map: NeuronMap | None = None
         self.rules = TrialRules(
             config.threshold, config.tolerance, config.absolute_tolerance, config.allowance, config.classes
         )
@@ -115,6 +116,8 @@ class Pruner:
         if shapes != self._shapes:
             self.check_state()
         step = self.steps + 1
+        if self.nothing_left():
+            return
         if self.observe_every == NOT_OBSERVED_YET or step % self.observe_every == 0:
             observe(layers, self.score, optimizer, self.observed)
         if self.config.regrow > 0:
@@ -148,10 +151,13 @@ class Pruner:
                 run_pruning_event(self)
             self.probes.clear()
             self._capture.remove()
+        if self.nothing_left():
+            for layer in self.layers.values():
+                layer.disable_tap_()
         self._prepare_next_step()
 
     def _prepare_next_step(self) -> None:
-        due_next = self.pace.due(self.steps + 1)
+        due_next = self.pace.due(self.steps + 1) and not self.nothing_left()
         if self.config.regrow > 0:
             for layer in self.layers.values():
                 layer.probe.fill_(due_next)
@@ -172,8 +178,7 @@ class Pruner:
         self._complete()
 
     def check_state(self) -> None:
-        """Raise RuntimeError where the optimizer's state, or a loaded pruner's, does not fit the model's
-        structure."""
+        """Raise RuntimeError where the optimizers' state, or a loaded one, does not fit the structure."""
         for name, layer in self.layers.items():
             if self.model.get_submodule(name) is not layer:
                 raise RuntimeError(
@@ -189,8 +194,7 @@ class Pruner:
                 if slots.shape != mine.shape or not torch.equal(slots.to(mine.device), mine):
                     raise RuntimeError(
                         f"the pruner's state was saved with another structure of {name} than the model has "
-                        "now: load the "
-                        "model's, the optimizer's and the pruner's state of the same moment"
+                        "now: load the model's, the optimizer's and the pruner's state of the same moment"
                     )
             self._loaded_slots = None
         self._shapes = [layer.values.shape for layer in self.layers.values()]
@@ -199,6 +203,7 @@ class Pruner:
         """Take over the pruner's own figures of a ``state_dict``."""
         self.steps, self.structure_version = int(state["steps"]), int(state["structure_version"])
         self.compactions, self.observe_every = int(state["compactions"]), int(state["observe_every"])
+        self.started = time.perf_counter() - float(state["seconds"])
         self.rows = dict(state["rows"])
         if self._rows is not None and self.steps > 0:
             self._rows.stop()
@@ -210,14 +215,14 @@ class Pruner:
         self.original_shapes = {name: tuple(shape) for name, shape in state["original_shapes"].items()}
         self.units_total = int(state["units_total"])
         self._prepare_next_step()
+        self.neuron_map = None
         self._loaded_slots, self._shapes = dict(state["slots"]), []
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         self._shapes = []
 
     def units_live(self) -> int:
-        """Live units, in blocks of average size: weights that live over all, times the number of blocks,
-        rounded up."""
+        """Live units: the share of weights that live, in blocks of average size, rounded up."""
         total = sum(math.prod(shape) for shape in self.original_shapes.values())
         return math.ceil(sum(self.live_weights.values()) / total * self.units_total - 1e-6)
 
@@ -261,6 +266,10 @@ class Pruner:
         """Whether the target is reached, or the schedule's end has passed."""
         return self.target_reached or self.pace.ended(self.steps)
 
+    def nothing_left(self) -> bool:
+        """Whether no event will change anything any more: then nothing needs to be observed either."""
+        return self.pace.ended(self.steps) and (self.target_reached or self.config.target_sparsity is None)
+
     def follow(self, copy: nn.Module) -> None:
         """Keep ``copy`` (a deep copy, an ``AveragedModel``) in step with the model's structure from now on.
 
@@ -271,26 +280,18 @@ class Pruner:
 
     def report(self) -> dict[str, Any]:
         """What was removed, why, how it was tested and what it cost: plain values, fit for JSON."""
-        from dynaprune.pruning.reporting import report
-
         return report(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed training needs beside the model's and the optimizer's state: tensors and plain
-        values."""
-        from dynaprune.pruning.reporting import pruner_state
-
+        """What a resumed training needs beside the model's and the optimizer's: tensors, plain values."""
         return pruner_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved training; the model's and the optimizer's state are loaded beside it, in any
-        order.
+        """Continue a saved training; load the model's and the optimizer's state too, in any order.
 
         Raises:
             ValueError: the state of another model, score or trial.
         """
-        from dynaprune.pruning.reporting import load_pruner_state
-
         load_pruner_state(self, state)
 
     def detach(self) -> None:
@@ -312,8 +313,7 @@ class Pruner:
             layer.copy_watch.owned = False  # type: ignore[union-attr]
 
     def finalize(self) -> nn.Module:
-        """Detach and give the model plain dense layers again, smaller where neurons were cut; returns the
-        model.
+        """Detach, give the model plain layers again (smaller where neurons were cut), and return it.
 
         Optimizer state and gradients go back to the dense shapes too, and so do the copies that follow.
         """
@@ -333,7 +333,7 @@ def make_pace(config: PruningConfig, trial: Any) -> _PaceWithInterval:
     samples = getattr(trial, "samples", None)
     affordable = 1
     if isinstance(samples, int) and config.batch_size is not None:
-        affordable = trial_interval(samples, config.batch_size, config.rungs)
+        affordable = minimum_interval(samples, config.batch_size, config.rungs)
     steps = config.total_steps
     if config.target_sparsity is None:
         start = 0 if steps is None else math.floor(config.start * steps)

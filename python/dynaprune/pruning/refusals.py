@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+# Packages whose optimizer wrappers keep no state per weight: stepping the wrapper steps what is inside.
+_TRANSPARENT_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric")
 _NEED_MATRICES = ("Muon", "Shampoo", "SOAP", "KFAC")
 
 
 def unwrap_model(model: Any) -> nn.Module:
-    """The module behind ``torch.compile``; refuses what is not a module, and wrappers that own the
-    parameters.
+    """The module behind ``torch.compile``; refuses wrappers that own the parameters.
 
     Raises:
         TypeError: not a module. ValueError: a wrapper, a lazy model or a process group that cannot be pruned.
@@ -48,8 +49,7 @@ def _refuse_distributed() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(
             f"cannot attach at world size {distributed.get_world_size()}: ranks would prune differently, and "
-            "compaction "
-            "would silently lose DistributedDataParallel's averaging; train in one process"
+            "compaction would silently lose DistributedDataParallel's averaging; train in one process"
         )
 
 
@@ -70,8 +70,7 @@ def _wrapper_reason(module: nn.Module) -> str | None:
 
 
 def unwrap_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The plain torch optimizers behind ``optimizer``: one, a sequence, or wrapped by accelerate or
-    Lightning.
+    """The torch optimizers behind ``optimizer``: one, a list, or wrapped by accelerate or Lightning.
 
     Raises:
         TypeError: something else. ValueError: an optimizer that cannot train blocks, with the reason.
@@ -94,11 +93,11 @@ def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
         if type(seen).__module__.split(".")[0] == "deepspeed" or "DeepSpeed" in type(seen).__name__:
             raise ValueError(
                 f"cannot attach to {type(seen).__name__}: DeepSpeed keeps weights and optimizer state in "
-                "flat "
-                "partitions that blocks cannot be cut from"
+                "flat partitions that blocks cannot be cut from"
             )
         inner = getattr(seen, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
+        known = type(seen).__module__.split(".")[0] in _TRANSPARENT_WRAPPERS
+        if not (known and isinstance(inner, torch.optim.Optimizer)):
             break
         seen = inner
     if not isinstance(seen, torch.optim.Optimizer):
@@ -119,23 +118,21 @@ def _optimizer_reason(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def refuse_in_backward(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise ValueError where a parameter is stepped inside backward, before a pruner could read its
-    gradient."""
+    """Raise ValueError where a parameter is stepped inside backward, by the names of layers given."""
     for name, parameter in parameters:
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
         if getattr(parameter, "_in_backward_optimizers", None) or hooks:
             raise ValueError(
-                f"cannot attach: {name} has a hook that runs when its gradient is ready (an optimizer in "
-                "backward); "
-                "pruning changes shapes after the step, which must not happen inside backward"
+                f"cannot attach: the weight of {name} has a hook that runs when its gradient is ready (an "
+                "optimizer in backward); pruning changes shapes after the step, which must not happen inside "
+                "backward"
             )
 
 
 def refuse_without_prunable_weights(
     candidates: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[torch.optim.Optimizer]
 ) -> set[int]:
-    """Ids of the parameters that the optimizers hold; ValueError where none of the candidates is among
-    them."""
+    """Ids of all parameters of the optimizers; ValueError where none of the candidates is among them."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     if candidates and not any(id(p) in held for _, p in candidates):
         names = ", ".join(name for name, _ in candidates[:4])

@@ -72,6 +72,7 @@ def pruner_state(pruner: Pruner) -> dict[str, Any]:
     return {
         "version": STATE_VERSION,
         "steps": pruner.steps,
+        "seconds": time.perf_counter() - pruner.started,
         "structure_version": pruner.structure_version,
         "compactions": pruner.compactions,
         "observe_every": pruner.observe_every,

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.nn.parameter import replace_parameter_data_
-from dynaprune.nn.swap import swap_back
 from dynaprune.pruning.optimizer_state import rewrite_state, sliced_state
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_SIZES = ("rows", "columns", "out_features", "in_features", "capacity")
+_SIZES = ("rows", "columns", "out_features", "in_features")
 _LAYOUT_STATE = (*_SIZES, "mask", "slot_of_block", "index")
 
 
@@ -193,17 +192,3 @@ def block_mask(elements: Tensor, block: int) -> Tensor:
     if not bool(((count == 0) | (count == size)).all()):
         raise ValueError(f"expected whole blocks of {block} elements, got a mask that cuts one in two")
     return count == size
-
-
-def to_plain(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> nn.Module:
-    """Replace every block-sparse layer by the plain layer of the same function, optimizer state along.
-
-    The Parameter objects stay, so optimizers go on training them; dead blocks become zeros, and train.
-
-    Returns:
-        The model, or the plain layer where the model itself was a block-sparse layer.
-    """
-    optimizers = list(optimizers)
-    for layer in [m for m in model.modules() if isinstance(m, BlockSparseLayer)]:
-        rewrite_state(optimizers, layer.values, layer.to_dense_shape)
-    return swap_back(model)

@@ -52,7 +52,10 @@ class TaskData:
 @dataclass(frozen=True)
 class Defaults:
     """A task's settings. The values here are the experiment's; a task that needs others says so in its
-    module."""
+    module.
+
+    ``pruning`` holds further arguments of `dynaprune.PruningConfig`; ``self_paced`` those that take their
+    place where there is no target."""
 
     epochs: int = 50
     lr: float = 1e-3
@@ -65,6 +68,7 @@ class Defaults:
     target_sparsity: float = 0.9
     calibration_samples: int = 1024
     pruning: dict[str, Any] = field(default_factory=dict)
+    self_paced: dict[str, Any] = field(default_factory=dict)
 
 
 def _call_model(model: nn.Module, inputs: Any) -> torch.Tensor:

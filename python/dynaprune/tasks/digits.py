@@ -41,6 +41,8 @@ TASK = Task(
     load=load,
     build_model=build_model,
     f1_average="macro",
-    defaults=Defaults(block_size=32, target_sparsity=0.9, pruning={"end": 0.25}),
+    defaults=Defaults(
+        block_size=32, target_sparsity=0.9, pruning={"end": 0.25}, self_paced={"interval": 40, "end": 0.5}
+    ),
     uses_data_folder=False,
 )

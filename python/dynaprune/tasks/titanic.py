@@ -137,5 +137,7 @@ TASK = Task(
     load=load,
     build_model=build_model,
     f1_average="binary",
-    defaults=Defaults(block_size=16, target_sparsity=0.7, pruning={"end": 0.15}),
+    defaults=Defaults(
+        block_size=16, target_sparsity=0.7, pruning={"end": 0.15}, self_paced={"interval": 20, "end": 0.5}
+    ),
 )
