@@ -74,7 +74,8 @@ def test_backends_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     for backend in ("triton", "auto"):
         for ours, dense in zip(results[backend], results["dense"], strict=True):
             error = (ours.double() - dense.double()).square().mean().sqrt()
-            assert error <= 4 * torch.finfo(dtype).eps * dense.double().square().mean().sqrt()
+            roundings = 4 if dtype == torch.bfloat16 else 64  # float32: of the sums, not of the results
+            assert error <= roundings * torch.finfo(dtype).eps * dense.double().square().mean().sqrt()
 
 
 @pytest.mark.usefixtures("triton_backend")
@@ -101,7 +102,6 @@ def test_a_captured_step_follows_the_mask() -> None:
     assert torch.equal(captured[0], network.second.bias.detach().expand(8, 128))
 
 
-@pytest.mark.usefixtures("triton_backend")
 def test_the_mask_update_itself_can_be_captured() -> None:
     layout = BlockLayout(512, 512, 32, device="cuda", capacity=128, mask=live_mask("random", 16, 16) & False)
     wanted = torch.zeros(16, 16, dtype=torch.bool, device="cuda")

@@ -17,9 +17,13 @@ BLOCKS = (16, 32, 64, 128)
 @functools.cache
 def against_installed() -> str | None:
     """Why no kernel can run in this process; None where triton is there."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    for distribution in ("triton", "pytorch-triton"):  # the second comes with torch's nightly builds
+        try:
+            version = importlib.metadata.version(distribution)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    else:
         return "the package triton is not installed"
     if Version(version) < Version(LEAST_VERSION):
         return f"expected triton {LEAST_VERSION} or newer, got {version}"

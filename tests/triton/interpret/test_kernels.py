@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from dynaprune_kernels import ConvGeometry
+from dynaprune_kernels.backends import triton as kernels
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config
 from dynaprune_kernels.backends.triton.config import Tile
-from tests.triton.parity import Case, check_gradients, check_layout, check_products, check_saliency
+from tests.triton.parity import (
+    Case,
+    check_gradients,
+    check_layout,
+    check_products,
+    check_saliency,
+    operands,
+)
 
 pytestmark = pytest.mark.interpret
 
@@ -88,6 +96,18 @@ def test_sums_over_tokens_in_two_passes(use_tile: Callable[..., None], splits: i
     check_gradients(Case(40, 70, (32, 16), "random", 50), "cpu")
     conv = ConvGeometry(2, 2, 1, 1, 1, 1)
     check_gradients(Case(40, 20, (16, 16), "random", 2, conv=conv, size=(6, 6)), "cpu")
+
+
+def test_padding_stays_zero_beside_infinite_gradients() -> None:
+    case = Case(40, 70, (32, 32), "live", 9)
+    layout, x, _, _, _, dy = operands(case, "cpu")
+    dy[3] = torch.inf
+    dw = kernels.linear_wgrad(dy, x, layout.index, layout.capacity, (32, 32))
+    last_column = layout.slot_of_block[:, -1].long()
+    assert torch.equal(dw[last_column, 6:], torch.zeros(2, 26, 32)), "inputs beyond 70"
+    last_row = layout.slot_of_block[-1].long()
+    assert torch.equal(dw[last_row, :, 8:], torch.zeros(3, 32, 24)), "outputs beyond 40"
+    assert not dw[layout.slot_of_block[0, 0]].isfinite().any()
 
 
 @pytest.mark.parametrize("merge", [16, 32, 64])
