@@ -53,6 +53,7 @@ class Resources(NamedTuple):
     shared_bytes: int
     instruction: str
     bulk_copy: bool
+    wide_copies: int  # asynchronous copies of 16 bytes in the PTX
 
 
 def specialized(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
@@ -112,6 +113,7 @@ def compile_for(capability: int, launched: Launch) -> Resources:
         compiled.metadata.shared,
         next((name for name in instructions if name in ptx), "none"),
         "cp.async.bulk.tensor" in ptx,
+        len(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", ptx)),
     )
 
 

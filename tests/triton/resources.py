@@ -29,35 +29,42 @@ class Variant(NamedTuple):
     capability: int
     dtype: str
     block: tuple[int, int]
+    ragged: bool = False
 
 
-def linear_ops(dtype: torch.dtype, block: tuple[int, int]) -> dict[str, Callable[[], object]]:
-    """Calls of the linear ops on a layer of 1024 x 1024 with 4096 tokens; memory is never touched."""
+def linear_ops(
+    dtype: torch.dtype, block: tuple[int, int], ragged: bool = False
+) -> dict[str, Callable[[], object]]:
+    """Calls of the linear ops on a layer of 1024 or 1000 squared with 4096 tokens; memory is not touched."""
     bi, bo = block
-    layout = BlockLayout(1024, 1024, (bo, bi))
+    size = 1000 if ragged else 1024
+    layout = BlockLayout(size, size, (bo, bi))
     values = torch.empty(layout.capacity, bi, bo, dtype=dtype)
-    x, dy = torch.empty(4096, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype)
-    bias, flag = torch.empty(1024, dtype=dtype), torch.tensor(True)
+    x, dy = torch.empty(4096, size, dtype=dtype), torch.empty(4096, size, dtype=dtype)
+    bias, flag = torch.empty(size, dtype=dtype), torch.tensor(True)
     index, capacity = layout.index, layout.capacity
     return {
-        "linear_forward": lambda: kernels.linear_forward(x, values, bias, index, 1024),
-        "linear_dgrad": lambda: kernels.linear_dgrad(dy, values, index, 1024),
+        "linear_forward": lambda: kernels.linear_forward(x, values, bias, index, size),
+        "linear_dgrad": lambda: kernels.linear_dgrad(dy, values, index, size),
         "linear_wgrad": lambda: kernels.linear_wgrad(dy, x, index, capacity, block),
         "linear_wgrad_saliency": lambda: kernels.linear_wgrad_saliency(dy, x, values, index),
         "linear_probe": lambda: kernels.linear_probe(dy, x, index, capacity, block, flag),
     }
 
 
-def conv2d_ops(dtype: torch.dtype, block: tuple[int, int]) -> dict[str, Callable[[], object]]:
-    """Calls of the convolution ops, 3x3 with 256 channels on 4 images of 16 x 16."""
+def conv2d_ops(
+    dtype: torch.dtype, block: tuple[int, int], ragged: bool = False
+) -> dict[str, Callable[[], object]]:
+    """Calls of the convolution ops, 3x3 with 256 channels, or 250, on 4 images of 16 x 16."""
     bi, bo = block
-    layout = BlockLayout(256, 256, (bo, bi), conv=CONV)
+    size = 250 if ragged else 256
+    layout = BlockLayout(size, size, (bo, bi), conv=CONV)
     values = torch.empty(layout.capacity, bi, bo, dtype=dtype)
-    x = torch.empty(4, 256, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    bias, flag = torch.empty(256, dtype=dtype), torch.tensor(True)
+    x = torch.empty(4, size, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    bias, flag = torch.empty(size, dtype=dtype), torch.tensor(True)
     index, capacity = layout.index, layout.capacity
     return {
-        "conv2d_forward": lambda: kernels.conv2d_forward(x, values, bias, index, 256, CONV),
+        "conv2d_forward": lambda: kernels.conv2d_forward(x, values, bias, index, size, CONV),
         "conv2d_dgrad": lambda: kernels.conv2d_dgrad(x, values, index, list(x.shape), CONV),
         "conv2d_wgrad": lambda: kernels.conv2d_wgrad(x, x, index, capacity, block, CONV),
         "conv2d_wgrad_saliency": lambda: kernels.conv2d_wgrad_saliency(x, x, values, index, CONV),
@@ -65,7 +72,9 @@ def conv2d_ops(dtype: torch.dtype, block: tuple[int, int]) -> dict[str, Callable
     }
 
 
-def other_ops(dtype: torch.dtype, block: tuple[int, int]) -> dict[str, Callable[[], object]]:
+def other_ops(
+    dtype: torch.dtype, block: tuple[int, int], ragged: bool = False
+) -> dict[str, Callable[[], object]]:
     """Calls of the ops without a matrix product."""
     bi, bo = block
     layout = BlockLayout(256, 256, (bo, bi), conv=CONV)
@@ -92,6 +101,9 @@ def variants() -> Iterator[Variant]:
         for op in matrix:
             if not op.endswith("saliency"):
                 yield Variant(op, capability, dtype, block)
+    for capability, op in itertools.product((80, 90), matrix):
+        if not op.endswith("probe"):
+            yield Variant(op, capability, "bf16", (64, 64), ragged=True)
 
 
 def launches(variant: Variant) -> list[Launch]:
@@ -99,7 +111,7 @@ def launches(variant: Variant) -> list[Launch]:
     dtype = DTYPES[variant.dtype]
     ops = linear_ops if variant.op.startswith("linear") else other_ops
     ops = conv2d_ops if variant.op.startswith("conv2d") else ops
-    return launches_of(variant.capability, ops(dtype, variant.block)[variant.op])
+    return launches_of(variant.capability, ops(dtype, variant.block, variant.ragged)[variant.op])
 
 
 def shared_limit(variant: Variant) -> int:
@@ -116,7 +128,7 @@ def resources(variant: Variant) -> dict[str, Resources]:
 
 def row(variant: Variant, kernel: str, taken: Resources) -> dict[str, str]:
     """One line of the table."""
-    block = f"{variant.block[0]}x{variant.block[1]}"
+    block = f"{variant.block[0]}x{variant.block[1]}" + (" ragged" if variant.ragged else "")
     fields = {"op": variant.op, "kernel": kernel, "capability": variant.capability, "dtype": variant.dtype}
     return {key: str(value) for key, value in {**fields, "block": block, **taken._asdict()}.items()}
 

@@ -155,7 +155,10 @@ def default_tile(problem: Problem, device: Device) -> Tile:
         outer = bi if problem.op.endswith("dgrad") else bo
         widest = (128 if outer <= 64 else 64) if wide else (256 if outer <= 64 and hopper else 128)
         rows = min(widest, rows)
-        warps = 8 if rows * outer >= (64 if wide else 128) * 128 or rows >= 256 else 4
+        crowded = wide or (
+            problem.op.startswith("conv2d") and not hopper
+        )  # 4 warps would run out of registers
+        warps = 8 if rows * outer >= (64 if crowded else 128) * 128 or rows >= 256 else 4
         tile = Tile(rows, 32 if wide else 64, warps, 5 if hopper else 7, hopper)
     return fitting(problem, tile, device)
 

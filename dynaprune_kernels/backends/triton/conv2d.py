@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynaprune_kernels.backends.problem import Problem
@@ -63,7 +64,6 @@ def conv2d_probe(
     if conv.pointwise:
         return linear.linear_probe(_pixels(dy), _pixels(x), index, capacity, block, probe)
     bi, bo = block
-    x, dy = _channels_last(x), _channels_last(dy)
     images, channels, height, width = x.shape
     out_channels, out_h, out_w = dy.shape[1:]
     group_channels = channels // conv.groups
@@ -79,11 +79,12 @@ def conv2d_probe(
     gi, go = max(tile.depth // bi, 1), max(64 // bo, 1)
     rows_per_group = rows // conv.groups
     norms = x.new_empty(rows * columns, dtype=torch.float32)
+    x, dy = _aligned_channels(x, conv.groups), _aligned_channels(dy)
     launch(
         conv2d_probe_kernel,
         (ceil_div(rows_per_group, go) * conv.groups * ceil_div(channel_blocks, gi) * conv.taps,),
-        x, dy, norms, probe.view(torch.uint8), index, positions, height, width, channels, out_h, out_w,
-        group_channels, out_channels, rows, columns, capacity, channel_blocks, rows_per_group,
+        x, dy, norms, probe.view(torch.uint8), index, positions, height, width, x.shape[3], out_h, out_w,
+        x.shape[3] // conv.groups, dy.shape[3], rows, columns, capacity, channel_blocks, rows_per_group,
         columns.bit_length() + 1, conv.kernel_w, *conv[2:8],
         BI=bi, BO=bo, GI=gi, GO=go, STEP=tile.rows, PRECISION=precision(x.dtype, conv=True),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -93,6 +94,19 @@ def conv2d_probe(
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _aligned_channels(x: Tensor, groups: int = 1) -> Tensor:
+    """``[N, C, H, W]`` as contiguous ``[N, H, W, C]``, each group's channels a multiple of 16: zeros behind.
+
+    As :func:`linear.aligned_rows`, for the same reason.
+    """
+    images = _channels_last(x).permute(0, 2, 3, 1)
+    channels = x.shape[1] // groups
+    if channels % 16:
+        images = F.pad(images.unflatten(3, (groups, channels)), (0, -channels % 16)).flatten(3)
+    images = images.contiguous()
+    return images if images.data_ptr() % 16 == 0 else images.clone()
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -115,9 +129,8 @@ def _product(
     *,
     dgrad: bool,
 ) -> Tensor:
-    a, values = _channels_last(a), values.contiguous()
+    values = values.contiguous()
     capacity, bi, bo = values.shape
-    y = torch.empty(size, dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
     images, y_channels, y_h, y_w = size
     a_channels, a_h, a_w = a.shape[1:]
     out_channels, in_channels = (a_channels, y_channels) if dgrad else (y_channels, a_channels)
@@ -134,22 +147,31 @@ def _product(
     if dgrad:  # the largest phase
         positions = images * ceil_div(y_h, conv.stride_h) * ceil_div(y_w, conv.stride_w)
     row_tiles = ceil_div(positions, tile.rows)
-    ragged = (a_channels % bo if dgrad else group_channels % bi) != 0
+    inner_size = a_channels if dgrad else group_channels
+    ragged = inner_size % (bo if dgrad else bi) != 0
+    a = _aligned_channels(a, 1 if dgrad else conv.groups)
+    a_size = a.shape[3] // (1 if dgrad else conv.groups)
+    y_groups = conv.groups if dgrad else 1
+    y_real = y_channels // y_groups
+    y_size = y_real + -y_real % 16
+    y = a.new_empty(images, y_h, y_w, y_groups * y_size)
     launch(
         conv2d_product_kernel,
         (row_tiles * (lists if dgrad else rows),),
-        a, values, bias, y, index, rows, lists, capacity, row_tiles, images, a_h, a_w, a_channels,
-        y_h, y_w, y_channels, group_channels, channel_blocks, rows // conv.groups, conv.kernel_w, *conv[2:8],
+        a, values, bias, y, index, rows, lists, capacity, row_tiles, images, a_h, a_w, a.shape[3],
+        a_size, inner_size, y_h, y_w, y.shape[3], y_size, y_real, channel_blocks, rows // conv.groups,
+        conv.kernel_w, *conv[2:8],
         BI=bi, BO=bo, DGRAD=dgrad, RAGGED=ragged, TILE=tile.rows, DEPTH=tile.depth, GROUP=linear.GROUP,
         PRECISION=precision(a.dtype, conv=True), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return y
+    if y_size != y_real:
+        y = y.unflatten(3, (y_groups, y_size))[..., :y_real].flatten(3)
+    return y.contiguous().permute(0, 3, 1, 2)
 
 
 def _wgrad(
     dy: Tensor, x: Tensor, dvalues: Tensor, values: Tensor | None, index: Tensor, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor | None]:
-    x, dy = _channels_last(x), _channels_last(dy)
     capacity, bi, bo = dvalues.shape
     images, channels, height, width = x.shape
     out_channels, out_h, out_w = dy.shape[1:]
@@ -171,12 +193,13 @@ def _wgrad(
     partial = x.new_empty(split, capacity, bi, bo, dtype=torch.float32) if split > 1 else None
     signed = None if values is None else x.new_zeros(rows * columns, dtype=torch.float32)
     ragged = group_channels % bi != 0 or out_channels % bo != 0
+    x, dy = _aligned_channels(x, conv.groups), _aligned_channels(dy)
     launch(
         conv2d_wgrad_kernel,
         (programs, split),
-        x, dy, dvalues, partial, values, signed, index, positions, per_split, height, width, channels,
-        out_h, out_w, group_channels, out_channels, rows, columns, capacity, channel_blocks,
-        rows // conv.groups, conv.kernel_w, *conv[2:8],
+        x, dy, dvalues, partial, values, signed, index, positions, per_split, height, width, x.shape[3],
+        out_h, out_w, x.shape[3] // conv.groups, group_channels, dy.shape[3], out_channels, rows, columns,
+        capacity, channel_blocks, rows // conv.groups, conv.kernel_w, *conv[2:8],
         BI=bi, BO=bo, MERGE=merge, RAGGED=ragged, SALIENCY=values is not None, SPLITS=split, STEP=tile.rows,
         PRECISION=precision(x.dtype, conv=True), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynaprune_kernels.backends.problem import Problem
@@ -43,11 +44,10 @@ def linear_probe(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
 ) -> Tensor:
     bi, bo = block
-    x, dy = rows_of(x), rows_of(dy)
     rows, columns = ceil_div(dy.shape[1], bo), ceil_div(x.shape[1], bi)
-    device = device_of(x)
     problem = Problem("linear_probe", x.dtype, (bi, bo), x.shape[0], dy.shape[1], x.shape[1], capacity)
-    tile = config.tile(problem, device)
+    tile = config.tile(problem, device_of(x))
+    x, dy = aligned_rows(x), aligned_rows(dy)
     gi, go = max(tile.depth // bi, 1), max(64 // bo, 1)
     norms = x.new_empty(rows * columns, dtype=torch.float32)
     launch(
@@ -62,11 +62,20 @@ def linear_probe(
     return norms
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """``x`` if its rows are contiguous, whatever lies between them, else a copy of which that is true."""
-    usable = x.stride(1) == 1 or x.shape[1] == 1
-    overlapping = x.shape[0] > 1 and x.stride(0) < x.shape[1]
-    return x if usable and not overlapping else x.contiguous()
+def aligned_rows(x: Tensor) -> Tensor:
+    """``x`` with rows that start at multiples of 16 elements, its width rounded up to one with zeros.
+
+    Kernels then read 16 bytes at a time. A matrix that is not so already is copied, once per call: loads of
+    single elements would cost more, in registers most of all.
+    """
+    if x.shape[1] % 16:
+        return F.pad(x, (0, -x.shape[1] % 16)).contiguous()
+    apart = x.stride(0) % 16 == 0 and x.stride(0) >= x.shape[1]
+    return (
+        x
+        if apart and x.stride(1) == 1 and x.data_ptr() % 16 == 0
+        else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def descriptor(x: Tensor, box: list[int]) -> Any:
@@ -76,18 +85,12 @@ def descriptor(x: Tensor, box: list[int]) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box)
 
 
-def tma_takes(x: Tensor) -> bool:
-    """Whether the copy engine can read the matrix: 16-byte rows and base, coordinates of 32 bits."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
-    return aligned and x.stride(1) == 1 and x.numel() > 0 and max(x.shape) < 2**31
-
-
 def _product(
     a: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, outer_size: int, *, dgrad: bool
 ) -> Tensor:
-    a, values = rows_of(a), values.contiguous()
     capacity, bi, bo = values.shape
     tokens, inner_size = a.shape
+    a, values = aligned_rows(a), values.contiguous()
     inner, _outer = (bo, bi) if dgrad else (bi, bo)
     out_features, in_features = (inner_size, outer_size) if dgrad else (outer_size, inner_size)
     rows, lists = ceil_div(out_features, bo), ceil_div(in_features, bi)
@@ -99,14 +102,14 @@ def _product(
     y = a.new_empty(tokens, outer_size)
     ragged = inner_size % inner != 0
     blocks = values.view(capacity * bi, bo)
-    tma = tile.tma and tile.depth <= inner and not ragged and tma_takes(a) and tma_takes(blocks)
+    tma = tile.tma and tile.depth <= inner and not ragged and a.numel() > 0
     box = [bi, tile.depth] if dgrad else [tile.depth, bo]
     launch(
         linear_product_kernel,
         (ceil_div(tokens, tile.rows) * (lists if dgrad else rows),),
         descriptor(a, [tile.rows, tile.depth]) if tma else a,
         descriptor(blocks, box) if tma else values,
-        bias, y, index, tokens, inner_size, outer_size, rows, lists, capacity, a.stride(0),
+        bias, y, index, tokens, a.shape[1], inner_size, outer_size, rows, lists, capacity, a.stride(0),
         BI=bi, BO=bo, DGRAD=dgrad, TMA=tma, RAGGED=ragged, TILE=tile.rows, DEPTH=tile.depth, GROUP=GROUP,
         PRECISION=precision(a.dtype, conv=False), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -116,10 +119,10 @@ def _product(
 def _wgrad(
     dy: Tensor, x: Tensor, dvalues: Tensor, values: Tensor | None, index: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    x, dy = rows_of(x), rows_of(dy)
     capacity, bi, bo = dvalues.shape
     tokens, in_features = x.shape
     out_features = dy.shape[1]
+    x, dy = aligned_rows(x), aligned_rows(dy)
     rows, columns = ceil_div(out_features, bo), ceil_div(in_features, bi)
     check_int32("tokens", tokens)
     device = device_of(x)
@@ -133,14 +136,15 @@ def _wgrad(
     partial = x.new_empty(split, capacity, bi, bo, dtype=torch.float32) if split > 1 else None
     signed = None if values is None else x.new_zeros(rows * columns, dtype=torch.float32)
     ragged = in_features % bi != 0 or out_features % bo != 0
-    tma = tile.tma and merge == 1 and tma_takes(x) and tma_takes(dy)
+    tma = tile.tma and merge == 1 and tokens > 0
     launch(
         linear_wgrad_kernel,
         (programs, split),
         descriptor(x, [tile.rows, bi]) if tma else x,
         descriptor(dy, [tile.rows, bo]) if tma else dy,
         dvalues, partial, values, signed, index,
-        tokens, in_features, out_features, rows, columns, capacity, per_split, x.stride(0), dy.stride(0),
+        tokens, x.shape[1], dy.shape[1], in_features, out_features, rows, columns, capacity, per_split,
+        x.stride(0), dy.stride(0),
         BI=bi, BO=bo, MERGE=merge, TMA=tma, RAGGED=ragged, SALIENCY=values is not None, SPLITS=split,
         STEP=tile.rows, PRECISION=precision(x.dtype, conv=False),
         num_warps=tile.warps, num_stages=tile.stages,

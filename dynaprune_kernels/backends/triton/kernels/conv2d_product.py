@@ -41,10 +41,10 @@ def tap_shift(
     ]
 )  # fmt: skip
 def conv2d_product_kernel(
-    a,  # [images, a_h, a_w, a_channels]: x, or dy for dgrad
+    a,  # [images, a_h, a_w, a_channels]: x, or dy for dgrad, zeros behind each group's channels
     w,  # values [capacity, BI, BO]
     bias,  # [outer] or None
-    y,  # [images, y_h, y_w, y_channels]
+    y,  # [images, y_h, y_w, y_channels], with room behind each group's channels
     index,
     rows,
     lists,
@@ -54,10 +54,13 @@ def conv2d_product_kernel(
     a_h,
     a_w,
     a_channels,
+    a_size,  # channels of ``a`` in one group, for dgrad in all
+    inner_size,  # those that are real
     y_h,
     y_w,
     y_channels,
-    group_channels,  # input channels of one group
+    y_size,  # channels of ``y`` in all, for dgrad in one group
+    bias_size,
     channel_blocks,
     rows_per_group,
     kernel_w,
@@ -93,10 +96,7 @@ def conv2d_product_kernel(
         phases = stride_h * stride_w
         phase = this % phases
         group = this // phases // channel_blocks
-        first_channel = group * group_channels
         outer_begin = this // phases % channel_blocks * BI
-        outer_size = group_channels
-        inner_size = a_channels
         first_h = ((phase // stride_w - pad_h) % stride_h + stride_h) % stride_h
         first_w = ((phase % stride_w - pad_w) % stride_w + stride_w) % stride_w
         grid_h = (y_h - first_h + stride_h - 1) // stride_h
@@ -105,10 +105,7 @@ def conv2d_product_kernel(
         reach_w = first_w + pad_w
     else:
         group = this // rows_per_group
-        first_channel = group * group_channels
         outer_begin = this * BO
-        outer_size = y_channels
-        inner_size = group_channels
         grid_h = y_h
         grid_w = y_w
         reach_h = pad_h
@@ -155,24 +152,22 @@ def conv2d_product_kernel(
                 a_channel = inner
             else:
                 inner = channel * BI + k0 + k
-                a_channel = first_channel + inner
+                a_channel = group * a_size + inner
             h = base_h + t
             v = base_w + u
             inside = position_valid & (h >= 0) & (h < a_h) & (v >= 0) & (v < a_w)
             a_at = a + (a_base + (t * a_w + u) * a_channels)[:, None] + a_channel[None, :]
             a_mask = inside[:, None]
             if RAGGED:
-                valid = inner < inner_size
-                a_mask = a_mask & valid[None, :]
+                a_mask = a_mask & (inner < a_size)[None, :]
             a_tile = tl.load(a_at, mask=a_mask, other=0.0)
             if DGRAD:
                 w_at = w_block + (k0 + k)[:, None] + n[None, :] * BO
             else:
                 w_at = w_block + (k0 + k)[:, None] * BO + n[None, :]
-            if RAGGED:
-                w_tile = tl.load(w_at, mask=valid[:, None], other=0.0)
-            else:
-                w_tile = tl.load(w_at)
+            w_tile = tl.load(w_at)
+            if RAGGED:  # not a mask of the load, which would make it one of single elements
+                w_tile = tl.where((inner < inner_size)[:, None], w_tile, 0.0)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
     else:  # small blocks: a step takes several of them, merged along the summed axis
         MERGE: tl.constexpr = DEPTH // INNER
@@ -190,16 +185,16 @@ def conv2d_product_kernel(
                 a_channel = inner
             else:
                 inner = channel * BI + within
-                a_channel = first_channel + inner
+                a_channel = group * a_size + inner
+            a_valid = valid
             if RAGGED:
-                valid = valid & (inner < inner_size)
+                a_valid = valid & (tl.max_contiguous(tl.multiple_of(inner, INNER), INNER) < a_size)
             a_k = (t * a_w + u) * a_channels + a_channel
-            if not RAGGED:
-                a_k = tl.max_contiguous(tl.multiple_of(a_k, 16), INNER)
+            a_k = tl.max_contiguous(tl.multiple_of(a_k, 16), INNER)
             h = base_h[:, None] + t[None, :]
             v = base_w[:, None] + u[None, :]
             inside = (h >= 0) & (h < a_h) & (v >= 0) & (v < a_w)
-            a_mask = position_valid[:, None] & valid[None, :] & inside
+            a_mask = position_valid[:, None] & a_valid[None, :] & inside
             a_tile = tl.load(a + a_base[:, None] + a_k[None, :], mask=a_mask, other=0.0)
             w_block = slot.to(tl.int64) * (BI * BO)
             if DGRAD:
@@ -208,14 +203,16 @@ def conv2d_product_kernel(
             else:
                 w_at = w + (w_block + within * BO)[:, None] + n[None, :]
             w_tile = tl.load(w_at, mask=valid[:, None], other=0.0)
+            if RAGGED:
+                w_tile = tl.where((inner < inner_size)[:, None], w_tile, 0.0)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
 
     outer = outer_begin + n
-    outer_valid = outer < outer_size
+    outer_valid = outer < y_size
     if bias is not None:
-        acc += tl.load(bias + outer, mask=outer_valid, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + outer, mask=outer < bias_size, other=0.0).to(tl.float32)[None, :]
     y_base = ((image.to(tl.int64) * y_h + at_h) * y_w + at_w) * y_channels
     if DGRAD:
-        y_base += first_channel
+        y_base += group * y_size
     y_at = y + y_base[:, None] + outer[None, :]
     tl.store(y_at, acc.to(y.dtype.element_ty), mask=position_valid[:, None] & outer_valid[None, :])

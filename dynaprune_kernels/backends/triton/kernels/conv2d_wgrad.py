@@ -50,8 +50,8 @@ def gather_pixels(
     ]
 )  # fmt: skip
 def conv2d_wgrad_kernel(
-    x,  # [images, x_h, x_w, channels]
-    dy,  # [positions, outer], positions = images * y_h * y_w
+    x,  # [images, x_h, x_w, channels], zeros behind each group's channels
+    dy,  # [positions, dy_size], positions = images * y_h * y_w, zeros behind outer_size
     dvalues,  # [capacity, BI, BO], zeros before
     partial,  # [SPLITS, capacity, BI, BO] float32, or None
     values,  # [capacity, BI, BO], or None
@@ -64,7 +64,9 @@ def conv2d_wgrad_kernel(
     channels,
     y_h,
     y_w,
-    group_channels,
+    x_size,  # channels of ``x`` in one group
+    group_channels,  # those that are real
+    dy_size,
     outer_size,
     rows,
     columns,
@@ -97,7 +99,7 @@ def conv2d_wgrad_kernel(
 
     m = tl.arange(0, MERGE * BI)
     outer = row * BO + tl.arange(0, BO)
-    first_channel = row // rows_per_group * group_channels
+    first_channel = row // rows_per_group * x_size
     if MERGE == 1:
         column = tl.load(row_cols + begin)
         tap = column // channel_blocks
@@ -114,8 +116,8 @@ def conv2d_wgrad_kernel(
         inner = tl.max_contiguous(tl.multiple_of(column % channel_blocks * BI + m % BI, BI), BI)
     outer_valid = outer >= 0
     if RAGGED:
-        inner_valid = inner_valid & (inner < group_channels)
-        outer_valid = outer < outer_size
+        inner_valid = inner_valid & (inner < x_size)
+        outer_valid = outer < dy_size
     acc = tl.zeros([MERGE * BI, BO], tl.float32)
     for start in range(first, last, STEP):
         position = start + tl.arange(0, STEP)
@@ -124,7 +126,7 @@ def conv2d_wgrad_kernel(
             x, position, valid, t, u, (first_channel + inner)[:, None], inner_valid[:, None],
             x_h, x_w, channels, y_h, y_w, stride_h, stride_w,
         )  # fmt: skip
-        dy_at = dy + position.to(tl.int64)[:, None] * outer_size + outer[None, :]
+        dy_at = dy + position.to(tl.int64)[:, None] * dy_size + outer[None, :]
         dy_tile = tl.load(dy_at, mask=valid[:, None] & outer_valid[None, :], other=0.0)
         acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
     store_blocks(
@@ -140,8 +142,8 @@ def conv2d_wgrad_kernel(
     ]
 )  # fmt: skip
 def conv2d_probe_kernel(
-    x,  # [images, x_h, x_w, channels]
-    dy,  # [positions, outer]
+    x,  # [images, x_h, x_w, channels], zeros behind each group's channels
+    dy,  # [positions, dy_size], zeros behind the outputs
     norms,  # [rows * columns] float32
     probe,  # uint8, one element: zeros are written while it is 0
     index,
@@ -151,8 +153,8 @@ def conv2d_probe_kernel(
     channels,
     y_h,
     y_w,
-    group_channels,
-    outer_size,
+    x_size,  # channels of ``x`` in one group
+    dy_size,
     rows,
     columns,
     capacity,
@@ -193,9 +195,9 @@ def conv2d_probe_kernel(
         u = tap % kernel_w * dil_w - pad_w
         inner = pid // (row_tiles * groups) % channel_tiles * (GI * BI) + tl.arange(0, GI * BI)
         outer = (group * rows_per_group + pid % row_tiles * GO) * BO + tl.arange(0, GO * BO)
-        channel = group * group_channels + inner
-        inner_valid = inner < group_channels
-        outer_valid = outer < outer_size
+        channel = group * x_size + inner
+        inner_valid = inner < x_size
+        outer_valid = outer < dy_size
         for start in range(0, positions, STEP):
             position = start + tl.arange(0, STEP)
             valid = position < positions
@@ -203,7 +205,7 @@ def conv2d_probe_kernel(
                 x, position, valid, t, u, channel[:, None], inner_valid[:, None],
                 x_h, x_w, channels, y_h, y_w, stride_h, stride_w,
             )  # fmt: skip
-            dy_at = dy + position.to(tl.int64)[:, None] * outer_size + outer[None, :]
+            dy_at = dy + position.to(tl.int64)[:, None] * dy_size + outer[None, :]
             dy_tile = tl.load(dy_at, mask=valid[:, None] & outer_valid[None, :], other=0.0)
             acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
     store_norms(acc, norms, live, row[None, :], column[:, None], inside, columns, BI, BO, GI, GO)

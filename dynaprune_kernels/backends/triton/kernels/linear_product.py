@@ -13,12 +13,13 @@ from dynaprune_kernels.backends.triton.kernels.packed_index import (
 
 @triton.jit(do_not_specialize=["tokens", "rows", "lists", "capacity"])
 def linear_product_kernel(
-    a,  # [tokens, inner]: x, or dy for dgrad; a tensor descriptor of it with TMA
+    a,  # [tokens, a_size]: x, or dy for dgrad, zeros behind inner_size; a tensor descriptor of it with TMA
     w,  # values [capacity, BI, BO]; with TMA a tensor descriptor of [capacity * BI, BO]
     bias,  # [outer] or None
     y,  # [tokens, outer], contiguous
     index,
     tokens,
+    a_size,
     inner_size,
     outer_size,
     rows,
@@ -77,17 +78,15 @@ def linear_product_kernel(
                 w_block = w + slot.to(tl.int64) * (BI * BO)
                 a_mask = token_valid[:, None]
                 if RAGGED:
-                    valid = column < inner_size
-                    a_mask = a_mask & valid[None, :]
+                    a_mask = a_mask & (column < a_size)[None, :]
                 a_tile = tl.load(a_rows + column[None, :], mask=a_mask, other=0.0)
                 if DGRAD:
                     w_at = w_block + (k0 + k)[:, None] + n[None, :] * BO
                 else:
                     w_at = w_block + (k0 + k)[:, None] * BO + n[None, :]
-                if RAGGED:
-                    w_tile = tl.load(w_at, mask=valid[:, None], other=0.0)
-                else:
-                    w_tile = tl.load(w_at)
+                w_tile = tl.load(w_at)
+                if RAGGED:  # not a mask of the load, which would make it one of single elements
+                    w_tile = tl.where((column < inner_size)[:, None], w_tile, 0.0)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
     else:  # small blocks: a step takes several of them, merged along the summed axis
         MERGE: tl.constexpr = DEPTH // INNER
@@ -98,9 +97,12 @@ def linear_product_kernel(
             block = tl.load(inner_blocks + entry, mask=valid, other=0)
             slot = tl.load(slots + entry, mask=valid, other=0)
             column = tl.max_contiguous(tl.multiple_of(block * INNER + within, INNER), INNER)
+            a_valid = valid
             if RAGGED:
-                valid = valid & (column < inner_size)
-            a_tile = tl.load(a_rows + column[None, :], mask=token_valid[:, None] & valid[None, :], other=0.0)
+                a_valid = valid & (column < a_size)
+            a_tile = tl.load(
+                a_rows + column[None, :], mask=token_valid[:, None] & a_valid[None, :], other=0.0
+            )
             w_block = slot.to(tl.int64) * (BI * BO)
             if DGRAD:
                 w_k = tl.max_contiguous(tl.multiple_of(w_block + within, BO), BO)
@@ -108,6 +110,8 @@ def linear_product_kernel(
             else:
                 w_at = w + (w_block + within * BO)[:, None] + n[None, :]
             w_tile = tl.load(w_at, mask=valid[:, None], other=0.0)
+            if RAGGED:
+                w_tile = tl.where((column < inner_size)[:, None], w_tile, 0.0)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
 
     column = this * OUTER + n

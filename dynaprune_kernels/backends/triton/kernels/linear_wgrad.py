@@ -9,14 +9,16 @@ from dynaprune_kernels.backends.triton.kernels.weight_gradient import store_bloc
 
 @triton.jit(do_not_specialize=["tokens", "rows", "columns", "capacity", "tokens_per_split"])
 def linear_wgrad_kernel(
-    x,  # [tokens, inner]; a tensor descriptor of it with TMA
-    dy,  # [tokens, outer]; a tensor descriptor of it with TMA
+    x,  # [tokens, x_size], zeros behind inner_size; a tensor descriptor of it with TMA
+    dy,  # [tokens, dy_size], zeros behind outer_size; a tensor descriptor of it with TMA
     dvalues,  # [capacity, BI, BO], zeros before
     partial,  # [SPLITS, capacity, BI, BO] float32, or None
     values,  # [capacity, BI, BO], or None
     signed,  # [rows * columns] float32, zeros before, or None
     index,
     tokens,
+    x_size,
+    dy_size,
     inner_size,
     outer_size,
     rows,
@@ -59,8 +61,8 @@ def linear_wgrad_kernel(
         inner_valid = listed
         outer_valid = outer >= 0
         if RAGGED:
-            inner_valid = inner_valid & (inner < inner_size)
-            outer_valid = outer < outer_size
+            inner_valid = inner_valid & (inner < x_size)
+            outer_valid = outer < dy_size
         x_at = x + first.to(tl.int64) * stride_x + token[None, :] * stride_x + inner[:, None]
         dy_at = dy + first.to(tl.int64) * stride_dy + token[:, None] * stride_dy + outer[None, :]
         for start in range(first, last, STEP):
@@ -78,14 +80,14 @@ def linear_wgrad_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "rows", "columns", "capacity", "search_steps"])
 def linear_probe_kernel(
-    x,  # [tokens, inner]
-    dy,  # [tokens, outer]
+    x,  # [tokens, x_size], zeros behind the inputs
+    dy,  # [tokens, dy_size], zeros behind the outputs
     norms,  # [rows * columns] float32
     probe,  # uint8, one element: zeros are written while it is 0
     index,
     tokens,
-    inner_size,
-    outer_size,
+    x_size,
+    dy_size,
     rows,
     columns,
     capacity,
@@ -114,8 +116,8 @@ def linear_probe_kernel(
         token = tl.arange(0, STEP)
         x_at = x + token.to(tl.int64)[None, :] * stride_x + inner[:, None]
         dy_at = dy + token.to(tl.int64)[:, None] * stride_dy + outer[None, :]
-        inner_valid = (inner < inner_size)[:, None]
-        outer_valid = (outer < outer_size)[None, :]
+        inner_valid = (inner < x_size)[:, None]
+        outer_valid = (outer < dy_size)[None, :]
         for start in range(0, tokens, STEP):
             valid = start + token < tokens
             x_tile = tl.load(x_at, mask=valid[None, :] & inner_valid, other=0.0)
