@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
 
-.PHONY: help demo test check bench ext clean
+.PHONY: help demo test gpu check bench ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed  ## train the digits network dense and pruned; writes r
 
 test: $(VENV)/.installed  ## the tests that need no GPU (PYTEST_ARGS adds options)
 	$(BIN)/python -m pytest -q -m "not gpu" --durations=10 $(PYTEST_ARGS)
+
+gpu:  ## tests and kernel benchmarks on an NVIDIA GPU, CSV files in benchmarks/results (needs torch with CUDA)
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/run
 
 check: $(VENV)/.checkers  ## lint, format and types
 	$(BIN)/ruff check .

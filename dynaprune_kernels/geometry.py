@@ -32,6 +32,11 @@ class ConvGeometry(NamedTuple):
         """Number of stride phases: the input positions modulo the stride."""
         return self.stride_h * self.stride_w
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether the convolution is a linear layer over pixels, packed index included."""
+        return self == ConvGeometry(1, 1)
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Output height and width for an input of ``height`` x ``width``; ValueError when there is none."""
         out_h = (height + 2 * self.padding_h - self.dilation_h * (self.kernel_h - 1) - 1) // self.stride_h + 1

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dynaprune_kernels import _extension
+from dynaprune_kernels.backends.triton import support
 
 _PACKAGES = ("dynaprune", "torch", "triton", "numpy", "safetensors", "torch-pruning")
 _SWITCHES = ("DYNAPRUNE_DISABLE_EXT", "DYNAPRUNE_CPU_CAPABILITY", "DYNAPRUNE_BACKEND", "OMP_NUM_THREADS")
@@ -42,8 +43,8 @@ def _against_gpu_backend(name: str) -> str | None:
     """Why the backend `triton` or `cuda` cannot run here; None where it can."""
     if importlib.util.find_spec(f"dynaprune_kernels.backends.{name}") is None:
         return f"this version of dynaprune has no {name} kernels"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if name == "triton" and (reason := support.against_installed()) is not None:
+        return reason
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():

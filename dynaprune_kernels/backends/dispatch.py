@@ -1,9 +1,9 @@
 """Which backend runs an op, and why the others do not.
 
-``DYNAPRUNE_BACKEND`` = ``cpu`` | ``dense`` | ``reference`` forces one and fails with the reason where it
-cannot run.
-Otherwise the choice depends on the op, the dtype, the number of rows and the *capacity* of the layer, all
-known to the host: it never syncs and never differs between two runs.
+``DYNAPRUNE_BACKEND`` = ``cpu`` | ``triton`` | ``dense`` | ``reference`` forces one and fails with the reason
+where it cannot run.
+Otherwise the choice depends on a :class:`~dynaprune_kernels.backends.problem.Problem` and the device, both
+known to the host: it never syncs, never differs between two runs and changes only at a compaction.
 """
 
 from __future__ import annotations
@@ -12,21 +12,36 @@ import functools
 import os
 import warnings
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from dynaprune_kernels import _extension, reference
-from dynaprune_kernels.backends import cpu
+from dynaprune_kernels.backends import cpu, triton
+from dynaprune_kernels.backends.problem import Problem
+from dynaprune_kernels.backends.triton import config, support
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "dense": reference, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "dense": reference, "reference": reference}
 
 # Share of the dense weight that the capacity holds, above which materialising it and calling the vendor's
 # library is faster on a CPU; by op and least number of rows.
 _CPU_CROSSOVER: dict[str, tuple[tuple[int, float], ...]] = {}
 
+# The same for a GPU without a table of measurements, by the smaller size of a block. An assumption, not a
+# measurement: it lies above the densities at which the kernels of PyTorch's BSR and of stk were published to
+# break even (0.4 at 64, 0.1 at 32, 0.01 at 16; 0.98 at 128), since these merge small blocks.
+_GPU_CROSSOVER = {16: 0.25, 32: 0.5, 64: 0.7, 128: 0.95}
 
-def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why ``backend`` cannot run ``op`` on this device and dtype, None if it can.
+
+class Choice(NamedTuple):
+    """A backend's name, and why it is the one."""
+
+    backend: str
+    reason: str
+
+
+def why_not(backend: str, problem: Problem, device_type: str) -> str | None:
+    """The reason why ``backend`` cannot run ``problem`` on this kind of device, None if it can.
 
     Raises:
         ValueError: an unknown backend.
@@ -35,6 +50,9 @@ def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str 
         raise ValueError(f"expected DYNAPRUNE_BACKEND to be one of {', '.join(BACKENDS)}, got {backend!r}")
     if BACKENDS[backend] is reference:
         return None
+    op, dtype = problem.op, problem.dtype
+    if backend == "triton":
+        return support.why_not(op, device_type, dtype, problem.block)
     if device_type != "cpu":
         return f"the cpu backend runs on CPU tensors, got {device_type}"
     if not _extension.load().loaded:
@@ -44,20 +62,19 @@ def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str 
     return None
 
 
-def select(op: str, device_type: str, dtype: torch.dtype, rows: int = 0, density: float = 0.0) -> ModuleType:
-    """The backend module for one call.
-
-    Args:
-        op: a function name of the backend modules, such as ``linear_forward``.
-        rows: tokens, or batch x height x width.
-        density: share of the dense weight that the layer's capacity holds.
+def select(problem: Problem, device: torch.device) -> ModuleType:
+    """The backend module for one call on tensors of ``device``.
 
     Raises:
         RuntimeError: the forced backend cannot run here, with the reason.
     """
-    return BACKENDS[
-        choose(op, device_type, dtype, rows, density, os.environ.get("DYNAPRUNE_BACKEND", "auto"))
-    ]
+    forced = os.environ.get("DYNAPRUNE_BACKEND", "auto")
+    return BACKENDS[choose(problem, device.type, _device_name(device), forced).backend]
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _say_once(device_type: str, reason: str) -> None:
@@ -75,20 +92,41 @@ _said: set[str] = set()
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(
-    op: str, device_type: str, dtype: torch.dtype, rows: int, density: float, forced: str = "auto"
-) -> str:
-    """Name of the backend that :func:`select` takes."""
+def choose(problem: Problem, device_type: str, device_name: str = "", forced: str = "auto") -> Choice:
+    """The backend that :func:`select` takes, with the reason."""
     if forced != "auto":
-        reason = why_not(forced, op, device_type, dtype)
+        reason = why_not(forced, problem, device_type)
         if reason is not None:
-            raise RuntimeError(f"DYNAPRUNE_BACKEND={forced} cannot run {op}: {reason}")
-        return forced
-    reason = why_not("cpu", op, device_type, dtype)
+            raise RuntimeError(f"DYNAPRUNE_BACKEND={forced} cannot run {problem.op}: {reason}")
+        return Choice(forced, f"DYNAPRUNE_BACKEND={forced}")
+    sparse = "triton" if device_type == "cuda" else "cpu"
+    reason = why_not(sparse, problem, device_type)
     if reason is not None:
         _say_once(device_type, reason)
-        return "dense"
-    for least_rows, crossover in _CPU_CROSSOVER.get(op, ()):
-        if rows >= least_rows and density > crossover:
-            return "dense"
-    return "cpu"
+        return Choice("dense", reason)
+    if problem.rows == 0 or problem.block is None:
+        return Choice(sparse, f"{problem.op} does the same work whatever the density")
+    return _faster_on_gpu(problem, device_name) if sparse == "triton" else _faster_on_cpu(problem)
+
+
+def _faster_on_cpu(problem: Problem) -> Choice:
+    for least_rows, crossover in _CPU_CROSSOVER.get(problem.op, ()):
+        if problem.rows >= least_rows and problem.density > crossover:
+            return Choice("dense", f"capacity {problem.density:.2f} is above the measured {crossover:.2f}")
+    return Choice("cpu", "the kernels are faster at any density up to the measured crossover")
+
+
+def _faster_on_gpu(problem: Problem, device_name: str) -> Choice:
+    measured = config.measured(problem, device_name)
+    if measured is not None:
+        ours, dense = measured
+        backend = "triton" if ours <= dense else "dense"
+        return Choice(backend, f"measured on {device_name}: triton {ours:.4g} ms, dense {dense:.4g} ms")
+    assert problem.block is not None
+    crossover = _GPU_CROSSOVER[min(problem.block)]
+    unmeasured = (
+        f"{device_name} has no measurement of {config.key(problem)} (`python -m benchmarks.tune_triton`)"
+    )
+    if problem.density > crossover:
+        return Choice("dense", f"capacity {problem.density:.2f} is above {crossover}; {unmeasured}")
+    return Choice("triton", f"capacity {problem.density:.2f} is at most {crossover}; {unmeasured}")

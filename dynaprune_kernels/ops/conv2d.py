@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
+from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.geometry import ConvGeometry
 from dynaprune_kernels.ops.registration import (
     OPS,
@@ -49,10 +50,13 @@ define(
 )
 
 
-def _backend(op: str, x: Tensor, features: int, capacity: int, block: Any, conv: list[int]) -> ModuleType:
-    weights = x.shape[1] * features * conv[0] * conv[1] // conv[8]
-    density = capacity * block[0] * block[1] / max(weights, 1)
-    return select(op, x.device.type, x.dtype, _positions(x), density)
+def _backend(
+    op: str, x: Tensor, outputs: int, channels: int, capacity: int, block: Any, conv: list[int]
+) -> ModuleType:
+    if ConvGeometry(*conv).pointwise:
+        op = op.replace("conv2d", "linear")
+    inputs = channels // conv[8] * conv[0] * conv[1]
+    return select(Problem(op, x.dtype, tuple(block), _positions(x), outputs, inputs, capacity), x.device)
 
 
 def _blocks(dy: Tensor, x: Tensor, block: Any, conv: list[int]) -> int:
@@ -78,19 +82,21 @@ def _forward(
     tap: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> Tensor:
-    backend = _backend("conv2d_forward", x, out_channels, values.shape[0], values.shape[1:], conv)
+    backend = _backend("conv2d_forward", x, out_channels, x.shape[1], values.shape[0], values.shape[1:], conv)
     return backend.conv2d_forward(x, values, bias, index, out_channels, ConvGeometry(*conv))
 
 
 @implement("block_sparse_conv2d_dgrad")
 def _dgrad(dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: list[int]) -> Tensor:
-    backend = _backend("conv2d_dgrad", dy, input_size[1], values.shape[0], values.shape[1:], conv)
+    backend = _backend(
+        "conv2d_dgrad", dy, dy.shape[1], input_size[1], values.shape[0], values.shape[1:], conv
+    )
     return backend.conv2d_dgrad(dy, values, index, input_size, ConvGeometry(*conv))
 
 
 @implement("block_sparse_conv2d_wgrad")
 def _wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], conv: list[int]) -> Tensor:
-    backend = _backend("conv2d_wgrad", x, dy.shape[1], capacity, block, conv)
+    backend = _backend("conv2d_wgrad", x, dy.shape[1], x.shape[1], capacity, block, conv)
     return backend.conv2d_wgrad(dy, x, index, capacity, block, ConvGeometry(*conv))
 
 
@@ -98,7 +104,7 @@ def _wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int]
 def _wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: list[int]
 ) -> tuple[Tensor, Tensor]:
-    backend = _backend("conv2d_wgrad", x, dy.shape[1], values.shape[0], values.shape[1:], conv)
+    backend = _backend("conv2d_wgrad", x, dy.shape[1], x.shape[1], values.shape[0], values.shape[1:], conv)
     return backend.conv2d_wgrad_saliency(dy, x, values, index, ConvGeometry(*conv))
 
 
@@ -106,7 +112,7 @@ def _wgrad_saliency(
 def _probe(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], conv: list[int], probe: Tensor
 ) -> Tensor:
-    backend = _backend("conv2d_probe", x, dy.shape[1], capacity, block, conv)
+    backend = _backend("conv2d_probe", x, dy.shape[1], x.shape[1], capacity, block, conv)
     return backend.conv2d_probe(dy, x, index, capacity, block, ConvGeometry(*conv), probe)
 
 

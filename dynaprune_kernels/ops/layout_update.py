@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
+from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.geometry import ConvGeometry
 from dynaprune_kernels.ops.registration import define, fake, implement
 
@@ -19,7 +20,7 @@ define(
 def _layout_update(
     mask: Tensor, slot_of_block: Tensor, index: Tensor, capacity: int, conv: list[int] | None, release: bool
 ) -> None:
-    backend = select("layout_update", mask.device.type, torch.int32)
+    backend = select(Problem("layout_update", torch.int32), mask.device)
     geometry = None if conv is None else ConvGeometry(*conv)
     backend.layout_update(mask, slot_of_block, index, capacity, geometry, release)
     # Kernels write through raw pointers; autograd must see that a graph saved an older index.

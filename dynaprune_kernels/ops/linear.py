@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
+from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.ops.registration import (
     OPS,
     accumulator,
@@ -40,9 +41,8 @@ define(
 )
 
 
-def _backend(op: str, x: Tensor, features: int, capacity: int, block: Any) -> ModuleType:
-    density = capacity * block[0] * block[1] / max(x.shape[1] * features, 1)
-    return select(op, x.device.type, x.dtype, x.shape[0], density)
+def _backend(op: str, x: Tensor, outputs: int, inputs: int, capacity: int, block: Any) -> ModuleType:
+    return select(Problem(op, x.dtype, tuple(block), x.shape[0], outputs, inputs, capacity), x.device)
 
 
 def _blocks(dy: Tensor, x: Tensor, block: Any) -> int:
@@ -59,31 +59,31 @@ def _forward(
     tap: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> Tensor:
-    backend = _backend("linear_forward", x, out_features, values.shape[0], values.shape[1:])
+    backend = _backend("linear_forward", x, out_features, x.shape[1], values.shape[0], values.shape[1:])
     return backend.linear_forward(x, values, bias, index, out_features)
 
 
 @implement("block_sparse_linear_dgrad")
 def _dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) -> Tensor:
-    backend = _backend("linear_dgrad", dy, in_features, values.shape[0], values.shape[1:])
+    backend = _backend("linear_dgrad", dy, dy.shape[1], in_features, values.shape[0], values.shape[1:])
     return backend.linear_dgrad(dy, values, index, in_features)
 
 
 @implement("block_sparse_linear_wgrad")
 def _wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int]) -> Tensor:
-    backend = _backend("linear_wgrad", x, dy.shape[1], capacity, block)
+    backend = _backend("linear_wgrad", x, dy.shape[1], x.shape[1], capacity, block)
     return backend.linear_wgrad(dy, x, index, capacity, block)
 
 
 @implement("block_sparse_linear_wgrad_saliency")
 def _wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    backend = _backend("linear_wgrad", x, dy.shape[1], values.shape[0], values.shape[1:])
+    backend = _backend("linear_wgrad", x, dy.shape[1], x.shape[1], values.shape[0], values.shape[1:])
     return backend.linear_wgrad_saliency(dy, x, values, index)
 
 
 @implement("linear_gradient_probe")
 def _probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], probe: Tensor) -> Tensor:
-    backend = _backend("linear_probe", x, dy.shape[1], capacity, block)
+    backend = _backend("linear_probe", x, dy.shape[1], x.shape[1], capacity, block)
     return backend.linear_probe(dy, x, index, capacity, block, probe)
 
 

@@ -1,0 +1,1 @@
+"""The raw ``@triton.jit`` kernels. Importing them needs triton."""
