@@ -186,6 +186,8 @@ def _costs(
             found["memory_bytes_last"] = held()
     else:
         found.update(closing_steps(arm, source))
+        # The peak was reset for the closing steps, and they may exceed what came before.
+        found["peak_memory_bytes"] = max(found["peak_memory_bytes"], found["memory_bytes_last"] or 0)
     found["training_state"] = metrics.training_state_bytes(arm.model, arm.optimizer)
     found["training_state_bytes"] = found["training_state"]["total"]
     if pruned and not found["interrupted"]:
