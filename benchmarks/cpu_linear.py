@@ -9,18 +9,23 @@ Every result is compared with float64 before it is timed. Efficiency is density 
 a dense kernel that could skip the dead blocks at no cost. With ``--threads 1`` the thread's CPU time is
 counted instead of wall time, which is the way to measure on a machine that others use, too.
 
-Every call allocates its output. From 32 MiB on, where the allocator maps fresh pages for each, ours asks for
-huge pages and torch's own operators do not: part of such a ratio is page faults. THP_MEM_ALLOC_ENABLE=1 in
-the environment makes torch ask for them everywhere and the comparison one of kernels alone.
+First the fastest dense contestant of an op is found, then ours and that one are timed in turn, so that a slow
+spell of the machine meets both.
+
+Every call allocates its output, and the C library's allocator keeps what is freed (``mallopt``; tcmalloc and
+jemalloc, which PyTorch's tuning guide recommends, do so by themselves). By default glibc gives blocks over
+32 MiB, and at times smaller ones, back to the system and faults them in anew on every call: about 1.5 us for
+each 4 KB page, more than a sparse product of the same memory may take. ``--fresh-memory`` measures with that.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,14 +48,21 @@ class Timing(NamedTuple):
     high: float
 
 
-def timings(calls: list[Callable[[], object]], seconds: float) -> list[Timing]:
-    """Times ``calls`` in turn, each at least 7 times and for about ``seconds``."""
+def keep_freed_memory() -> bool:
+    """Tells glibc's allocator to keep freed memory for the next call; False with another C library."""
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
+
+
+def timings(calls: Sequence[Callable[[], object]], least: int, seconds: float) -> list[Timing]:
+    """Times ``calls`` in turn, each at least ``least`` times and for about ``seconds``."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     taken: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     begin = time.perf_counter()
-    while len(taken[0]) < 7 or time.perf_counter() - begin < seconds * len(calls):
+    while len(taken[0]) < least or time.perf_counter() - begin < seconds * len(calls):
         for call, times in zip(calls, taken, strict=True):
             start = clock()
             call()
@@ -157,8 +169,9 @@ def measure(problem: Problem, op: str, seconds: float) -> dict[str, Any]:
     """One line of the table."""
     problem.check(op)
     contestants = problem.dense(op)
-    ours, *theirs = timings([problem.ours(op), *contestants.values()], seconds)
-    name, best = min(zip(contestants, theirs, strict=True), key=lambda pair: pair[1].median)
+    heats = timings(list(contestants.values()), least=3, seconds=0)
+    name = min(zip(contestants, heats, strict=True), key=lambda pair: pair[1].median)[0]
+    ours, best = timings([problem.ours(op), contestants[name]], least=11, seconds=seconds)
     rows, (outputs, inputs) = problem.x.shape[0], problem.weight.shape
     return {
         "op": op,
@@ -202,17 +215,20 @@ def main() -> None:
     parser.add_argument("--ops", default=",".join(OPS))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=float, help="for each call (default 0.3, or 1 without --quick)")
+    parser.add_argument("--seconds", type=float, help="for each call (default 0.5, or 1 without --quick)")
+    parser.add_argument("--fresh-memory", action="store_true", help="leave the allocator as it is")
     parser.add_argument("--json", type=Path, help="also write one JSON object a line to this file")
     arguments = parser.parse_args()
     status = extension.load()
     if not status.loaded:
         parser.error(f"nothing to measure: {status.reason}")
     torch.set_num_threads(arguments.threads)
+    kept = not arguments.fresh_memory and keep_freed_memory()
     shapes = arguments.shapes or (SHAPES if arguments.quick else f"{SHAPES},{MORE_SHAPES}")
     densities = arguments.densities or ("0.1" if arguments.quick else "0.1,0.2,0.5")
-    seconds = arguments.seconds or (0.3 if arguments.quick else 1.0)
+    seconds = arguments.seconds or (0.5 if arguments.quick else 1.0)
     print(f"{torch.ops.dynaprune_cpu.capability()}, {arguments.threads} threads, torch {torch.__version__}")
+    print("freed memory is kept" if kept else "the allocator may give freed memory back to the system")
     print(f"median ms (20% .. 80%) of {'CPU' if arguments.threads == 1 else 'wall'} time")
     lines = []
     for shape in shapes.split(","):

@@ -11,16 +11,16 @@
 
 namespace dynaprune::bindings {
 
-// glibc's allocator maps blocks of at least this size afresh on every allocation and keeps smaller ones
-// (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits).
-constexpr int64_t kFreshlyMapped = int64_t(32) << 20;
+// Below this an output holds at most one whole large page, and the system call is not worth it.
+constexpr int64_t kWorthAdvice = int64_t(4) << 20;
 
-// Asks the kernel for 2 MB pages behind a large new output: faulting 32 MiB in by 4 KB pages costs as much as a
-// quarter of the multiplication that fills them. Advice only: failure changes nothing.
+// Asks the kernel for 2 MB pages behind a large new output. Memory that the allocator maps afresh, or gave back
+// to the kernel (glibc does both from a few MiB on, depending on what was freed before), is faulted in while the
+// kernel writes it: by 4 KB pages that doubles the time of a sparse product. Advice only: failure changes nothing.
 inline void advise_huge_pages(const Tensor& output) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t bytes = output.numel() * static_cast<int64_t>(output.element_size());
-  if (bytes < kFreshlyMapped) return;
+  if (bytes < kWorthAdvice) return;
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   const uintptr_t data = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
   const uintptr_t begin = (data + kPage - 1) / kPage * kPage;

@@ -149,6 +149,13 @@ MultiplyTile<X, V, Y> multiply_tile_for(int rows, int vectors, bool tail) {
 // Most inputs (rows of the tile) for NV vectors of outputs in outer_tile.
 constexpr int outer_rows(int vectors) { return tile_rows(vectors) > 8 ? 8 : tile_rows(vectors); }
 
+// Moves a pointer in a way the compiler does not see through: it would keep one register a row.
+template <class A>
+DYNAPRUNE_INLINE void next_row(A*& p, int64_t ld) {
+  p += ld;
+  __asm__ volatile("" : "+r"(p));
+}
+
 // sum[i][0 .. width) (+)= sum_m x[m][i] * dy[m][0 .. width) for IR inputs, width = (NV - 1) * lanes + last.
 // `dy` rows must be readable to NV whole vectors (packed panels are padded); nothing past `width` is stored.
 template <class A, int IR, int NV, bool Tail>
@@ -157,13 +164,16 @@ void outer_tile(const A* x, int64_t ldx, const A* dy, int64_t lddy, int64_t rows
   typedef typename Num<A>::Vec Vec;
   constexpr int L = kLanes<A>;
   Vec acc[IR][NV];
+  A* to = sum;
 #pragma GCC unroll 16
-  for (int i = 0; i < IR; ++i)
+  for (int i = 0; i < IR; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const A* from = sum + i * ldsum + v * L;
-      acc[i][v] = !add ? Vec{} : Tail && v == NV - 1 ? load_partial(from, last) : load(from);
+      acc[i][v] = Vec{};
+      prefetch_for_write(to + v * L);
     }
+    next_row(to, ldsum);
+  }
 #pragma GCC unroll 1
   for (int64_t m = 0; m < rows; ++m) {
     Vec b[NV];
@@ -178,16 +188,21 @@ void outer_tile(const A* x, int64_t ldx, const A* dy, int64_t lddy, int64_t rows
     x += ldx;
     dy += lddy;
   }
+  to = sum;
 #pragma GCC unroll 16
-  for (int i = 0; i < IR; ++i)
+  for (int i = 0; i < IR; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      A* to = sum + i * ldsum + v * L;
-      if (Tail && v == NV - 1)
-        store_partial(to, acc[i][v], last);
+      const bool partial = Tail && v == NV - 1;
+      Vec total = acc[i][v];
+      if (add) total = total + (partial ? load_partial(to + v * L, last) : load(to + v * L));
+      if (partial)
+        store_partial(to + v * L, total, last);
       else
-        store(to, acc[i][v]);
+        store(to + v * L, total);
     }
+    next_row(to, ldsum);
+  }
 }
 
 template <class A>
@@ -226,10 +241,21 @@ struct Ahead {
   }
 };
 
+DYNAPRUNE_INLINE Ahead nothing_ahead() { return Ahead{nullptr, 0, 0, 0, 0}; }
+
+// Rows [row, row + rows) and elements [begin, end) of a matrix `ld` wide, to be asked for in `requests` pieces.
+template <class T>
+Ahead rectangle_ahead(const T* from, int64_t ld, int64_t row, int64_t rows, int64_t begin, int64_t end,
+                      int64_t requests) {
+  const int64_t bytes = (end - begin) * int64_t(sizeof(T)), lines = rows * bytes / 64;
+  return Ahead{reinterpret_cast<const char*>(from + row * ld + begin), ld * int64_t(sizeof(T)), bytes, rows,
+               requests > 0 ? (lines + requests - 1) / requests : lines};
+}
+
 // sum[0 .. depth)[0 .. width) (+)= x^T dy over `rows` rows of two panels: one block of a weight gradient.
 template <class A>
 void outer_block(const A* x, int64_t ldx, int64_t depth, const A* dy, int64_t lddy, int64_t width, int64_t rows,
-                 A* sum, int64_t ldsum, bool add, Ahead& ahead) {
+                 A* sum, int64_t ldsum, bool add, Ahead& x_ahead, Ahead& dy_ahead) {
   constexpr int L = kLanes<A>;
   for (int64_t o = 0; o < width; o += kMaxVectors * L) {
     const int64_t outputs = width - o < kMaxVectors * L ? width - o : kMaxVectors * L;
@@ -237,7 +263,8 @@ void outer_block(const A* x, int64_t ldx, int64_t depth, const A* dy, int64_t ld
     const int last = int(outputs - (vectors - 1) * L);
     const int64_t pieces = (depth + outer_rows(vectors) - 1) / outer_rows(vectors);
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      ahead.ask();
+      x_ahead.ask();
+      dy_ahead.ask();
       const int64_t i0 = depth * piece / pieces, i1 = depth * (piece + 1) / pieces;
       outer_tile_for<A>(int(i1 - i0), vectors, last != L)(x + i0, ldx, dy + o, lddy, rows, sum + i0 * ldsum + o,
                                                           ldsum, add, last);
