@@ -29,6 +29,20 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "dense": refere
 # break even (0.4 at 64, 0.1 at 32, 0.01 at 16; 0.98 at 128), since these merge small blocks.
 _GPU_CROSSOVER = {16: 0.25, 32: 0.5, 64: 0.7, 128: 0.95}
 
+# Share of the dense weight above which the CPU takes the vendor's library for blocks of 8, half an AVX-512
+# vector, from _CPU_MANY_ROWS rows on. Measured on 2 cores, torch 2.13: dense and ours break even at these
+# densities. Wider blocks were 1.1 to 18 times as fast as the materialised weight at density 0.6 and 0.8, 0.7
+# to 6.9 times at 1.
+_CPU_CROSSOVER = {
+    "linear_forward": 0.3,
+    "linear_dgrad": 0.3,
+    "linear_wgrad": 0.3,
+    "conv2d_forward": 0.15,
+    "conv2d_dgrad": 0.15,
+    "conv2d_wgrad": 0.45,
+}
+_CPU_MANY_ROWS = 256
+
 
 class Choice(NamedTuple):
     """A backend's name, and why it is the one."""
@@ -105,11 +119,25 @@ def choose(problem: Problem, device_type: str, device_name: str = "", forced: st
         return Choice(sparse, f"{problem.op} does the same work whatever the density")
     if sparse == "triton":
         return _faster_on_gpu(problem, device_name)
-    # Measured on a 2-core AVX-512 machine, 32 to 2,048 rows and 3x3 convolutions: 1.1 to 18 times as fast as
-    # the vendor's library on the materialised weight at density 0.6 and 0.8, 0.7 to 6.9 times at density 1.
-    return Choice(
-        "cpu", "the kernels are faster than the materialised weight, and level with it at density 1"
-    )
+    return _faster_on_cpu(problem)
+
+
+def _faster_on_cpu(problem: Problem) -> Choice:
+    assert problem.block is not None
+    crossover = _CPU_CROSSOVER.get(problem.op, 1.0)
+    half_vector = min(problem.block) <= 8 and torch.ops.dynaprune_cpu.capability() == "avx512"
+    if (
+        half_vector
+        and problem.dtype != torch.float64
+        and problem.rows >= _CPU_MANY_ROWS
+        and problem.density > crossover
+    ):
+        return Choice(
+            "dense",
+            f"blocks of 8 fill half an AVX-512 vector: dense from density {crossover} on, "
+            f"capacity {problem.density:.2f}",
+        )
+    return Choice("cpu", "measured faster than the materialised weight, and level with it at density 1")
 
 
 def _faster_on_gpu(problem: Problem, device_name: str) -> Choice:

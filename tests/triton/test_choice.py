@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynaprune_kernels import _extension
 from dynaprune_kernels.backends import dispatch
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config, support
@@ -152,3 +153,24 @@ def test_without_triton_everything_else_works() -> None:
         "assert 'dynaprune_kernels.backends.triton.linear' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("block", "rows", "density", "dtype", "backend"),
+    [
+        ((8, 8), 2048, 0.5, torch.float32, "dense"),
+        ((32, 8), 2048, 0.5, torch.float32, "dense"),
+        ((8, 8), 2048, 0.25, torch.float32, "cpu"),
+        ((8, 8), 32, 0.5, torch.float32, "cpu"),
+        ((8, 8), 2048, 0.5, torch.float64, "cpu"),
+        ((16, 16), 2048, 1.0, torch.float32, "cpu"),
+    ],
+)
+def test_half_vectors_go_to_the_dense_library_where_it_is_faster(
+    fresh: Path, block: tuple[int, int], rows: int, density: float, dtype: torch.dtype, backend: str
+) -> None:
+    if not _extension.load().loaded or torch.ops.dynaprune_cpu.capability() != "avx512":
+        pytest.skip("blocks of 8 fill half a vector with AVX-512 only")
+    capacity = int(1024 * 1024 * density) // (block[0] * block[1])
+    problem = Problem("linear_forward", dtype, block, rows, 1024, 1024, capacity)
+    assert dispatch.choose(problem, "cpu").backend == backend
