@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/flush_denormals.h"
 #include "cpu/layout_view.h"
 #include "cpu/types.h"
 
@@ -105,19 +106,24 @@ inline int64_t capacity_of_index(const char* op, const Tensor& index, int64_t ro
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// torch's own threads. Items are handed out by a counter, so uneven ones balance; which thread takes one has no
-// influence on its result.
-inline cpu::Workers torch_workers() {
-  cpu::Workers workers;
-  workers.count = static_cast<int64_t>(torch::stable::get_num_threads());
-  workers.run = [](int64_t items, void (*body)(void*, int64_t, int64_t), void* context) {
-    std::atomic<int64_t> next{0};
-    const int64_t count = static_cast<int64_t>(torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t) {
-      for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) body(context, item, begin);
-    });
-  };
-  return workers;
-}
+// torch's own threads, for one call of a kernel. Items are handed out by a counter, so uneven ones balance; which
+// thread takes one has no influence on its result.
+class TorchWorkers : public cpu::Workers {
+ public:
+  TorchWorkers() {
+    count = static_cast<int64_t>(torch::stable::get_num_threads());
+    run = [](int64_t items, void (*body)(void*, int64_t, int64_t), void* context) {
+      std::atomic<int64_t> next{0};
+      const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+      torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+        const FlushDenormals flush;
+        for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) body(context, item, begin);
+      });
+    };
+  }
+
+ private:
+  FlushDenormals flush_;  // of the calling thread, which does small work alone
+};
 
 }  // namespace dynaprune::bindings

@@ -133,9 +133,9 @@ void run_wgrad(const char* op, const Gradients& g, const LayoutView& layout, con
   const void *dy = g.dy.const_data_ptr(), *x = g.x.const_data_ptr();
   if (is_linear(g.shape))
     check_memory(op, linear_kernels().wgrad(g.dtype, linear_shape(g.shape), layout, dy, x, values, dvalues, sums,
-                                            torch_workers()));
+                                            TorchWorkers()));
   else
-    kernels().wgrad(g.dtype, g.shape, layout, torch_workers(), dy, x, values, dvalues, sums);
+    kernels().wgrad(g.dtype, g.shape, layout, TorchWorkers(), dy, x, values, dvalues, sums);
 }
 
 Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
@@ -159,9 +159,9 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
   if (is_linear(s))
     check_memory(op, linear_kernels().forward(dtype, linear_shape(s), layout, input.const_data_ptr(),
                                               values.const_data_ptr(), offsets, y.mutable_data_ptr(),
-                                              torch_workers()));
+                                              TorchWorkers()));
   else
-    kernels().forward(dtype, s, layout, torch_workers(), input.const_data_ptr(), values.const_data_ptr(), offsets,
+    kernels().forward(dtype, s, layout, TorchWorkers(), input.const_data_ptr(), values.const_data_ptr(), offsets,
                       y.mutable_data_ptr());
   return y;
 }
@@ -180,9 +180,9 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   Tensor dx = new_nhwc(gradient, s.images, s.in, s.height, s.width);
   if (is_linear(s))
     check_memory(op, linear_kernels().dgrad(dtype, linear_shape(s), layout, gradient.const_data_ptr(),
-                                            values.const_data_ptr(), dx.mutable_data_ptr(), torch_workers()));
+                                            values.const_data_ptr(), dx.mutable_data_ptr(), TorchWorkers()));
   else
-    kernels().dgrad(dtype, s, layout, torch_workers(), gradient.const_data_ptr(), values.const_data_ptr(),
+    kernels().dgrad(dtype, s, layout, TorchWorkers(), gradient.const_data_ptr(), values.const_data_ptr(),
                     dx.mutable_data_ptr());
   return dx;
 }
@@ -219,9 +219,9 @@ Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const void *gradient = g.dy.const_data_ptr(), *input = g.x.const_data_ptr();
   if (is_linear(g.shape))
     check_memory(op, linear_kernels().probe(g.dtype, linear_shape(g.shape), layout, gradient, input,
-                                            norms.mutable_data_ptr(), torch_workers()));
+                                            norms.mutable_data_ptr(), TorchWorkers()));
   else
-    kernels().probe(g.dtype, g.shape, layout, torch_workers(), gradient, input, norms.mutable_data_ptr());
+    kernels().probe(g.dtype, g.shape, layout, TorchWorkers(), gradient, input, norms.mutable_data_ptr());
   return norms;
 }
 

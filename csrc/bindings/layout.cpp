@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> block_saliency(const Tensor& values, const Tensor& gr
   Tensor neuron = torch::stable::new_empty(values, {rows * values.size(2)}, sum_dtype(dtype));
   DYNAPRUNE_CHOOSE(block_saliency)
   (dtype, values.size(1), values.size(2), layout, values.const_data_ptr(), gradient.const_data_ptr(),
-   stats.mutable_data_ptr(), neuron.mutable_data_ptr(), torch_workers());
+   stats.mutable_data_ptr(), neuron.mutable_data_ptr(), TorchWorkers());
   return {stats, neuron};
 }
 

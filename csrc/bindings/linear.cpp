@@ -55,7 +55,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, std::optional<Tenso
   advise_huge_pages(y);
   STD_TORCH_CHECK(kernels().forward(dtype, shape, layout, input.const_data_ptr(), values.const_data_ptr(),
                                     dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                                    torch_workers()),
+                                    TorchWorkers()),
                   op, kNoMemory);
   return y;
 }
@@ -72,7 +72,7 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   Tensor dx = torch::stable::new_empty(dy, {shape.m, shape.in});
   advise_huge_pages(dx);
   STD_TORCH_CHECK(kernels().dgrad(dtype, shape, layout, gradient.const_data_ptr(), values.const_data_ptr(),
-                                  dx.mutable_data_ptr(), torch_workers()),
+                                  dx.mutable_data_ptr(), TorchWorkers()),
                   op, kNoMemory);
   return dx;
 }
@@ -87,7 +87,7 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
   advise_huge_pages(dvalues);
   STD_TORCH_CHECK(kernels().wgrad(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(), nullptr,
-                                  dvalues.mutable_data_ptr(), nullptr, torch_workers()),
+                                  dvalues.mutable_data_ptr(), nullptr, TorchWorkers()),
                   op, kNoMemory);
   return dvalues;
 }
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> linear_wgrad_saliency(const Tensor& dy, const Tensor&
   Tensor wg = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));
   STD_TORCH_CHECK(kernels().wgrad(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(),
                                   values.const_data_ptr(), dvalues.mutable_data_ptr(), wg.mutable_data_ptr(),
-                                  torch_workers()),
+                                  TorchWorkers()),
                   op, kNoMemory);
   return {dvalues, wg};
 }
@@ -119,7 +119,7 @@ Tensor linear_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor squares = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));
   STD_TORCH_CHECK(kernels().probe(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(),
-                                  squares.mutable_data_ptr(), torch_workers()),
+                                  squares.mutable_data_ptr(), TorchWorkers()),
                   op, kNoMemory);
   return squares;
 }

@@ -6,11 +6,12 @@ arm."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,20 @@ def run_arm(config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False)
         CannotStart: data that cannot be read, settings that the pruner refuses for this model."""
     if arm_name not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm_name!r}")
-    with _Stop() as stop:
+    with _Stop() as stop, _denormals_flushed():
         return _run(config, arm_name, out, quiet, stop)
+
+
+@contextlib.contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """L2 decays the weights of dead units into denormals, and fused Adam takes four times as long with them.
+
+    A thread that starts inherits the setting, so it comes before torch's own threads do."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _run(config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop) -> dict[str, Any]:

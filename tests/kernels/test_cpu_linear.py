@@ -200,6 +200,18 @@ def test_no_rows(dtype: torch.dtype) -> None:
     assert not ops.linear_probe(layer.dy, layer.x, layer.index, 32, 32).any()
 
 
+@pytest.mark.parametrize("m", [1, 100])
+def test_denormals_count_as_zero_inside_a_kernel_only(m: int) -> None:
+    slots = np.arange(16).reshape(4, 4)
+    index = torch.from_numpy(packed_index(np.ones((4, 4), dtype=bool), slots, 16))
+    values = torch.full((16, 32, 32), 1e-40)
+    y = ops.linear_forward(torch.ones(m, 128), values, None, index, 128)
+    dx = ops.linear_dgrad(torch.ones(m, 128), values, index, 128)
+    assert bool((y == 0).all()) and bool((dx == 0).all())
+    unchanged = (values * 1.0).view(torch.int32).equal(values.view(torch.int32))
+    assert unchanged, "the caller's own arithmetic must keep its denormals"
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 def test_infinite_activations_stay_out_of_padding() -> None:
     layer = make_layer(70, 45, 50, 32, 32, 1.0)
