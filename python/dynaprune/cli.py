@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from dynaprune.tasks import task_names
 
 if TYPE_CHECKING:
     from dynaprune.run_config import RunConfig
@@ -21,32 +26,80 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-TaskName = Annotated[str, typer.Argument(help="digits, titanic", metavar="TASK")]
+# Every setting of a run, as options of `compare` and `train`. Those in _TASK_OPTIONS belong to some tasks.
+_SETTINGS: dict[str, Any] = {
+    "epochs": Annotated[int | None, typer.Option(help="at most this many epochs")],
+    "seed": Annotated[int | None, typer.Option(help="seed of split, weights and batches [default: 0]")],
+    "target_sparsity": Annotated[float | None, typer.Option(help="share of weights to remove, 0..1")],
+    "self_paced": Annotated[
+        bool, typer.Option("--self-paced", help="no target: the trial alone decides how far")
+    ],
+    "data": Annotated[
+        str | None, typer.Option(help="'hub' or a folder [default: DYNAPRUNE_DATA, else the hub]")
+    ],
+    "device": Annotated[str | None, typer.Option(help="auto, cpu or cuda [default: auto]")],
+    "preset": Annotated[
+        str | None,
+        typer.Option(help="'paper', the experiment's literal settings, or a task's own"),
+    ],
+    "paper": Annotated[bool, typer.Option("--paper", help="the same as --preset paper")],
+    "block_size": Annotated[int | None, typer.Option(help="edge of a block")],
+    "threshold": Annotated[
+        float | None, typer.Option(help="the trial's probability of accepting a harmful removal")
+    ],
+    "optimizer": Annotated[str | None, typer.Option(help="adam (L2 in the gradient) or adamw")],
+    "lr": Annotated[float | None, typer.Option(help="learning rate")],
+    "schedule": Annotated[str | None, typer.Option(help="of the learning rate: constant, linear or cosine")],
+    "warmup_steps": Annotated[int | None, typer.Option(help="steps over which the learning rate rises")],
+    "max_grad_norm": Annotated[float | None, typer.Option(help="clip gradients to this norm; 0: do not")],
+    "batch_size": Annotated[int | None, typer.Option(help="samples per step")],
+    "patience": Annotated[
+        int | None, typer.Option(help="epochs without a better validation loss before stopping")
+    ],
+    "weight_decay": Annotated[float | None, typer.Option(help="L2, or AdamW's decay")],
+    "dropout": Annotated[float | None, typer.Option(help="the baseline's dropout")],
+    "calibration_samples": Annotated[int | None, typer.Option(help="training samples per trial evaluation")],
+    "train_samples": Annotated[
+        int | None, typer.Option(help="train on this many samples, drawn by class; 0: on all")
+    ],
+    "width": Annotated[float | None, typer.Option(help="cifar10: channels relative to ResNet-18")],
+    "size": Annotated[str | None, typer.Option(help="imdb, speech: size of the model")],
+    "init": Annotated[str | None, typer.Option(help="imdb, speech: scratch, pretrained or a folder")],
+    "pretrain_epochs": Annotated[
+        int | None, typer.Option(help="imdb: epochs of masked-language modelling on the task's text before")
+    ],
+    "max_length": Annotated[int | None, typer.Option(help="imdb: tokens per text")],
+    "objective": Annotated[str | None, typer.Option(help="common_voice: ctc or language")],
+}
+_TASK_OPTIONS = ("train_samples", "width", "size", "init", "pretrain_epochs", "max_length", "objective")
+
+TaskName = Annotated[str, typer.Argument(help=", ".join(task_names()), metavar="TASK")]
 Out = Annotated[Path, typer.Option("--out", help="new or empty folder for the results")]
-Epochs = Annotated[int | None, typer.Option(help="at most this many epochs")]
-Seed = Annotated[int | None, typer.Option(help="seed of split, weights and batches [default: 0]")]
-Target = Annotated[
-    float | None, typer.Option("--target-sparsity", help="share of prunable weights to remove, 0..1")
-]
-SelfPaced = Annotated[bool, typer.Option("--self-paced", help="no target: the trial alone decides how far")]
-Data = Annotated[str | None, typer.Option(help="'hub' or a folder [default: DYNAPRUNE_DATA, else the hub]")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-Paper = Annotated[
-    bool, typer.Option("--paper", help="the experiment's literal settings, whatever the task prefers")
-]
-Block = Annotated[int | None, typer.Option("--block-size", help="edge of a block")]
-Threshold = Annotated[
-    float | None, typer.Option(help="the trial's probability of accepting a harmful removal")
-]
-Rate = Annotated[float | None, typer.Option(help="Adam's learning rate")]
-Batch = Annotated[int | None, typer.Option("--batch-size", help="samples per step")]
-Patience = Annotated[int | None, typer.Option(help="epochs without a better validation loss before stopping")]
-Decay = Annotated[float | None, typer.Option("--weight-decay", help="L2")]
-Dropout = Annotated[float | None, typer.Option(help="the baseline's dropout")]
-Samples = Annotated[
-    int | None, typer.Option("--calibration-samples", help="training samples per trial evaluation")
-]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+
+
+def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives ``command(..., settings)`` the options of _SETTINGS in place of its last parameter."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if name in ("self_paced", "paper") else None,
+            annotation=annotation,
+        )
+        for name, annotation in _SETTINGS.items()
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        settings = {name: given.pop(name) for name in _SETTINGS}
+        command(**given, settings=settings)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def _fail(message: object) -> NoReturn:
@@ -54,15 +107,21 @@ def _fail(message: object) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _resolve(task: str, **given: Any) -> RunConfig:
+def _resolve(task: str, settings: dict[str, Any]) -> RunConfig:
     from dynaprune.run_config import resolve
     from dynaprune.tasks import get_task
 
+    given = dict(settings)
+    if given.pop("paper"):
+        if given["preset"] not in (None, "paper"):
+            _fail(f"give --paper or --preset {given['preset']}, not both")
+        given["preset"] = "paper"
+    options = {name: given.pop(name) for name in _TASK_OPTIONS}
     try:
-        if given.get("data") is not None and not get_task(task).uses_data_folder:
+        if given["data"] is not None and not get_task(task).uses_data_folder:
             typer.echo(f"note: {task} comes with scikit-learn, --data is not used", err=True)
-        return resolve(task, **given)
-    except (ValueError, TypeError) as error:
+        return resolve(task, options=options, **given)
+    except (ValueError, TypeError, ImportError) as error:
         _fail(error)
 
 
@@ -77,52 +136,22 @@ def _seeds(text: str) -> list[int]:
 
 
 @app.command("compare")
+@_takes_settings
 def compare_command(
     task: TaskName,
     out: Out,
-    epochs: Epochs = None,
-    seed: Seed = None,
-    target_sparsity: Target = None,
-    self_paced: SelfPaced = False,
-    data: Data = None,
-    device: Device = "auto",
     seeds: Annotated[str | None, typer.Option(help="repeat over these seeds, for example 0,1,2")] = None,
     folds: Annotated[
         int | None, typer.Option(help="repeat over the folds of a k-fold cross-validation")
     ] = None,
-    paper: Paper = False,
-    block_size: Block = None,
-    threshold: Threshold = None,
-    lr: Rate = None,
-    batch_size: Batch = None,
-    patience: Patience = None,
-    weight_decay: Decay = None,
-    dropout: Dropout = None,
-    calibration_samples: Samples = None,
     quiet: Quiet = False,
+    settings: Any = None,
 ) -> None:
     """Train TASK twice on the same data, dense with dropout and pruned while it trains, and report on both.
 
     With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started
     again with the same settings, finished runs are kept."""
-    config = _resolve(
-        task,
-        epochs=epochs,
-        seed=seed,
-        target_sparsity=target_sparsity,
-        self_paced=self_paced,
-        data=data,
-        device=device,
-        paper=paper,
-        block_size=block_size,
-        threshold=threshold,
-        lr=lr,
-        batch_size=batch_size,
-        patience=patience,
-        weight_decay=weight_decay,
-        dropout=dropout,
-        calibration_samples=calibration_samples,
-    )
+    config = _resolve(task, settings)
     from dynaprune import compare as comparison
     from dynaprune.terminal import print_report, print_summary
 
@@ -130,7 +159,7 @@ def compare_command(
         if seeds is not None or folds is not None:
             from dynaprune.repeat import repeat
 
-            if seeds is not None and seed is not None:
+            if seeds is not None and settings["seed"] is not None:
                 _fail("give --seed or --seeds, not both")
             if folds is not None and folds < 2:
                 _fail(f"--folds must be at least 2, got {folds}")
@@ -156,47 +185,17 @@ def compare_command(
 
 
 @app.command("train")
+@_takes_settings
 def train_command(
     task: TaskName,
     out: Out,
     arm: Annotated[str, typer.Option(help="baseline or pruned")],
-    epochs: Epochs = None,
-    seed: Seed = None,
-    target_sparsity: Target = None,
-    self_paced: SelfPaced = False,
-    data: Data = None,
-    device: Device = "auto",
-    paper: Paper = False,
-    block_size: Block = None,
-    threshold: Threshold = None,
-    lr: Rate = None,
-    batch_size: Batch = None,
-    patience: Patience = None,
-    weight_decay: Decay = None,
-    dropout: Dropout = None,
-    calibration_samples: Samples = None,
     quiet: Quiet = False,
+    settings: Any = None,
 ) -> None:
     """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its
     structure."""
-    config = _resolve(
-        task,
-        epochs=epochs,
-        seed=seed,
-        target_sparsity=target_sparsity,
-        self_paced=self_paced,
-        data=data,
-        device=device,
-        paper=paper,
-        block_size=block_size,
-        threshold=threshold,
-        lr=lr,
-        batch_size=batch_size,
-        patience=patience,
-        weight_decay=weight_decay,
-        dropout=dropout,
-        calibration_samples=calibration_samples,
-    )
+    config = _resolve(task, settings)
     from dynaprune.compare import check_empty
     from dynaprune.train import ARMS, exit_code, run_arm
 

@@ -86,6 +86,8 @@ def _run_arm(
         arm,
         "--out",
         str(out / arm),
+        "--pretrained",
+        str(out / "pretrained.safetensors"),
     ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()

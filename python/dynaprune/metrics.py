@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 __all__ = [
-    "accuracy_and_f1",
     "environment",
     "flops_of",
     "held_bytes",
@@ -30,17 +29,6 @@ __all__ = [
 ]
 
 STEPS_TIMED = 20
-
-
-def accuracy_and_f1(targets: torch.Tensor, predictions: torch.Tensor, average: str) -> tuple[float, float]:
-    """Accuracy and F1 (scikit-learn, ``average`` "macro" or "binary") of predicted classes ``[n]``, both
-    0..1."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    truth, guess = targets.cpu().numpy(), predictions.cpu().numpy()
-    return float(accuracy_score(truth, guess)), float(
-        f1_score(truth, guess, average=average, zero_division=0.0)
-    )
 
 
 def median_seconds(seconds: list[float]) -> float | None:

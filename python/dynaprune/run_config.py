@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynaprune.tasks import Split, get_task
+from dynaprune.tasks import Split, Task, get_task
 
 if TYPE_CHECKING:
     from dynaprune.pruning.config import PruningConfig
 
 __all__ = ["RunConfig", "resolve"]
+
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class RunConfig:
     """Everything that decides a run's result, the same for both arms (``dropout`` is the baseline's).
 
     ``target_sparsity`` None means self-paced. ``pruning`` holds further keyword arguments of
-    `dynaprune.PruningConfig`."""
+    `dynaprune.PruningConfig`, ``options`` the settings that only this task has."""
 
     task: str
     seed: int = 0
@@ -32,7 +36,11 @@ class RunConfig:
     data: str | None = None
     device: str = "cpu"
     epochs: int = 50
+    optimizer: str = "adam"
     lr: float = 1e-3
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0
     batch_size: int = 32
     weight_decay: float = 1e-4
     patience: int = 5
@@ -41,8 +49,9 @@ class RunConfig:
     block_size: int = 32
     target_sparsity: float | None = 0.9
     calibration_samples: int = 1024
-    paper: bool = False
+    preset: str | None = None
     pruning: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def split(self) -> Split:
         """Which rows are the test part."""
@@ -79,6 +88,22 @@ class RunConfig:
         return cls(**json.loads(path.read_text()))
 
 
+# The experiment's literal settings, whatever a task's defaults are.
+PAPER: dict[str, Any] = {
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+    "batch_size": 32,
+    "epochs": 50,
+    "patience": 5,
+    "weight_decay": 1e-4,
+    "dropout": 0.5,
+    "threshold": 0.01,
+}
+
+
 def _device(name: str) -> str:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
@@ -102,7 +127,11 @@ def check(config: RunConfig) -> RunConfig:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     _positive("lr", config.lr)
-    _positive("weight_decay", config.weight_decay, zero=True)
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        _positive(name, getattr(config, name), zero=True)
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {config.dropout}")
     if not 0 < config.threshold < 1:
@@ -119,21 +148,53 @@ def check(config: RunConfig) -> RunConfig:
     return config
 
 
-def resolve(task: str, *, paper: bool = False, self_paced: bool = False, **given: Any) -> RunConfig:
-    """A checked configuration: the task's defaults, the experiment's literal settings if ``paper``, then what
-    was given.
+def _options(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The task's own settings, with what was given; ValueError for one that the task does not have, or of
+    another type than its default's."""
+    chosen = dict(task.options)
+    for name, value in given.items():
+        if name not in chosen:
+            known = ", ".join(chosen) or "none"
+            raise ValueError(f"{task.name} has no setting {name!r}; its own settings: {known}")
+        default = chosen[name]
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be like its default {default!r}, got {value!r}")
+        chosen[name] = value
+    return chosen
 
-    ``given`` takes the fields of `RunConfig`; None means not given. ``self_paced`` drops the target sparsity.
-    """
+
+def resolve(
+    task: str,
+    *,
+    preset: str | None = None,
+    self_paced: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **given: Any,
+) -> RunConfig:
+    """A checked configuration: the task's defaults, then those of a named preset ("paper": the experiment's
+    literal settings), then what was given.
+
+    ``given`` takes the fields of `RunConfig`, ``options`` the task's own settings; None means not given.
+    ``self_paced`` drops the target sparsity."""
     known = get_task(task)
-    names = {f.name for f in fields(RunConfig)}
+    names = {f.name for f in fields(RunConfig)} - {"options"}
     defaults = {k: v for k, v in asdict(known.defaults).items() if k in names}
-    config = RunConfig(task=task, paper=paper, **defaults)
-    if paper:
-        config = replace(config, **known.paper)
+    config = RunConfig(task=task, preset=preset, **defaults)
+    chosen: dict[str, Any] = {}
+    if preset is not None:
+        presets = {"paper": PAPER, **known.presets}
+        if preset not in presets:
+            raise ValueError(f"{task} has the presets {', '.join(presets)}, got {preset!r}")
+        settings = dict(presets[preset])
+        chosen = dict(settings.pop("options", {}))
+        config = replace(config, **settings)
     if self_paced:
         if given.get("target_sparsity") is not None:
             raise ValueError("--self-paced has no target: leave --target-sparsity out")
         config = replace(config, target_sparsity=None, pruning=dict(known.defaults.self_paced))
-    config = replace(config, **{k: v for k, v in given.items() if v is not None})
+    chosen.update({k: v for k, v in (options or {}).items() if v is not None})
+    config = replace(
+        config, options=_options(known, chosen), **{k: v for k, v in given.items() if v is not None}
+    )
     return check(replace(config, device=_device(given.get("device") or "auto")))

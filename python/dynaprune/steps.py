@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from dynaprune import metrics
 from dynaprune.run_config import RunConfig
 from dynaprune.tasks import Task, TaskData
-from dynaprune.tasks.data import batches
+from dynaprune.tasks.data import batches, training_batches
 
 __all__ = [
     "Arm",
@@ -22,12 +23,14 @@ __all__ = [
     "evaluate",
     "full_batches",
     "make_optimizer",
+    "make_schedule",
     "now",
     "time_in_turn",
     "to_device",
 ]
 
 _ROUNDS, _STEPS_PER_ROUND = 8, 5
+_EVALUATION_BATCH = 128
 
 
 def now(device: torch.device) -> float:
@@ -49,17 +52,36 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, str]:
-    """Adam (fused where this torch and device have it) and the name of the implementation."""
+    """Adam or AdamW (fused where this torch and device have it) and the name of the implementation."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     try:
-        return torch.optim.Adam(model.parameters(), fused=True, **settings), "Adam, fused"
+        return kind(model.parameters(), fused=True, **settings), f"{kind.__name__}, fused"
     except RuntimeError as reason:
-        return torch.optim.Adam(model.parameters(), **settings), f"Adam, torch's default: {reason}"
+        return kind(model.parameters(), **settings), f"{kind.__name__}, torch's default: {reason}"
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: RunConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over ``total_steps`` steps: a linear rise over ``config.warmup_steps``, then
+    ``config.schedule``."""
+    warmup = min(config.warmup_steps, total_steps - 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+            config.schedule
+        ]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 @dataclass
 class Arm:
-    """A model, its optimizer, and the cost of the steps it has made.
+    """A model, its optimizer and schedule, and the cost of the steps it has made.
 
     ``flops_per_sample`` has one entry per measurement: the first step and every first step after a change of
     structure."""
@@ -69,6 +91,7 @@ class Arm:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     step_seconds: list[float] = field(default_factory=list)
     flops_per_sample: list[float] = field(default_factory=list)
     flops_total: float = 0.0
@@ -90,9 +113,13 @@ class Arm:
             self.flops_per_sample.append(flops / len(targets))
         else:
             loss = self._forward_backward(inputs, targets)
+        if self.config.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         if not count_flops:
             self.step_seconds.append(now(self.device) - started)
+        if self.schedule is not None:
+            self.schedule.step()
         if self.flops_per_sample:
             self.flops_total += self.flops_per_sample[-1] * len(targets)
         return loss
@@ -104,21 +131,26 @@ class Arm:
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, dataset: Dataset[Any], device: torch.device, batch_size: int = 256
-) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Mean loss, true classes ``[n]`` and predicted classes ``[n]``, with the model in evaluation mode
-    meanwhile."""
+    task: Task,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    device: torch.device,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> tuple[float, dict[str, float]]:
+    """Mean loss and the task's metrics over ``dataset``, with the model in evaluation mode meanwhile."""
     training = model.training
     model.eval()
-    losses, truth, guess = [], [], []
-    for inputs, targets in batches(dataset, batch_size):
-        inputs, targets = to_device(inputs, device), targets.to(device)
-        outputs = task.forward(model, inputs)
-        losses.append(task.losses(outputs, targets).double())
-        truth.append(targets)
-        guess.append(outputs.argmax(dim=-1))
+    losses: list[torch.Tensor] = []
+    truth: list[Any] = []
+    guess: list[Any] = []
+    for inputs, targets in batches(dataset, _EVALUATION_BATCH, collate=collate):
+        outputs = task.forward(model, to_device(inputs, device))
+        losses.append(task.losses(outputs, targets.to(device)).double())
+        predictions = task.predict(outputs)
+        truth += targets.tolist()
+        guess += predictions.tolist() if isinstance(predictions, torch.Tensor) else predictions
     model.train(training)
-    return float(torch.cat(losses).mean()), torch.cat(truth), torch.cat(guess)
+    return float(torch.cat(losses).mean()), task.score(truth, guess)
 
 
 def full_batches(
@@ -127,7 +159,7 @@ def full_batches(
     """Training batches of full size on ``device``, without end (data smaller than a batch come whole)."""
     full = min(config.batch_size, len(data.train))  # type: ignore[arg-type]
     while True:
-        for inputs, targets in batches(data.train, config.batch_size, generator):
+        for inputs, targets in training_batches(data, config.batch_size, generator):
             if len(targets) == full:
                 yield to_device(inputs, device), targets.to(device)
 

@@ -113,16 +113,22 @@ class PrunedStructure(DenseStructure):
         model, config, task = arm.model, arm.config, arm.task
         super().__init__(model)
 
-        def losses(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def losses(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             inputs, targets = batch
-            return task.losses(task.forward(model, inputs), targets), targets
+            classes = targets if data.classes is not None else None
+            return task.losses(task.forward(model, inputs), targets), classes
 
         self.trial = CountedTrial(
             dynaprune.CalibrationTrial(
-                model, data.train, losses, samples=config.calibration_samples, seed=config.model_seed + 1
+                model,
+                data.train,
+                losses,
+                samples=config.calibration_samples,
+                seed=config.model_seed + 1,
+                collate=data.collate,
             )
         )
-        inputs, _ = next(batches(data.train, 2))
+        inputs, _ = next(batches(data.train, 2, collate=data.collate))
         total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
         pruning = config.pruning_config(total_steps, data.classes)
         self.pruner = dynaprune.attach(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import signal
 import sys
 import threading
@@ -16,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
 from dynaprune import metrics
 from dynaprune.early_stopping import EarlyStopping
 from dynaprune.progress import EpochProgress
-from dynaprune.report import write_csv, write_json
+from dynaprune.report import write_bytes, write_csv, write_json
 from dynaprune.run_config import RunConfig
 from dynaprune.steps import (
     Arm,
@@ -30,13 +32,14 @@ from dynaprune.steps import (
     evaluate,
     full_batches,
     make_optimizer,
+    make_schedule,
     now,
     time_in_turn,
     to_device,
 )
 from dynaprune.structure import DenseStructure, PrunedStructure
-from dynaprune.tasks import TaskData, get_task
-from dynaprune.tasks.data import batches, batches_per_epoch
+from dynaprune.tasks import Task, TaskData, get_task
+from dynaprune.tasks.data import batches_per_epoch, training_batches
 
 __all__ = ["ARMS", "CannotStart", "main", "run_arm"]
 
@@ -106,7 +109,7 @@ def _train(
     with EpochProgress(arm_name, config.epochs, total_steps, quiet=quiet) as progress:
         for epoch in range(1, config.epochs + 1):
             version_before, loss_sum, seen = structure.version(), torch.zeros((), device=device), 0
-            for inputs, targets in batches(data.train, config.batch_size, order):
+            for inputs, targets in training_batches(data, config.batch_size, order):
                 inputs, targets = to_device(inputs, device), targets.to(device)
                 changed = structure.version() != measured_version
                 measured_version = structure.version()
@@ -119,7 +122,7 @@ def _train(
                     break
             if len(done.first_steps) < metrics.STEPS_TIMED:
                 done.first_steps = arm.step_seconds[: metrics.STEPS_TIMED]
-            validation_loss, truth, guess = evaluate(arm.task, arm.model, data.validation, device)
+            validation_loss, scores = evaluate(arm.task, arm.model, data.validation, device, data.collate)
             best = stopping.update(
                 epoch,
                 validation_loss,
@@ -137,7 +140,7 @@ def _train(
                     "seconds": now(device) - begun,
                     "train_loss": float(loss_sum) / seen,
                     "validation_loss": validation_loss,
-                    "validation_accuracy": float((truth == guess).double().mean()),
+                    **{f"validation_{name}": value for name, value in scores.items()},
                     "sparsity": structure.sparsity(),
                     "parameters_active": structure.parameters_active(),
                     "flops_per_step": arm.flops_per_step(-1),
@@ -197,8 +200,34 @@ def _costs(
     return found
 
 
-def run_arm(config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False) -> dict[str, Any]:
+def _pretrained(
+    task: Task, model: nn.Module, data: TaskData, config: RunConfig, device: torch.device, file: Path
+) -> dict[str, Any]:
+    """Pretrains the fresh model where the settings ask for it, or takes the weights that the other arm left
+    in ``file``. Returns what the report says of it."""
+    if not config.options.get("pretrain_epochs"):
+        return {}
+    if task.pretrain is None:
+        raise CannotStart(f"{task.name} has no pretraining, got pretrain_epochs")
+    notes = file.with_suffix(".json")
+    if not (file.is_file() and notes.is_file()):
+        begun = now(device)
+        said = task.pretrain(model, data, config, device)
+        said["pretrain_seconds"] = now(device) - begun
+        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        write_bytes(file, lambda target: target.write(safetensors.torch.save(tensors)))
+        write_json(notes, said)
+    model.load_state_dict(safetensors.torch.load_file(file))
+    torch.manual_seed(config.model_seed)
+    return dict(json.loads(notes.read_text()))
+
+
+def run_arm(
+    config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False, pretrained: Path | None = None
+) -> dict[str, Any]:
     """Train and test one arm; write ``arm.json``, ``history.csv`` and the structure over time into ``out``.
+
+    ``pretrained`` is where the weights of a pretraining are kept or taken from (``out`` where not given).
 
     A SIGINT ends training after the current step; what was trained is then tested and written,
     ``interrupted`` true.
@@ -209,7 +238,8 @@ def run_arm(config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False)
     if arm_name not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm_name!r}")
     with _Stop() as stop, _denormals_flushed():
-        return _run(config, arm_name, out, quiet, stop)
+        file = pretrained if pretrained is not None else out / "pretrained.safetensors"
+        return _run(config, arm_name, out, quiet, stop, file)
 
 
 @contextlib.contextmanager
@@ -224,12 +254,14 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _run(config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop) -> dict[str, Any]:
+def _run(
+    config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop, pretrained_file: Path
+) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
     task = get_task(config.task)
     try:
-        data = task.load(config.split())
+        data = task.load(config.split(), config.options)
     except (ValueError, OSError, ImportError) as error:
         raise CannotStart(str(error)) from error
     held_before = metrics.held_bytes(device)
@@ -237,8 +269,11 @@ def _run(config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop) 
     pruned = arm_name == "pruned"
     torch.manual_seed(config.model_seed)
     model = task.build_model(data, 0.0 if pruned else config.dropout).to(device).train()
+    pretrained = _pretrained(task, model, data, config, device, pretrained_file)
     optimizer, implementation = make_optimizer(model, config)
-    arm = Arm(config, task, model, optimizer, device)
+    total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
+    schedule = make_schedule(optimizer, config, total_steps)
+    arm = Arm(config, task, model, optimizer, device, schedule)
     order = torch.Generator().manual_seed(config.model_seed)
     structure: DenseStructure
     try:
@@ -249,13 +284,12 @@ def _run(config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop) 
     done = _train(arm, arm_name, data, structure, order, stop, out, quiet)
     assert done.kept is not None
     tested, facts = done.kept
-    test_loss, truth, guess = evaluate(task, tested, data.test, device)
-    accuracy, f1 = metrics.accuracy_and_f1(truth, guess, task.f1_average)
+    test_loss, scores = evaluate(task, tested, data.test, device, data.collate)
     structure.write(out, tested)
     result = {
-        "test_accuracy": accuracy,
-        "test_f1": f1,
+        **{f"test_{name}": value for name, value in scores.items()},
         "test_loss": test_loss,
+        **pretrained,
         **_costs(arm, done, structure, data, order),
         **facts,
         "memory_bytes_before_model": held_before,
@@ -287,8 +321,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--pretrained", type=Path, help="weights of a pretraining: kept or taken here")
     given = parser.parse_args(arguments)
-    return exit_code(lambda: run_arm(RunConfig.read(given.config), given.arm, given.out, quiet=given.quiet))
+    config = RunConfig.read(given.config)
+    return exit_code(
+        lambda: run_arm(config, given.arm, given.out, quiet=given.quiet, pretrained=given.pretrained)
+    )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from torch import nn
 
 from dynaprune import metrics
 from dynaprune.run_config import RunConfig
-from dynaprune.steps import Arm, evaluate, make_optimizer
-from dynaprune.tasks import get_task
+from dynaprune.steps import Arm, evaluate, make_optimizer, make_schedule
+from dynaprune.tasks import accuracy_and_f1, get_task
 from dynaprune.tasks.data import mlp
 
 CPU = torch.device("cpu")
@@ -63,19 +63,33 @@ def test_evaluation_leaves_the_mode_and_averages_over_samples() -> None:
     task = get_task("digits")
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 10)).train()
     data = torch.utils.data.TensorDataset(torch.randn(37, 6), torch.randint(0, 10, (37,)))
-    loss, truth, guess = evaluate(task, model, data, CPU, batch_size=8)
+    loss, scores = evaluate(task, model, data, CPU)
     assert model.training
-    assert loss == pytest.approx(evaluate(task, model, data, CPU, batch_size=37)[0], rel=1e-6)
     outputs = model[1](data.tensors[0]).detach()
     assert loss == pytest.approx(float(nn.functional.cross_entropy(outputs, data.tensors[1])), rel=1e-6)
-    assert torch.equal(truth, data.tensors[1]) and torch.equal(guess, outputs.argmax(1))
+    assert scores["accuracy"] == float((outputs.argmax(1) == data.tensors[1]).double().mean())
 
 
 def test_accuracy_and_f1() -> None:
-    truth, guess = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 0])
-    accuracy, f1 = metrics.accuracy_and_f1(truth, guess, "binary")
-    assert accuracy == pytest.approx(0.6) and f1 == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert metrics.accuracy_and_f1(truth, guess, "macro")[1] == pytest.approx((0.5 + 2 / 3) / 2)
+    truth, guess = [0, 0, 1, 1, 1], [0, 1, 1, 1, 0]
+    scores = accuracy_and_f1("binary")(truth, guess)
+    assert scores == {"accuracy": pytest.approx(0.6), "f1": pytest.approx(2 * 2 / (2 * 2 + 1 + 1))}
+    assert accuracy_and_f1("macro")(truth, guess)["f1"] == pytest.approx((0.5 + 2 / 3) / 2)
+
+
+def test_the_rate_rises_over_the_warmup_and_falls_to_zero() -> None:
+    for name, middle in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
+        config = RunConfig(task="digits", lr=0.1, schedule=name, warmup_steps=4)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.lr)
+        schedule = make_schedule(optimizer, config, total_steps=24)
+        rates = []
+        for _ in range(24):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert rates[:4] == pytest.approx([0.02, 0.04, 0.06, 0.08]) and rates[4] == pytest.approx(0.1)
+        assert rates[14] == pytest.approx(0.1 * middle) and max(rates) <= 0.1 + 1e-9
+        assert rates[-1] == pytest.approx({"constant": 0.1, "linear": 0.005, "cosine": 0.0006156}[name], 1e-3)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak can be reset on Linux only")

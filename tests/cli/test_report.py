@@ -104,6 +104,10 @@ def test_settings_resolve_task_defaults_then_what_was_given() -> None:
         ({"device": "tpu"}, "auto, cpu or cuda, got 'tpu'"),
         ({"data": "/nowhere/at/all"}, "not a folder"),
         ({"self_paced": True, "target_sparsity": 0.5}, "leave --target-sparsity out"),
+        ({"schedule": "step"}, "schedule must be one of constant, linear, cosine, got 'step'"),
+        ({"optimizer": "lion"}, "optimizer must be one of adam, adamw, got 'lion'"),
+        ({"preset": "huge"}, "digits has the presets paper, got 'huge'"),
+        ({"options": {"width": 0.5}}, "digits has no setting 'width'; its own settings: none"),
     ],
 )
 def test_bad_settings_are_refused_by_name(given: dict[str, object], said: str) -> None:

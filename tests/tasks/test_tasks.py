@@ -32,7 +32,7 @@ def test_unknown_tasks_are_refused_with_the_known_names() -> None:
 
 def test_digits_are_the_real_images_standardised_by_the_training_part() -> None:
     task = get_task("digits")
-    data = task.load(_split("digits"))
+    data = task.load(_split("digits"), {})
     assert data.description["sizes"] == [1257, 180, 360] and sum(data.description["sizes"]) == 1797
     inputs, targets = data.train.tensors
     assert inputs.shape == (1257, 64) and inputs.dtype == torch.float32 and targets.dtype == torch.int64
@@ -50,7 +50,7 @@ def test_both_arms_start_from_the_same_weights_and_their_losses_are_per_sample(
     name: str, data_dir: Path
 ) -> None:
     task = get_task(name)
-    data = task.load(_split(name, data_dir))
+    data = task.load(_split(name, data_dir), {})
     models = []
     for dropout in (0.0, task.defaults.dropout):
         torch.manual_seed(11)
@@ -85,7 +85,7 @@ def test_titanic_is_fitted_on_the_training_part_only(data_dir: Path) -> None:
 
 
 def test_titanic_inputs_are_finite_standardised_and_without_the_answer(data_dir: Path) -> None:
-    data = get_task("titanic").load(_split("titanic", data_dir, fold=1, folds=5))
+    data = get_task("titanic").load(_split("titanic", data_dir, fold=1, folds=5), {})
     assert sum(data.description["sizes"]) == 891
     inputs, survived = data.train.tensors
     for part in (data.train, data.validation, data.test):

@@ -82,8 +82,6 @@ class CalibrationTrial:
 
     isolates_itself = True
 
-    isolates_itself = True
-
     def __init__(
         self,
         model: nn.Module,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from dynaprune.tasks import Split
+from dynaprune.tasks import Split, TaskData
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["batches", "batches_per_epoch", "mlp", "read_table", "split_rows"]
+__all__ = ["batches", "batches_per_epoch", "mlp", "read_table", "split_rows", "training_batches"]
 
 HUB_HINT = (
     "On a machine without network: set DYNAPRUNE_DATA (or pass --data) to a folder that holds {file}, "
@@ -89,7 +89,10 @@ def batches_per_epoch(dataset: Dataset[Any], batch_size: int) -> int:
 
 
 def batches(
-    dataset: Dataset[Any], batch_size: int, generator: torch.Generator | None = None
+    dataset: Dataset[Any],
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> Iterator[tuple[Any, torch.Tensor]]:
     """``(inputs, targets)`` batches of one pass: in random order by ``generator``, in the data's order
     without one.
@@ -107,7 +110,18 @@ def batches(
                 chosen = order[start:stop]
                 yield tuple(t[chosen] for t in dataset.tensors)  # type: ignore[misc]
         return
-    yield from DataLoader(dataset, batch_size, shuffle=generator is not None, generator=generator)
+    yield from DataLoader(
+        dataset, batch_size, shuffle=generator is not None, generator=generator, collate_fn=collate
+    )
+
+
+def training_batches(
+    data: TaskData, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Any, torch.Tensor]]:
+    """One pass over the training part in random order, augmented; order and augmentation depend on
+    ``generator`` alone."""
+    for inputs, targets in batches(data.train, batch_size, generator, data.collate):
+        yield (data.augment(inputs, generator) if data.augment else inputs), targets
 
 
 def mlp(widths: list[int], dropout: float) -> torch.nn.Sequential:

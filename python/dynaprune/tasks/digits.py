@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -14,7 +17,7 @@ from dynaprune.tasks.data import mlp, split_rows
 WIDTHS = [64, 1024, 1024, 1024, 10]
 
 
-def load(split: Split) -> TaskData:
+def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     """Pixels divided by 16, then standardised per pixel with the training part's mean and deviation."""
     from sklearn.datasets import load_digits
 
@@ -40,7 +43,6 @@ TASK = Task(
     title="handwritten digits (scikit-learn), MLP 64-1024-1024-1024-10",
     load=load,
     build_model=build_model,
-    f1_average="macro",
     defaults=Defaults(
         block_size=32, target_sparsity=0.9, pruning={"end": 0.25}, self_paced={"interval": 40, "end": 0.5}
     ),

@@ -6,7 +6,7 @@ alone."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dynaprune.tasks import Defaults, Split, Task, TaskData
+from dynaprune.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
 from dynaprune.tasks.data import mlp, read_table, split_rows
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def prepare(table: pyarrow.Table, rows: tuple[np.ndarray, np.ndarray, np.ndarray
     return parts
 
 
-def load(split: Split) -> TaskData:
+def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     """The 891 labelled passengers, split by stratified draw (Kaggle's test part has no labels)."""
     table, source = read_table(split.source, "titanic", HUB_NAME)
     if "Survived" not in table.column_names:
@@ -128,7 +128,7 @@ def load(split: Split) -> TaskData:
 
 def build_model(data: TaskData, dropout: float) -> nn.Module:
     """The MLP, as wide at its input as the prepared features are."""
-    return mlp([int(data.description["features"]), *HIDDEN, data.classes], dropout)
+    return mlp([int(data.description["features"]), *HIDDEN, 2], dropout)
 
 
 TASK = Task(
@@ -136,7 +136,7 @@ TASK = Task(
     title="Titanic passengers, MLP with three hidden layers of 256",
     load=load,
     build_model=build_model,
-    f1_average="binary",
+    score=accuracy_and_f1("binary"),
     defaults=Defaults(
         block_size=16, target_sparsity=0.7, pruning={"end": 0.15}, self_paced={"interval": 20, "end": 0.5}
     ),
