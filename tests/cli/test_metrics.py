@@ -62,7 +62,7 @@ def test_counting_flops_does_not_change_the_step() -> None:
 def test_evaluation_leaves_the_mode_and_averages_over_samples() -> None:
     task = get_task("digits")
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 10)).train()
-    data = torch.utils.data.TensorDataset(torch.randn(37, 6), torch.randint(0, 10, (37,)))
+    data = torch.utils.data.TensorDataset(torch.randn(300, 6), torch.randint(0, 10, (300,)))
     loss, scores = evaluate(task, model, data, CPU)
     assert model.training
     outputs = model[1](data.tensors[0]).detach()
