@@ -38,7 +38,7 @@ def fake(name: str) -> Callable[[Any], Any]:
 
 
 def autograd(name: str, backward: Any, setup: Any) -> None:
-    """Register the op's gradient: ``setup(ctx, inputs, output)`` saves what ``backward(ctx, *gradients)`` takes.
+    """Register the op's gradient: ``setup(ctx, inputs, output)`` saves what ``backward(ctx, *grads)`` needs.
 
     ``torch.library.register_autograd`` costs 20 us more per call, much of a small layer's step.
     """
