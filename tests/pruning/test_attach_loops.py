@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import swa_utils
 
 import dynaprune
+from tests.pruning.attach_loops import assert_like_plain, assert_pruned, plain
 from tests.pruning.attached import (
     BLOCKS,
     STEPS,
+    adam,
     assert_equal,
     batch,
     dense_weights,
@@ -23,45 +21,8 @@ from tests.pruning.attached import (
     mlp,
     settings,
     sparse_layers,
+    train,
 )
-
-Optimizer = torch.optim.Optimizer
-
-
-def adam(model: nn.Module, **options: Any) -> Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-2, **options)
-
-
-@functools.cache
-def plain(accumulate: int = 1, fused: bool = False, clip: float | None = None) -> tuple[list[Tensor], str]:
-    """Weights and score after the plainest loop."""
-    model = mlp()
-    optimizer = adam(model, fused=fused)
-    pruner = dynaprune.attach(model, optimizer, settings())
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        for part in range(accumulate):
-            (loss_of(model, accumulate * step + part) / accumulate).backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    return dense_weights(model), str(pruner.score.state_dict())
-
-
-def assert_like_plain(model: nn.Module, pruner: dynaprune.Pruner, **options: Any) -> None:
-    assert_pruned(model, pruner)
-    weights, score = plain(**options)
-    assert_equal(dense_weights(model), weights)
-    assert str(pruner.score.state_dict()) == score
-
-
-def assert_pruned(model: nn.Module, pruner: dynaprune.Pruner) -> None:
-    report = pruner.report()
-    assert pruner.steps == report["steps"] == STEPS
-    assert pruner.target_reached and report["sparsity"] == 0.75
-    assert report["blocks_removed"] == report["removed_untested"] == BLOCKS * 3 // 4
-    assert sum(layer.layout.capacity for layer in sparse_layers(model)) == BLOCKS // 4
-    assert pruner.structure_final and pruner.structure_version == len(report["history"]) - 1
 
 
 def test_plain_loop_that_holds_its_last_loss() -> None:
@@ -163,90 +124,6 @@ def test_step_with_a_closure(as_keyword: bool) -> None:
     assert_like_plain(model, pruner)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler(fused: bool) -> None:
-    model = mlp()
-    optimizer = adam(model, fused=fused)
-    pruner = dynaprune.attach(model, optimizer, settings())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert pruner.report()["gradients_discarded"] == 0
-    assert_like_plain(model, pruner, fused=fused)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler_with_a_skipped_step(fused: bool) -> None:
-    model = mlp()
-    optimizer = adam(model, fused=fused)
-    pruner = dynaprune.attach(model, optimizer, settings())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    calls = STEPS if fused else STEPS + 1
-    for step in range(calls):
-        optimizer.zero_grad()
-        loss = loss_of(model, step)
-        scaler.scale(loss * torch.inf if step == 4 else loss).backward()
-        before = model[0].values.detach().clone()
-        scaler.step(optimizer)
-        assert step != 4 or torch.equal(model[0].values, before)
-        scaler.update()
-    assert scaler.get_scale() < 1024.0
-    assert pruner.report()["gradients_discarded"] == (1 if fused else 0)
-    assert_pruned(model, pruner)
-    assert all(torch.isfinite(w).all() for w in dense_weights(model))
-
-
-def test_a_step_skipped_for_another_parameters_sake_is_not_observed() -> None:
-    """The prunable gradients are finite, but the fused optimizer is told to skip the step."""
-    model = mlp()
-    optimizer = adam(model, fused=True)
-    pruner = dynaprune.attach(model, optimizer, settings())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step in range(2):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        if step == 1:
-            model[4].bias.grad[0] = torch.inf
-        scaler.step(optimizer)
-        scaler.update()
-    report = pruner.report()
-    assert (report["gradients_discarded"], report["observing"]["observations"]) == (1, 1)
-
-
-def test_gradients_that_are_not_finite_are_discarded_and_counted() -> None:
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    pruner = dynaprune.attach(model, optimizer, settings())
-    for step in range(6):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        if step in (1, 3):
-            model[2].values.grad[0, 0, 0] = torch.nan if step == 1 else torch.inf
-        optimizer.step()
-        model[2].values.data.nan_to_num_(0, 0, 0)
-    report = pruner.report()
-    assert (report["gradients_discarded"], report["observing"]["observations"]) == (2, 4)
-    assert torch.isfinite(pruner.score.scores("2", model[2])[model[2].layout.mask]).all()
-
-
-def test_accelerate() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    bare = mlp()
-    model, optimizer = accelerator.prepare(bare, adam(bare))
-    assert type(optimizer).__name__ == "AcceleratedOptimizer"
-    pruner = dynaprune.attach(model, optimizer, settings())
-    for part in range(2 * STEPS):
-        with accelerator.accumulate(model):
-            accelerator.backward(loss_of(model, part))
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_like_plain(model, pruner, accumulate=2)
-
-
 def test_two_optimizers() -> None:
     model = mlp()
     optimizers = [
@@ -318,86 +195,6 @@ def test_tied_weights_are_exempt() -> None:
     assert pruner.target_reached
 
 
-def train(
-    model: nn.Module, optimizer: Optimizer, after: Callable[[], None] = lambda: None, steps: int = STEPS
-) -> None:
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
-        after()
-
-
-@pytest.mark.parametrize("made", ["before attach", "after attach"])
-@pytest.mark.parametrize("neurons", [False, True])
-def test_a_weight_average_that_follows(made: str, neurons: bool) -> None:
-    model = mlp()
-    optimizer = adam(model)
-    average_of = swa_utils.get_ema_multi_avg_fn(0.5)
-    if made == "before attach":
-        average = swa_utils.AveragedModel(model, multi_avg_fn=average_of)
-    pruner = dynaprune.attach(model, optimizer, settings(neurons=neurons), example_inputs=batch(0)[0])
-    if made == "after attach":
-        average = swa_utils.AveragedModel(model, multi_avg_fn=average_of)
-    pruner.follow(average)
-    by_hand: list[Tensor] = []
-
-    def after() -> None:
-        average.update_parameters(model)
-        for number, weight in enumerate(dense_weights(model)):
-            if len(by_hand) <= number:
-                by_hand.append(weight)
-            elif not neurons:
-                by_hand[number] = torch.lerp(by_hand[number], weight, 0.5)
-
-    train(model, optimizer, after)
-    assert pruner.target_reached
-    assert (pruner.report()["neurons_removed"] > 0) == neurons
-    for mine, other in zip(sparse_layers(model), sparse_layers(average), strict=True):
-        assert torch.equal(mine.layout.slot_of_block, other.layout.slot_of_block)
-        assert mine.values.shape == other.values.shape
-    assert average(batch(0)[0]).shape == (16, 4)
-    if not neurons:
-        weights = zip(dense_weights(average), by_hand, dense_weights(model), strict=True)
-        for found, expected, live in weights:
-            torch.testing.assert_close(found, torch.where(live != 0, expected, 0))
-
-
-def test_a_weight_average_that_does_not_follow_is_found_out() -> None:
-    model = mlp()
-    optimizer = adam(model)
-    dynaprune.attach(model, optimizer, settings())
-    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
-    with pytest.raises(RuntimeError, match=r"pruner\.follow\(copy\)"):
-        train(model, optimizer, lambda: average.update_parameters(model))
-
-
-def test_a_copy_that_is_only_kept_or_loaded_is_no_error() -> None:
-    model = mlp()
-    optimizer = adam(model)
-    pruner = dynaprune.attach(model, optimizer, settings())
-    kept = copy.deepcopy(model)
-    best = copy.deepcopy(model)
-    train(model, optimizer, lambda: best.load_state_dict(model.state_dict()) and None)
-    assert pruner.target_reached
-    assert_equal(dense_weights(best), dense_weights(model))
-    assert sparse_layers(kept)[0].density() == 1.0
-
-
-def test_a_copy_that_fell_behind_cannot_follow() -> None:
-    model = mlp()
-    optimizer = adam(model)
-    pruner = dynaprune.attach(model, optimizer, settings())
-    late = copy.deepcopy(model)
-    train(model, optimizer)
-    with pytest.raises(ValueError, match="structure that the model has now"):
-        pruner.follow(late)
-    with pytest.raises(ValueError, match="without it"):
-        pruner.follow(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(TypeError, match="expected the copy as an"):
-        pruner.follow([model])  # type: ignore[arg-type]
-
-
 def test_attaching_in_the_middle_of_training_goes_on_where_it_was() -> None:
     model, reference = mlp(), mlp()
     optimizer, plain_optimizer = adam(model, amsgrad=True), adam(reference, amsgrad=True)
@@ -422,7 +219,7 @@ def test_schedulers_and_param_groups_are_untouched() -> None:
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     pruner = dynaprune.attach(model, optimizer, settings())
-    train(model, optimizer, scheduler.step)
+    train(model, optimizer, after=scheduler.step)
     assert pruner.target_reached
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == pytest.approx([1e-2 * 0.9**STEPS, 5e-3 * 0.9**STEPS])
