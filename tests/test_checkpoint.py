@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import dynaprune
 from dynaprune.checkpoint import load, save
@@ -21,76 +19,7 @@ from dynaprune.manifest import METADATA_KEY, add_structure_hooks, apply_structur
 from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear, swap_back, swap_layers
 from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3),
-        nn.BatchNorm2d(32),
-        nn.PReLU(32),
-        nn.Conv2d(32, 48, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(48, 64),
-        nn.ReLU(),
-        nn.Linear(64, 64, bias=False),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
-
-
-INPUT = (5, 3, 8, 8)
-
-
-def pruned() -> nn.Sequential:
-    """Trained, with dead blocks, a compacted layer and cut neurons in sparse and plain layers."""
-    model = network()
-    swap_layers(model, 16)
-    x = torch.randn(INPUT)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), torch.arange(5)).backward()
-        optimizer.step()
-    kill(model[3], columns=[0])
-    kill(model[9], columns=[2])
-    example = ExampleInputs.of(x)
-    report = cut_dead_neurons(model, find_groups(model, example), example, [optimizer])
-    assert report.neurons == {"0": 16, "7": 16}
-    kill(model[3], rows=[1])
-    with torch.no_grad():
-        free = model[3].layout.lists.block_of_slot < 0  # type: ignore[union-attr, operator]
-        model[3].values[free] = torch.nan  # type: ignore[index, union-attr]
-    return model
-
-
-def kill(layer: Any, rows: Any = (), columns: Any = ()) -> None:
-    layout = layer.layout
-    taps = 1 if layout.conv is None else layout.conv.taps
-    dead = torch.zeros(layout.rows, taps, layout.columns // taps, dtype=torch.bool)
-    dead[list(rows)] = True
-    dead[:, :, list(columns)] = True
-    layout.release_(dead.view(layout.rows, layout.columns))
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(x)
-
-
-def swapped() -> nn.Sequential:
-    model = network()
-    swap_layers(model, 16)
-    kill(model[9], rows=[1])
-    return model
-
-
-def other_block() -> nn.Sequential:
-    model = network()
-    swap_layers(model, (8, 32))
-    return model
+from tests.checkpoint_cases import INPUT, Tied, kill, network, other_block, outputs, pruned, swapped
 
 
 @pytest.mark.parametrize("target", [network, swapped, other_block, pruned])
@@ -149,18 +78,6 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch: 
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-class Tied(nn.Module):
-    def __init__(self, tie: bool = True) -> None:
-        super().__init__()
-        self.embedding, self.hidden = nn.Embedding(40, 32), nn.Linear(32, 32)
-        self.decoder = nn.Linear(32, 40, bias=False)
-        if tie:
-            self.decoder.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(torch.relu(self.hidden(self.embedding(x))))
-
-
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     source = Tied()
     swap_layers(source, 16, include=["hidden"])
@@ -189,129 +106,6 @@ def test_dtype_and_flags_of_the_model_stay(tmp_path: Path) -> None:
     for (name, mine), theirs in zip(model.named_parameters(), source.parameters(), strict=True):
         live = ~theirs.isnan()
         assert torch.equal(mine[live], theirs[live].bfloat16()), name
-
-
-def corrupted(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> Path:
-    with safe_open(str(path), "pt") as file:
-        manifest = json.loads(file.metadata()[METADATA_KEY])
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    text = change(manifest, tensors)
-    metadata = {METADATA_KEY: text if isinstance(text, str) else json.dumps(manifest)}
-    save_file(tensors, str(path), metadata)
-    return path
-
-
-def setting(layer: str, key: str, value: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
-    def change(manifest: dict[str, Any], _: dict[str, Tensor]) -> None:
-        manifest["layers"][layer][key] = value
-
-    return change
-
-
-def top(key: str, value: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
-    def change(manifest: dict[str, Any], _: dict[str, Tensor]) -> None:
-        manifest[key] = value
-
-    return change
-
-
-def tensor(
-    key: str, value: Callable[[Tensor], Tensor | None]
-) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
-    def change(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        new = value(tensors[key])
-        del tensors[key]
-        if new is not None:
-            tensors[key] = new
-
-    return change
-
-
-HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
-    "not json": lambda m, t: "{",
-    "nested": lambda m, t: "[" * 100_000,
-    "a list": lambda m, t: "[]",
-    "another format": top("format", "other"),
-    "a later version": top("version", 2),
-    "layers as a list": top("layers", []),
-    "no layers": top("layers", {}),
-    "aliases of nothing": top("aliases", {"x": "y"}),
-    "aliases over a tensor": top("aliases", {"0.bias": "0.weight"}),
-    "aliases as text": top("aliases", "0.bias"),
-    "unknown layer": lambda m, t: m["layers"].update({"__class__": {"type": "Linear", "out": 1, "in": 1}}),
-    "layer as text": lambda m, t: m["layers"].update({"7": "Linear"}),
-    "huge": setting("7", "out", 2**40),
-    "large": setting("7", "out", 2**30),
-    "negative": setting("7", "out", -16),
-    "float": setting("7", "out", 48.0),
-    "bool": setting("7", "out", True),
-    "text": setting("7", "out", "48"),
-    "unknown type": setting("7", "type", "Embedding"),
-    "type as a list": setting("7", "type", ["Linear"]),
-    "another kind": setting("7", "type", "BlockSparseConv2d"),
-    "plain kind": setting("7", "type", "BatchNorm1d"),
-    "unknown key": setting("7", "eval", "print()"),
-    "block of one": setting("7", "block", [1, 1]),
-    "block as text": setting("7", "block", "16"),
-    "no block": setting("7", "block", None),
-    "capacity of zero": setting("7", "capacity", 0),
-    "capacity beyond": setting("7", "capacity", 10**6),
-    "groups": setting("3", "groups", 2),
-    "groups that do not divide": setting("3", "groups", 7),
-    "missing tensor": tensor("7.bias", lambda t: None),
-    "wrong shape": tensor("7.bias", lambda t: t[:-1].clone()),
-    "slot twice": tensor("7.layout.slot_of_block", torch.zeros_like),
-    "slot beyond": tensor("7.layout.slot_of_block", lambda t: t + 1000),
-    "slot below": tensor("7.layout.slot_of_block", lambda t: t - 1000),
-    "slots as floats": tensor("7.layout.slot_of_block", lambda t: t.float()),
-    "values as integers": tensor("7.values", lambda t: t.nan_to_num().int()),
-    "weights as integers": tensor("0.weight", lambda t: t.int()),
-    "unknown tensor": lambda m, t: t.update({"extra": torch.zeros(1)}),
-}
-
-
-@pytest.mark.parametrize("change", HOSTILE.values(), ids=list(HOSTILE))
-@pytest.mark.parametrize("target", [network, swapped])
-def test_hostile_files_are_refused_and_leave_the_model_alone(
-    change: Callable[[dict[str, Any], dict[str, Tensor]], Any],
-    target: Callable[[], nn.Sequential],
-    tmp_path: Path,
-) -> None:
-    path = corrupted(save(pruned(), tmp_path), change)
-    model = target()
-    modules = [id(m) for m in model.modules()]
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError):
-        load(model, path)
-    assert modules == [id(m) for m in model.modules()]
-    now = model.state_dict()
-    assert set(now) == set(state) and all(torch.equal(now[k], v) for k, v in state.items())
-
-
-def test_damaged_and_foreign_files(tmp_path: Path) -> None:
-    path = save(pruned(), tmp_path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="written by"):
-        load(network, path)
-    path.write_bytes(b"\x80\x04" + b"x" * 100)
-    with pytest.raises(ValueError, match="written by"):
-        load(network, path)
-    save_file({"0.weight": torch.zeros(1)}, str(path))
-    with pytest.raises(ValueError, match="manifest"):
-        load(network, path)
-    with pytest.raises(ValueError, match="another's"):
-        load(Tied, save(pruned(), tmp_path))
-
-
-def test_what_is_no_model() -> None:
-    with pytest.raises(TypeError, match="as an nn"):
-        save({}, "x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="function"):
-        load(3, "x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="returns"):
-        load(lambda: 3, "x")  # type: ignore[arg-type, return-value]
-    with pytest.raises(ValueError, match="meta"):
-        save(nn.Linear(2, 2, device="meta"), "x")
 
 
 def test_state_dicts_carry_the_structure() -> None:
