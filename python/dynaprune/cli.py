@@ -1,4 +1,4 @@
-"""The ``dynaprune`` command: ``compare``, ``train`` and ``info``."""
+"""The ``dynaprune`` command: ``compare``, ``train``, ``table`` and ``info``."""
 
 from __future__ import annotations
 
@@ -210,6 +210,35 @@ def train_command(
         typer.echo(f"wrote {out / 'arm.json'}")
     if code:
         raise typer.Exit(code)
+
+
+@app.command("table")
+def table_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders that compare has written", metavar="RUNS...")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="write the table to this file instead of printing it")
+    ] = None,
+    format: Annotated[str, typer.Option("--format", help="markdown or csv")] = "markdown",
+) -> None:
+    """Print the table over tasks from finished runs of compare: each figure of both arms, their difference
+    or ratio, and the interval of each."""
+    from dynaprune import table
+    from dynaprune.report import write_text
+
+    formats = {"markdown": table.table_markdown, "csv": table.table_csv}
+    if format not in formats:
+        _fail(f"--format must be one of {', '.join(formats)}, got {format!r}")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        _fail(f"--out must be a file in a folder that exists, got {out}")
+    try:
+        text = formats[format](table.read_results(runs))
+    except ValueError as error:
+        _fail(error)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text)
+        typer.echo(f"wrote {out}")
 
 
 @app.command("info")
