@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.swap import SPARSE_TYPES, _replace
+from dynaprune.pruning.attention_heads import find_attentions
 from dynaprune_kernels import BlockLayout
 from dynaprune_kernels.geometry import MAX_BLOCK, MIN_BLOCK, conv_grid, linear_grid
 
@@ -275,6 +276,7 @@ def apply_structure(model: nn.Module, manifest: Any) -> nn.Module:
         ValueError: see :func:`expected_shapes`; the model is then as it was.
     """
     expected_shapes(model, manifest)
+    attentions = find_attentions(model)
     for name, shape in read_manifest(manifest).items():
         module = model.get_submodule(name)
         if layer_shape(module) == shape:
@@ -284,6 +286,8 @@ def apply_structure(model: nn.Module, manifest: Any) -> nn.Module:
             model = successor
         elif successor is not module:
             _replace(model, module, successor)
+    for attention in attentions:
+        attention.set_counts(model)
     return model
 
 

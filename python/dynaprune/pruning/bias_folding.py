@@ -14,7 +14,7 @@ from dynaprune.pruning.calibration import calibration_mode
 from dynaprune.pruning.neuron_groups import ExampleInputs, tensors_in
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_SAME = 8.0
+_SAME, _SAME_AVERAGED = 8.0, 256.0
 _STATISTICS_AGREE = 1e-3
 
 
@@ -78,18 +78,28 @@ def constants(observed: Observation, reader: str, index: Tensor) -> Tensor:
     return (low + high) / 2
 
 
-def cannot_fold(reader: nn.Module, name: str, index: Tensor, running: Observation, batch: Observation) -> str:
+def cannot_fold(
+    reader: nn.Module,
+    name: str,
+    index: Tensor,
+    running: Observation,
+    batch: Observation,
+    *,
+    averaged: bool = False,
+) -> str:
     """Why inputs ``index`` of a reader cannot move into its bias, empty where they can.
 
     Args:
         running, batch: observed with running and with batch statistics.
+        averaged: the inputs are averages by weights that sum to one, up to rounding.
     """
+    same = _SAME_AVERAGED if averaged else _SAME
     for observed in (running, batch):
         if name not in observed.ranges:
             return f"the forward pass of the example inputs does not call {name!r}"
         low, high = (side[index.to(side.device)] for side in observed.ranges[name])
         eps = torch.finfo(low.dtype).eps
-        if not bool((high - low <= _SAME * eps * torch.maximum(low.abs(), high.abs())).all()):
+        if not bool((high - low <= same * eps * torch.maximum(low.abs(), high.abs())).all()):
             return f"{name!r} reads values that differ over the batch or between calls"
     value, other = constants(running, name, index), constants(batch, name, index)
     if not bool(((value - other).abs() <= _STATISTICS_AGREE * (1 + value.abs())).all()):

@@ -6,6 +6,9 @@ all layers that read it. The graph is asked once and dropped (it holds an autogr
 
 A block-sparse layer loses whole block rows or block columns only, so neurons are merged until every block of
 every layer is wholly inside or outside a group: with ``bo = 32`` before ``bi = 64`` a group is 64 neurons.
+
+The outputs of an attention's projections are merged into whole heads (``attention_heads``): the graph takes
+attention for an element-wise product, and part of a head cannot go.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch_pruning import ops
 
 from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
+from dynaprune.pruning.attention_heads import Attention, find_attentions
 from dynaprune.pruning.calibration import calibration_mode
 from dynaprune.pruning.surgery import cannot_cut, is_channelwise
 
@@ -106,20 +110,26 @@ def _detached(value: Any) -> Any:
 class Member:
     """One layer of a group: which of its outputs (or, with ``outputs`` false, inputs) belong to it.
 
-    ``index`` int64, on the CPU. ``channelwise``: a norm or depthwise convolution, neither maker nor reader.
+    ``index`` int64, on the CPU. ``along``: neither maker nor reader, it only goes along: a norm, a depthwise
+    convolution, an attention's query or key.
     """
 
     name: str
     outputs: bool
-    channelwise: bool
+    along: bool
     index: Tensor
 
 
 @dataclass(frozen=True)
 class NeuronGroup:
-    """Neurons that can only be cut together. The first member is the layer that the group is named after."""
+    """Neurons that can only be cut together. The first member is the layer that the group is named after.
+
+    ``averaged``: attention averages over positions between makers and readers, so that a constant reaches the
+    readers with the rounding of that average.
+    """
 
     members: tuple[Member, ...]
+    averaged: bool = False
 
     @property
     def name(self) -> str:
@@ -133,12 +143,12 @@ class NeuronGroup:
     @property
     def producers(self) -> list[Member]:
         """Layers whose outputs these neurons are: the first, and those added to it by skip connections."""
-        return [m for m in self.members if m.outputs and not m.channelwise]
+        return [m for m in self.members if m.outputs and not m.along]
 
     @property
     def readers(self) -> list[Member]:
         """Layers that take these neurons as inputs."""
-        return [m for m in self.members if not m.outputs and not m.channelwise]
+        return [m for m in self.members if not m.outputs and not m.along]
 
 
 @dataclass(frozen=True)
@@ -189,21 +199,29 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     names = {id(module): name for name, module in model.named_modules()}
     tied = _tied_modules(model)
     graph = _trace(model, example)
+    attentions = {each.value: each for each in find_attentions(model)}
+    aside = {layer for each in attentions.values() for layer in (each.query, each.key)}
     groups: list[NeuronGroup] = []
     refused: dict[str, str] = {}
     seen: set[str] = set()
     for name, module in model.named_modules():
-        if name in seen or module not in graph.module2node or not _makes_neurons(module):
+        if name in seen | aside or module not in graph.module2node or not _makes_neurons(module):
             continue
         items = _group_items(graph, module)
         makers = [names[id(m)] for m, outputs, _ in items if id(m) in names and outputs and _makes_neurons(m)]
+        attention = attentions.get(name)
+        if attention is not None:
+            makers = list(attention.projections)
         seen.update(makers)
         if not any(isinstance(m, BlockSparseLayer) for m, _, _ in items):
             continue
         if reason := _cannot_cut_any(items, names, tied):
             refused.update(dict.fromkeys(makers, reason))
             continue
-        found, reason = _aligned_groups(items, names)
+        if attention is None:
+            found, reason = _aligned_groups(items, names)
+        else:
+            found, reason = _head_groups(model, attention, {names[id(m)] for m, _, _ in items})
         groups.extend(found)
         if not found:
             refused.update(dict.fromkeys(makers, reason))
@@ -406,6 +424,17 @@ def _aligned_groups(items: list[_Item], names: Mapping[int, str]) -> tuple[list[
     return groups, next(iter(closed.values()), "")
 
 
+def _head_groups(model: nn.Module, attention: Attention, met: set[str]) -> tuple[list[NeuronGroup], str]:
+    """Whole heads of ``attention``; ``met``: the layers that the traced graph finds on both sides of it."""
+    if others := met - {*attention.projections, attention.output}:
+        return [], f"the heads of {attention.name!r} also meet {', '.join(sorted(others))}"
+    groups = []
+    for span in attention.spans(model):
+        makers = [Member(each, True, each != attention.value, span) for each in attention.projections]
+        groups.append(NeuronGroup((*makers, Member(attention.output, False, False, span)), averaged=True))
+    return groups, ""
+
+
 def _by_block(index: Tensor, root: Tensor, block: int) -> dict[int, list[int]]:
     """Neurons by the block that they are in."""
     found: dict[int, list[int]] = {}
@@ -419,6 +448,6 @@ def _once(members: list[Member]) -> tuple[Member, ...]:
     kept: list[Member] = []
     for member in members:
         same = (m for m in kept if m.name == member.name)
-        if not (member.channelwise and any(torch.equal(m.index, member.index) for m in same)):
+        if not (member.along and any(torch.equal(m.index, member.index) for m in same)):
             kept.append(member)
     return tuple(kept)

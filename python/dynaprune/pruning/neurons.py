@@ -28,8 +28,10 @@ Which groups can go without harm:
   A reader without a bias, or one that pads with zeros, takes no constant but 0: such a group stays, with the
   reason. (No bias is added: a new Parameter would have to enter somebody else's optimizer.)
 
+Attention loses whole heads (see ``attention_heads``).
+
 Each cut is tried on the example inputs and taken back where the outputs move by more than rounding or the
-forward fails (code that knows a width by heart, attention heads): what a traced graph gets wrong cannot harm.
+forward fails (code that knows a width by heart): what a traced graph gets wrong cannot harm.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from torch import Tensor, nn
 
 from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
+from dynaprune.pruning.attention_heads import find_attentions
 from dynaprune.pruning.bias_folding import NORMS, Observation, cannot_fold, contribution, observe
 from dynaprune.pruning.neuron_groups import (
     ExampleInputs,
@@ -201,8 +204,11 @@ def execute(model: nn.Module, plan: CutPlan, observed: Observation, surgery: Sur
         amount = contribution(reader, observed, name, index)
         if isinstance(reader.bias, nn.Parameter) and bool(amount.any()):
             surgery.add_(reader.bias, amount)
+    attentions = find_attentions(model)
     for name, (outputs, inputs) in plan.layers.items():
         surgery.cut_(model.get_submodule(name), outputs, inputs)
+    for attention in attentions:
+        attention.set_counts(model, surgery.set_)
 
 
 @dataclass(frozen=True)
@@ -277,7 +283,8 @@ def _width(module: nn.Module, *, outputs: bool) -> int:
 def _why_not(model: nn.Module, candidate: _Candidate, before: Observation, batch: Observation) -> str:
     for member in candidate.folded:
         reader = model.get_submodule(member.name)
-        if reason := cannot_fold(reader, member.name, member.index, before, batch):
+        averaged = candidate.group.averaged
+        if reason := cannot_fold(reader, member.name, member.index, before, batch, averaged=averaged):
             return reason
     return ""
 
