@@ -38,10 +38,20 @@ def median_seconds(seconds: list[float]) -> float | None:
 
 def flops_of(run: Callable[[], Any]) -> tuple[Any, int]:
     """``(run(), its floating point operations)`` by torch's counter: block-sparse ops count their live
-    blocks."""
-    from torch.utils.flop_counter import FlopCounterMode
+    blocks. Fused attention on the CPU, which torch's counter leaves out, is counted as it is on a GPU."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+    fused_on_cpu = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
         result = run()
     return result, int(counter.get_total_flops())
 

@@ -48,6 +48,21 @@ def test_flops_of_a_step_are_those_of_its_matrix_products() -> None:
     assert len(arm.step_seconds) == 1 and arm.flops_total == 1.5 * arm.flops_per_step(0)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_counts_its_products_fused_or_not(dropout: float) -> None:
+    """Queries by keys and weights by values, forward; twice that backward, and the fused kernel computes the
+    first of them anew."""
+    q, k, v = (torch.randn(2, 4, 20, 16, requires_grad=True) for _ in range(3))
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def run() -> None:
+        attention(q, k, v, dropout_p=dropout).sum().backward()
+
+    product = 2 * (2 * 4) * 20 * 20 * 16
+    _, flops = metrics.flops_of(run)
+    assert flops == (6 if dropout else 7) * product
+
+
 def test_counting_flops_does_not_change_the_step() -> None:
     weights = []
     for count in (False, True):
