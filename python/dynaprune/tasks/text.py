@@ -20,6 +20,7 @@ __all__ = ["Texts", "collate", "encode", "read_vocabulary", "tokenizer_of", "tra
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _RARE_CHARACTER = 20
+_AT_A_TIME = 1000
 Sample = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
@@ -89,9 +90,15 @@ def tokenizer_of(vocabulary: Sequence[str]) -> Any:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """The tokens of each text, whole and without special ones: int32 ``[length]``."""
-    found = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [np.array(each.ids, dtype=np.int32) for each in found]
+    """The tokens of each text, whole and without special ones: int32 ``[length]``.
+
+    A thousand texts at a time: the library's own results take a hundred times the memory."""
+    found: list[np.ndarray] = []
+    for first in range(0, len(texts), _AT_A_TIME):
+        part = list(texts[first : first + _AT_A_TIME])
+        encoded = tokenizer.backend_tokenizer.encode_batch(part, add_special_tokens=False)
+        found += [np.array(each.ids, dtype=np.int32) for each in encoded]
+    return found
 
 
 class Texts(Dataset[Any]):
