@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dynaprune.pruning.calibration import CalibrationTrial
     from dynaprune.pruning.config import PruningConfig
     from dynaprune.pruning.pruner import Pruner
+    from dynaprune.pruning.recalibration import recalibrate_batch_norm
 
 _HOMES = {
     "BlockSparseConv1d": "dynaprune.nn",
@@ -22,6 +23,7 @@ _HOMES = {
     "PruningConfig": "dynaprune.pruning.config",
     "attach": "dynaprune.pruning.attachment",
     "load": "dynaprune.checkpoint",
+    "recalibrate_batch_norm": "dynaprune.pruning.recalibration",
     "save": "dynaprune.checkpoint",
     "swap_back": "dynaprune.nn",
     "swap_layers": "dynaprune.nn",
@@ -36,6 +38,7 @@ __all__ = [
     "PruningConfig",
     "attach",
     "load",
+    "recalibrate_batch_norm",
     "save",
     "swap_back",
     "swap_layers",
