@@ -17,6 +17,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from dynaprune.report import data_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -186,6 +188,8 @@ def _first_at_target(rows: list[dict[str, str]], report: dict[str, Any]) -> floa
 def _verdict(report: dict[str, Any]) -> str:
     baseline, pruned = report["baseline"], report["pruned"]
     parts = []
+    if copy := data_of(report).get("copy"):
+        parts.append(copy)
     if baseline:
         parts.append(f"test accuracy {100 * baseline['test_accuracy']:.1f} % dense")
     if pruned:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaprune.compare import Interrupts, compare
-from dynaprune.report import shown, write_json, write_text
+from dynaprune.report import data_of, on_copy, shown, write_json, write_text
 from dynaprune.run_config import RunConfig
 
 __all__ = ["corrected_interval", "plan", "repeat", "summarise", "summary_markdown"]
@@ -138,6 +138,7 @@ def summarise(reports: dict[str, dict[str, Any]], planned: int) -> dict[str, Any
         "promises": promises,
         "config": {k: v for k, v in runs[0]["config"].items() if k not in ("seed", "fold")},
         "environment": runs[0]["environment"],
+        "data": {key: value for key, value in data_of(runs[0]).items() if key in ("copy", "note")},
         "each": {
             name: {
                 "accuracy": [report["baseline"]["test_accuracy"], report["pruned"]["test_accuracy"]],
@@ -161,7 +162,7 @@ def summary_markdown(summary: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for metric, label in (("test_accuracy", "test accuracy"), ("test_f1", "test F1")):
-        found = summary["differences"][metric]
+        found, label = summary["differences"][metric], on_copy(label, summary["data"])
         points = {
             k: None if found[k] is None else 100 * found[k] for k in ("mean", "low", "high", "low_one_sided")
         }
@@ -169,6 +170,8 @@ def summary_markdown(summary: dict[str, Any]) -> str:
         bound = "-" if points["low_one_sided"] is None else f"{points['low_one_sided']:+.2f}"
         means = f"{shown(found['baseline_mean'], 'share')} | {shown(found['pruned_mean'], 'share')}"
         lines.append(f"| {label} | {means} | {points['mean']:+.2f} | {interval} | {bound} |")
+    if note := summary["data"].get("note"):
+        lines += ["", f"**{note}**"]
     ratio = summary["test_rows"] / summary["train_rows"]
     lines += [
         "",

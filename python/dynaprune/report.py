@@ -178,6 +178,20 @@ def shown(value: Any, kind: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
+_ACCURACIES = ("test_accuracy", "test_f1")
+
+
+def data_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What the arms said of their data (the same for both); empty where none ran."""
+    arm = report["baseline"] or report["pruned"] or {}
+    return dict(arm.get("data") or {})
+
+
+def on_copy(label: str, data: dict[str, Any]) -> str:
+    """``label`` with the copy of the data set that a figure is of, where it is not the original."""
+    return f"{label} ({data['copy']})" if data.get("copy") else label
+
+
 def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """``(what, baseline, pruned, ratio)`` lines for the tables on the screen and in ``report.md``."""
     baseline, pruned = report["baseline"] or {}, report["pruned"] or {}
@@ -188,6 +202,8 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ratio = report["ratios"].get(name)
         if name == "step_seconds_dense":
             ratio = report["ratios"].get("step_seconds_last_to_dense")
+        if name in _ACCURACIES:
+            label = on_copy(label, data_of(report))
         both = [shown(arm[name], kind) if name in arm else "" for arm in (baseline, pruned)]
         rows.append((label, both[0], both[1], f"{ratio:.3f}" if ratio is not None else ""))
     return rows
@@ -214,6 +230,8 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
         lines += ["**This run was interrupted: the figures are of what was done until then.**", ""]
     lines += ["| | baseline | pruned | ratio |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in table_rows(report)]
+    if note := data_of(report).get("note"):
+        lines += ["", f"**{note}**"]
     lines += ["", *[f"![{name.removesuffix('.png')}]({name})" for name in pictures], ""]
     lines += ["## How this was measured", "", _NOTES]
     for arm in ("baseline", "pruned"):

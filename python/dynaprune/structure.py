@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from dynaprune.metrics import flops_of
 from dynaprune.report import write_bytes, write_csv, write_json
 from dynaprune.steps import to_device
-from dynaprune.tasks.data import batches, batches_per_epoch
+from dynaprune.tasks.data import batches, batches_per_epoch, training_batches
 
 if TYPE_CHECKING:
     from dynaprune.nn import BlockSparseLayer
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["CountedTrial", "DenseStructure", "PrunedStructure"]
 
 FRAME_EVERY = 0.04
+# After so many steps a batch norm's running statistics (momentum 0.1) hold less than 1% of what they were.
+_STATISTICS_SETTLED = 50
+_RECALIBRATION_BATCH = 128
 
 
 class DenseStructure:
@@ -39,6 +43,9 @@ class DenseStructure:
 
     def after_step(self, step: int) -> None:
         """Called after every training step, with the number of steps done."""
+
+    def before_evaluation(self) -> None:
+        """Called before the network is evaluated."""
 
     def target_reached(self) -> bool:
         """Whether the network is as small as it was to become."""
@@ -134,10 +141,13 @@ class PrunedStructure(DenseStructure):
         self.pruner = dynaprune.attach(
             model, arm.optimizer, pruning, trial=self.trial, example_inputs=to_device(inputs, arm.device)
         )
+        self._arm, self._data = arm, data
         self._shapes = {name: _matrix_shape(layer) for name, layer in self.pruner.layers.items()}
         self._densities: list[dict[str, Any]] = []
         self._frames: list[_Frame] = []
-        self._recorded = -1
+        self._recorded, self._changed_at = -1, -_STATISTICS_SETTLED
+        self.recalibrations = 0
+        self.recalibration_seconds = 0.0
         self.after_step(0)
 
     def version(self) -> int:
@@ -149,11 +159,39 @@ class PrunedStructure(DenseStructure):
         self._step = step
         if self.version() == self._recorded:
             return
+        if step > 0:
+            self._changed_at = step
         self._recorded = self.version()
         sparsity = self.sparsity()
         self._densities.append({"step": step, "sparsity": sparsity, **self.pruner.density()})
         if not self._frames or sparsity - self._frames[-1].sparsity >= FRAME_EVERY:
             self._frames.append(self._frame())
+
+    def before_evaluation(self) -> None:
+        """Recalibrate batch norms where the structure has changed too recently for their running statistics.
+
+        The samples are training samples, augmented as in training, by a generator of their own."""
+        if self._step - self._changed_at >= _STATISTICS_SETTLED:
+            return
+        from dynaprune.pruning.recalibration import recalibrate_batch_norm
+
+        started = time.perf_counter()
+        config, task = self._arm.config, self._arm.task
+        source = training_batches(
+            self._data, _RECALIBRATION_BATCH, torch.Generator().manual_seed(config.model_seed + self._step)
+        )
+        wanted = -(-config.calibration_samples // _RECALIBRATION_BATCH)
+        full = max(1, len(self._data.train) // _RECALIBRATION_BATCH)  # type: ignore[arg-type]
+        done = recalibrate_batch_norm(
+            self.model,
+            (
+                to_device(inputs, self._arm.device)
+                for inputs, _ in itertools.islice(source, min(wanted, full))
+            ),
+            task.forward,
+        )
+        self.recalibrations += done > 0
+        self.recalibration_seconds += time.perf_counter() - started
 
     def _frame(self) -> _Frame:
         layers = self.pruner.layers
@@ -203,6 +241,8 @@ class PrunedStructure(DenseStructure):
         return {
             "trial_calls": self.trial.calls,
             "trial_seconds": self.trial.seconds,
+            "recalibrations": self.recalibrations,
+            "recalibration_seconds": self.recalibration_seconds,
             "structure_changes": self.version(),
             "pruner": self.pruner.report(),
         }

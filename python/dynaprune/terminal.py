@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dynaprune.report import shown, table_rows
+from dynaprune.report import on_copy, shown, table_rows
 
 __all__ = ["print_report", "print_summary"]
 
@@ -48,6 +48,7 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
         found = summary["differences"][metric]
         interval = "-" if found["low"] is None else f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}"
         means = [shown(found[k], "share") for k in ("baseline_mean", "pruned_mean")]
+        label = on_copy(label, summary["data"])
         table.add_row(label, *means, f"{100 * found['mean']:+.2f}", interval)
     console.print(table)
     promises = Table()

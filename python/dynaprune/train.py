@@ -122,6 +122,7 @@ def _train(
                     break
             if len(done.first_steps) < metrics.STEPS_TIMED:
                 done.first_steps = arm.step_seconds[: metrics.STEPS_TIMED]
+            structure.before_evaluation()
             validation_loss, scores = evaluate(arm.task, arm.model, data.validation, device, data.collate)
             best = stopping.update(
                 epoch,

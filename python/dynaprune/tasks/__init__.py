@@ -19,6 +19,7 @@ __all__ = ["Defaults", "Split", "Task", "TaskData", "accuracy_and_f1", "get_task
 _MODULES = {
     "digits": "dynaprune.tasks.digits",
     "titanic": "dynaprune.tasks.titanic",
+    "cifar10": "dynaprune.tasks.cifar10",
     "imdb": "dynaprune.tasks.imdb",
 }
 

@@ -1,0 +1,209 @@
+"""``cifar10``: 60,000 photographs of 32x32 pixels in ten classes (Krizhevsky 2009), ResNet-18 with 3x3 stem.
+
+The experiment's settings (Adam at 1e-3, batch 32, L2 1e-4, no schedule) are ``--preset paper``. The task's
+own recipe is AdamW with a cosine schedule, which trains this network better in few epochs; both arms use it,
+and patience is long because the schedule's best weights come at its end. The baseline's dropout sits before
+the classifier: between convolutions, before a batch norm, it would make the norm's statistics in training
+differ from those in evaluation (Li et al., "Understanding the Disharmony between Dropout and Batch
+Normalization", CVPR 2019)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from dynaprune.tasks import Defaults, Split, Task, TaskData
+from dynaprune.tasks.data import read_table
+from dynaprune.tasks.resnet import CifarResNet, resnet18_channels
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CLASSES, SIDE, PADDING = 10, 32, 4
+TRAINED_PER_VALIDATED = 10
+_SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
+
+
+def image_format(data: bytes) -> str:
+    """The format of encoded image bytes by their signature: "JPEG", "PNG", or "other"."""
+    return next((name for start, name in _SIGNATURES.items() if data.startswith(start)), "other")
+
+
+def decode(encoded: Sequence[bytes]) -> Tensor:
+    """Encoded images as uint8 ``[n, 3, 32, 32]``, channels-last in memory.
+
+    Raises:
+        ValueError: an image of another size, or bytes that are no image."""
+    from PIL import Image, UnidentifiedImageError
+
+    pixels = np.empty((len(encoded), SIDE, SIDE, 3), dtype=np.uint8)
+    for row, data in enumerate(encoded):
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except UnidentifiedImageError as error:
+            raise ValueError(f"expected an encoded image in row {row} of cifar10: {error}") from error
+        if image.size != (SIDE, SIDE):
+            raise ValueError(f"expected images of {SIDE}x{SIDE} pixels, got {image.size} in row {row}")
+        pixels[row] = np.asarray(image)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of ``images [n, 3, height, width]`` padded by 4 black pixels, cropped at random to its size again
+    and mirrored in half of the cases; channels-last in memory."""
+    count, _, height, width = images.shape
+    device = images.device
+    padded = nn.functional.pad(images, (PADDING,) * 4)
+    draw = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
+    mirrored = torch.randint(2, (count, 1), generator=generator, dtype=torch.bool)
+    rows = draw[0] + torch.arange(height)
+    columns = torch.arange(width)
+    columns = draw[1] + torch.where(mirrored, columns.flip(0), columns)
+    sample = torch.arange(count).view(-1, 1, 1)
+    at = (each.to(device) for each in (sample, rows.unsqueeze(2), columns.unsqueeze(1)))
+    sample, down, across = at
+    return padded[sample, :, down, across].permute(0, 3, 1, 2)
+
+
+def draw_rows(labels: np.ndarray, seed: int, train_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers ``(train, validation)``, stratified by ``labels [n]``, each sorted, disjoint.
+
+    With ``train_samples`` 0 a tenth of all rows is for validation and the rest for training; otherwise that
+    many are for training, and a tenth as many of the others for validation.
+
+    Raises:
+        ValueError: more samples than there are rows, or fewer than ten of each class."""
+    from sklearn.model_selection import train_test_split
+
+    rows = len(labels)
+    validation_size = -(-(train_samples or rows) // TRAINED_PER_VALIDATED)
+    train_size = train_samples or rows - validation_size
+    least = 10 * CLASSES
+    if train_samples < 0 or train_size < least or train_size + validation_size > rows:
+        most = rows * TRAINED_PER_VALIDATED // (TRAINED_PER_VALIDATED + 1)
+        raise ValueError(
+            f"train_samples must be 0 (all) or {least} to {most} (a tenth as many more are for validation), "
+            f"got {train_samples}"
+        )
+    train, validation = train_test_split(
+        np.arange(rows),
+        train_size=train_size,
+        test_size=validation_size,
+        stratify=labels,
+        random_state=seed,
+    )
+    return np.sort(train), np.sort(validation)
+
+
+def _columns(table: pyarrow.Table) -> tuple[pyarrow.ChunkedArray, np.ndarray]:
+    """The encoded images and the labels int64 ``[n]`` of a table with the hub's columns."""
+    missing = [name for name in ("img", "label") if name not in table.column_names]
+    if missing:
+        raise ValueError(f"the cifar10 table lacks {', '.join(missing)}: expected the columns img and label")
+    labels = table.column("label").to_numpy().astype(np.int64)
+    if labels.min() < 0 or labels.max() >= CLASSES:
+        raise ValueError(f"expected labels 0 to {CLASSES - 1}, got {labels.min()} to {labels.max()}")
+    return table.column("img"), labels
+
+
+def _dataset(images: pyarrow.ChunkedArray, labels: np.ndarray) -> tuple[TensorDataset, set[str]]:
+    encoded = [image["bytes"] for image in images.to_pylist()]
+    formats = {image_format(data) for data in encoded}
+    return TensorDataset(decode(encoded), torch.from_numpy(labels)), formats
+
+
+def _describe_copy(formats: set[str]) -> dict[str, Any]:
+    """What the report says of the images' encoding; JPEG is lossy, and the original images were not."""
+    said: dict[str, Any] = {"formats": sorted(formats)}
+    if "JPEG" in formats:
+        said["copy"] = "CIFAR-10, JPEG copy"
+        said["note"] = (
+            "The images of this copy of CIFAR-10 are JPEG-compressed, which the original's are not: the "
+            "accuracies are those of the JPEG copy, for training and test alike, and cannot be set beside "
+            "published ones exactly."
+        )
+    return said
+
+
+def load(split: Split, options: Mapping[str, Any]) -> TaskData:
+    """The official test part; training and validation part drawn from the official training part by seed.
+
+    Images are uint8 ``[3, 32, 32]``; the model standardises them by the training part's mean and deviation,
+    which ``description`` holds.
+
+    Raises:
+        ValueError: folds (there is an official test part), wrong ``train_samples`` or ``width``, a table that
+            is not CIFAR-10's. FileNotFoundError, ConnectionError: see `read_table`."""
+    if split.folds is not None:
+        raise ValueError("cifar10 has an official test part, which every run keeps: --folds does not apply")
+    resnet18_channels(options["width"])
+    table, source = read_table(split.source, "cifar10", "uoft-cs/cifar10")
+    images, labels = _columns(table)
+    train_rows, validation_rows = draw_rows(labels, split.seed, options["train_samples"])
+    (train, formats), (validation, more) = (
+        _dataset(images.take(rows), labels[rows]) for rows in (train_rows, validation_rows)
+    )
+    test, test_formats = _dataset(
+        *_columns(read_table(split.source, "cifar10", "uoft-cs/cifar10", "test")[0])
+    )
+    mean, deviation = channel_statistics(train.tensors[0])
+    description = {
+        "source": source,
+        "sizes": [len(train), len(validation), len(test)],
+        "drawn": "training and validation part from the official training part, stratified, by seed",
+        "mean": mean,
+        "deviation": deviation,
+        **_describe_copy(formats | more | test_formats),
+    }
+    return TaskData(train, validation, test, CLASSES, description, augment=augment, options=dict(options))
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by channel of ``images`` uint8 ``[n, 3, height, width]``, of pixels / 255.
+    Exact: counted by pixel value."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, deviation = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.reshape(-1), minlength=256).double() / channel.numel()
+        average = float((share * values).sum())
+        mean.append(average)
+        deviation.append(float((share * (values - average) ** 2).sum().sqrt()))
+    return mean, deviation
+
+
+def build_model(data: TaskData, dropout: float) -> nn.Module:
+    """ResNet-18 with ``data.options["width"]`` times its channels; ``dropout`` before the classifier."""
+    return CifarResNet(
+        resnet18_channels(data.options["width"]),
+        classes=CLASSES,
+        mean=data.description["mean"],
+        deviation=data.description["deviation"],
+        dropout=dropout,
+    )
+
+
+TASK = Task(
+    name="cifar10",
+    title="CIFAR-10 (32x32 photographs, ten classes), ResNet-18",
+    load=load,
+    build_model=build_model,
+    defaults=Defaults(
+        optimizer="adamw",
+        lr=2e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_steps=200,
+        batch_size=64,
+        patience=50,
+        block_size=16,
+        target_sparsity=0.8,
+        pruning={"end": 0.5},
+    ),
+    options={"train_samples": 0, "width": 1.0},
+)
