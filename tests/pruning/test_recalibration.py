@@ -145,6 +145,20 @@ def test_batches_in_another_form_and_networks_without_norms() -> None:
     assert len(list(drawn)) == 4
 
 
+def test_a_compiled_network_is_not_compiled_anew() -> None:
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    model = network()
+    fast = torch.compile(model, backend=backend)
+    fast(inputs()[0])
+    count = len(compiled)
+    assert count > 0 and recalibrate_batch_norm(fast, inputs()) == 6 and len(compiled) == count
+
+
 def test_no_batch_and_a_failing_forward_leave_the_model_as_it_was() -> None:
     model = network()
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)

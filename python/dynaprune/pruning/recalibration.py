@@ -3,7 +3,9 @@ not."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ def recalibrate_batch_norm(
     momenta = {name: norm.momentum for name, norm in norms.items()}
     found: dict[str, dict[str, Tensor]] = {}
     try:
-        with calibration_mode(model):
+        with calibration_mode(model), _uncompiled():
             for norm in norms.values():
                 norm.reset_running_stats()
                 norm.momentum = None
@@ -78,3 +80,8 @@ def recalibrate_batch_norm(
             for key, value in statistics.items():
                 getattr(norms[name], key).copy_(value)
     return len(found)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled models as they were before: their guards would not fit these modes, and compile anew."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

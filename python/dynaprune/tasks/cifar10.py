@@ -1,11 +1,13 @@
 """``cifar10``: 60,000 photographs of 32x32 pixels in ten classes (Krizhevsky 2009), ResNet-18 with 3x3 stem.
 
 The experiment's settings (Adam at 1e-3, batch 32, L2 1e-4, no schedule) are ``--preset paper``. The task's
-own recipe is AdamW with a cosine schedule, which trains this network better in few epochs; both arms use it,
-and patience is long because the schedule's best weights come at its end. The baseline's dropout sits before
-the classifier: between convolutions, before a batch norm, it would make the norm's statistics in training
-differ from those in evaluation (Li et al., "Understanding the Disharmony between Dropout and Batch
-Normalization", CVPR 2019)."""
+own recipe, for both arms, is AdamW with a short warmup and a cosine schedule to zero; patience is long
+because such a schedule's best weights come at its end. Blocks are ranked by score per FLOP: ranked per
+weight, nearly all of them go from the last stage, which holds most weights and costs little time.
+
+The baseline's dropout sits before the classifier: between convolutions, before a batch norm, it would make
+the norm's statistics in training differ from those in evaluation (Li et al., "Understanding the Disharmony
+between Dropout and Batch Normalization", CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -203,7 +205,8 @@ TASK = Task(
         patience=50,
         block_size=16,
         target_sparsity=0.8,
-        pruning={"end": 0.5},
+        pruning={"cost": "flops", "end": 0.4},
+        self_paced={"cost": "flops", "end": 0.5},
     ),
     options={"train_samples": 0, "width": 1.0},
 )
