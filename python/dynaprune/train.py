@@ -47,8 +47,8 @@ ARMS = ("baseline", "pruned")
 
 
 class CannotStart(Exception):
-    """The data cannot be read or the settings do not fit the model; the message says what was expected and
-    what came."""
+    """The data or the initial weights cannot be read, or the settings do not fit the model; the message says
+    what was expected and what came."""
 
 
 @dataclass
@@ -269,7 +269,10 @@ def _run(
 
     pruned = arm_name == "pruned"
     torch.manual_seed(config.model_seed)
-    model = task.build_model(data, 0.0 if pruned else config.dropout).to(device).train()
+    try:
+        model = task.build_model(data, 0.0 if pruned else config.dropout).to(device).train()
+    except (ValueError, OSError, ImportError) as error:
+        raise CannotStart(str(error)) from error
     pretrained = _pretrained(task, model, data, config, device, pretrained_file)
     optimizer, implementation = make_optimizer(model, config)
     total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
