@@ -129,6 +129,8 @@ def build_report(
 _LABELS = {
     "test_accuracy": ("test accuracy", "share"),
     "test_f1": ("test F1", "share"),
+    "test_wer": ("test word error rate", "share"),
+    "test_cer": ("test character error rate", "share"),
     "train_seconds": ("training time", "seconds"),
     "epochs": ("epochs", "count"),
     "step_seconds_first": ("step time, first 20 steps", "time"),
@@ -224,7 +226,8 @@ _NOTES = """\
 
 
 def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> None:
-    """``report.md``: the table, how it was measured, settings and machine."""
+    """``report.md``: the table, the note that the data come with, how it was measured, settings and
+    machine."""
     lines = [f"# dynaprune compare {report['task']}", ""]
     if report["interrupted"]:
         lines += ["**This run was interrupted: the figures are of what was done until then.**", ""]
