@@ -69,9 +69,13 @@ _SETTINGS: dict[str, Any] = {
         int | None, typer.Option(help="imdb: epochs of masked-language modelling on the task's text before")
     ],
     "max_length": Annotated[int | None, typer.Option(help="imdb: tokens per text")],
+    "max_seconds": Annotated[float | None, typer.Option(help="speech: longest clip; 0: the task's own")],
     "objective": Annotated[str | None, typer.Option(help="common_voice: ctc or language")],
 }
-_TASK_OPTIONS = ("train_samples", "width", "size", "init", "pretrain_epochs", "max_length", "objective")
+_TASK_OPTIONS = (
+    *("train_samples", "width", "size", "init"),
+    *("pretrain_epochs", "max_length", "max_seconds", "objective"),
+)
 
 TaskName = Annotated[str, typer.Argument(help=", ".join(task_names()), metavar="TASK")]
 Out = Annotated[Path, typer.Option("--out", help="new or empty folder for the results")]

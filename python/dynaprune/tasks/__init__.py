@@ -21,6 +21,8 @@ _MODULES = {
     "titanic": "dynaprune.tasks.titanic",
     "cifar10": "dynaprune.tasks.cifar10",
     "imdb": "dynaprune.tasks.imdb",
+    "common_voice": "dynaprune.tasks.common_voice",
+    "spoken_digits": "dynaprune.tasks.spoken_digits",
 }
 
 

@@ -17,7 +17,15 @@ from dynaprune.tasks import Split, TaskData
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["batches", "batches_per_epoch", "mlp", "read_table", "split_rows", "training_batches"]
+__all__ = [
+    "batches",
+    "batches_per_epoch",
+    "data_source",
+    "mlp",
+    "read_table",
+    "split_rows",
+    "training_batches",
+]
 
 HUB_HINT = (
     "On a machine without network: set DYNAPRUNE_DATA (or pass --data) to a folder that holds {file}, "
@@ -48,6 +56,11 @@ def split_rows(labels: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray
     return np.sort(train), np.sort(validation), np.sort(test)
 
 
+def data_source(source: str | None) -> str:
+    """Where a task's data come from: ``source`` where it is given, else DYNAPRUNE_DATA, else "hub"."""
+    return source or os.environ.get("DYNAPRUNE_DATA") or "hub"
+
+
 def read_table(
     source: str | None, folder: str, hub_name: str, part: str = "train"
 ) -> tuple[pyarrow.Table, str]:
@@ -56,7 +69,7 @@ def read_table(
     ``source`` is a folder that holds ``<folder>/<part>.parquet``, ``"hub"``, or None: DYNAPRUNE_DATA where it
     is set, else the hub data set ``hub_name``. FileNotFoundError for a folder without the file,
     ConnectionError (with what to do about it) for a hub that cannot be reached."""
-    source = source or os.environ.get("DYNAPRUNE_DATA") or "hub"
+    source = data_source(source)
     if source != "hub":
         path = Path(source).expanduser() / folder / f"{part}.parquet"
         if not path.is_file():
