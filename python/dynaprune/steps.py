@@ -143,7 +143,7 @@ def evaluate(
     losses: list[torch.Tensor] = []
     truth: list[Any] = []
     guess: list[Any] = []
-    for inputs, targets in batches(dataset, _EVALUATION_BATCH, collate=collate):
+    for inputs, targets in batches(dataset, task.evaluation_batch or _EVALUATION_BATCH, collate=collate):
         outputs = task.forward(model, to_device(inputs, device))
         losses.append(task.losses(outputs, targets.to(device)).double())
         predictions = task.predict(outputs)

@@ -28,6 +28,7 @@ FRAME_EVERY = 0.04
 # After so many steps a batch norm's running statistics (momentum 0.1) hold less than 1% of what they were.
 _STATISTICS_SETTLED = 50
 _RECALIBRATION_BATCH = 128
+_TRIAL_BATCH = 256
 
 
 class DenseStructure:
@@ -131,6 +132,7 @@ class PrunedStructure(DenseStructure):
                 data.train,
                 losses,
                 samples=config.calibration_samples,
+                batch_size=task.evaluation_batch or _TRIAL_BATCH,
                 seed=config.model_seed + 1,
                 collate=data.collate,
             )

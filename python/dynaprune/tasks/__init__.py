@@ -128,7 +128,10 @@ class Task:
 
     ``options`` are the settings that only this task has, with their defaults; ``presets`` named settings.
     ``pretrain(model, data, config, device)`` trains the fresh model before both arms and returns what the
-    report says of it; it runs once for both, where the option "pretrain_epochs" is above 0."""
+    report says of it; it runs once for both, where the option "pretrain_epochs" is above 0.
+
+    ``evaluation_batch`` is the number of samples per forward pass in evaluations and trials, where the usual
+    128 and 256 would take too much memory."""
 
     name: str
     title: str
@@ -141,6 +144,7 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     uses_data_folder: bool = True
+    evaluation_batch: int | None = None
     forward: Callable[[nn.Module, Any], Any] = _call_model
     losses: Callable[[Any, torch.Tensor], torch.Tensor] = _cross_entropy_per_sample
     predict: Callable[[Any], Any] = _likeliest_class

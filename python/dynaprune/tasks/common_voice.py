@@ -150,6 +150,7 @@ TASK = Task(
     losses=losses,
     predict=predict,
     score=score,
+    evaluation_batch=16,
     options={**OPTIONS, "objective": "language"},
     defaults=Defaults(
         epochs=10,

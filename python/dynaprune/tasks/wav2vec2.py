@@ -88,7 +88,7 @@ def build(kind: str, options: Mapping[str, Any], outputs: int, dropout: float) -
             "Wav2Vec 2.0 needs the package `transformers` (pip install dynaprune[speech])"
         ) from error
     kinds: dict[str, Any] = {"sequence": Wav2Vec2ForSequenceClassification, "ctc": Wav2Vec2ForCTC}
-    head: dict[str, Any] = {"vocab_size": outputs, "pad_token_id": 0} if kind == "ctc" else {"num_labels": outputs}
+    head = dict(vocab_size=outputs, pad_token_id=0) if kind == "ctc" else dict(num_labels=outputs)
     settings: dict[str, Any] = {
         **head,
         "hidden_dropout": dropout,
