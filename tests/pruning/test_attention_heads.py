@@ -134,6 +134,15 @@ def test_dead_heads_go_and_outputs_and_training_stay(attention: str, dead: str) 
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_constant_is_recognised_behind_the_rounding_of_long_averages(attention: str) -> None:
+    model, inputs = bert(attention=attention, max_position_embeddings=256), texts(6, 256)
+    swap_layers(model, BLOCK, exclude=["bert.pooler"])
+    kill(model, f"{ATTENTION}.value", rows=[1])
+    report = cut(model, inputs)
+    assert report.neurons == {f"{ATTENTION}.value": SIZE} and not report.refused
+
+
 def test_dead_queries_or_keys_or_part_of_a_head_are_no_reason() -> None:
     model, inputs = bert(), texts()
     swap_layers(model, 8, exclude=["bert.pooler"])
