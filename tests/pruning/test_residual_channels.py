@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaprune import recalibrate_batch_norm
-from dynaprune.nn import BlockSparseLayer, swap_layers
+from dynaprune.nn import swap_layers
 from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
 from dynaprune.pruning.neurons import CutReport, cut_dead_neurons
 from dynaprune.tasks.resnet import CifarResNet
+from tests.pruning.cutting import kill, outputs, rounding, train
 
 BLOCK = 8
 CHANNELS = (16, 24)
@@ -41,28 +41,8 @@ def trained(steps: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Any, to
     model = CifarResNet(CHANNELS, (2, 2), classes=3).to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     swap_layers(model, BLOCK)
-    train(model, optimizer, steps)
+    train(model, optimizer, *images(), steps=steps)
     return model, optimizer
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    model.train()
-    x, y = images()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
-def kill(model: nn.Module, name: str, *, rows: Iterable[int] = (), columns: Iterable[int] = ()) -> None:
-    """Let block rows, or block columns over all taps, of a convolution die."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, BlockSparseLayer) and layer.layout.conv is not None
-    layout = layer.layout
-    dead = torch.zeros(layout.rows, layer.layout.conv.taps, layout.columns // layer.layout.conv.taps)
-    dead[list(rows)] = 1
-    dead[:, :, list(columns)] = 1
-    layout.release_(dead.view(layout.rows, layout.columns).bool())
 
 
 def kill_stream(model: nn.Module, stage: int, block: int) -> None:
@@ -74,24 +54,14 @@ def kill_stream(model: nn.Module, stage: int, block: int) -> None:
         kill(model, name, columns=[block])
 
 
-def evaluated(model: nn.Module, x: Tensor) -> Tensor:
-    training = model.training
-    with torch.no_grad():
-        y = model.eval()(x)
-    model.train(training)
-    return y
-
-
 def cut(model: nn.Module, optimizers: Any = ()) -> CutReport:
     """Cut, and check that the network in evaluation mode computes what it did, on other images too."""
     x, fresh = images(8)[0], torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
-    before = [evaluated(model, each) for each in (x, fresh)]
+    before = [outputs(model, each) for each in (x, fresh)]
     example = ExampleInputs.of(x)
     report = cut_dead_neurons(model, find_groups(model, example), example, optimizers)
     for old, each in zip(before, (x, fresh), strict=True):
-        new = evaluated(model, each)
-        allowed = 256 * torch.finfo(old.dtype).eps * float(old.abs().max())
-        assert float((new - old).abs().max()) <= allowed
+        assert float((outputs(model, each) - old).abs().max()) <= rounding(old)
     return report
 
 
@@ -140,7 +110,7 @@ def test_channels_inside_a_block_go_with_all_that_belongs_to_them(name: str) -> 
         elif key.startswith(f"{name}.conv2."):
             old = old[:, keep]
         assert torch.equal(after[key], old), key
-    train(model, optimizer, 2)
+    train(model, optimizer, *images(), steps=2)
 
 
 def test_cutting_unread_channels_changes_no_later_step() -> None:
@@ -154,10 +124,10 @@ def test_cutting_unread_channels_changes_no_later_step() -> None:
     twin_optimizer = torch.optim.Adam(twin.parameters(), lr=2e-3)
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert sum(cut(model, [optimizer]).neurons.values()) == 3 * BLOCK
-    train(model, optimizer, 8)
-    train(twin, twin_optimizer, 8)
+    train(model, optimizer, *images(), steps=8)
+    train(twin, twin_optimizer, *images(), steps=8)
     x, _ = images()
-    torch.testing.assert_close(evaluated(model, x), evaluated(twin, x), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(outputs(model, x), outputs(twin, x), rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(model.classifier.weight, twin.classifier.weight, rtol=1e-7, atol=1e-9)
 
 
@@ -179,7 +149,7 @@ def test_channels_that_only_make_a_constant_go_when_it_is_zero_and_known() -> No
         model.stages[0][0].bn1.bias[-1] = -0.1
     assert cut(model, [optimizer]).neurons == {"stages.0.0.conv1": BLOCK}
     assert model.stages[0][0].conv2.in_channels == CHANNELS[0] - BLOCK
-    train(model, optimizer, 2)
+    train(model, optimizer, *images(), steps=2)
 
 
 def test_a_stream_channel_goes_when_nothing_reads_it() -> None:
@@ -194,7 +164,7 @@ def test_a_stream_channel_goes_when_nothing_reads_it() -> None:
         assert model.get_submodule(name.replace("conv", "bn")).num_features == left
     assert [model.get_submodule(name).in_channels for name in STREAM[0][1]] == [left] * 4
     assert model.stages[0][0].conv1.out_channels == CHANNELS[0]
-    train(model, optimizer, 2)
+    train(model, optimizer, *images(), steps=2)
 
 
 def test_a_stream_channel_stays_while_one_layer_writes_and_one_reads() -> None:
@@ -223,4 +193,4 @@ def test_a_dead_stream_channel_of_the_last_stage_moves_into_the_classifier() -> 
     assert model.classifier.in_features == left and model.stages[1][1].conv1.in_channels == left
     assert model.stages[1][0].downsample[0].out_channels == left
     assert model.stages[1][0].downsample[1].num_features == left
-    train(model, optimizer, 2)
+    train(model, optimizer, *images(), steps=2)
