@@ -70,7 +70,8 @@ class BlockLayout(nn.Module):
         check_int32(self.rows, self.columns)
         if mask is None:
             mask = torch.ones(self.rows, self.columns, dtype=torch.bool, device=device)
-        mask = self._checked(mask.to(device) if isinstance(mask, Tensor) else mask).clone()
+        mask = self._checked(mask.to(device) if isinstance(mask, Tensor) else mask)
+        mask = mask.clone(memory_format=torch.contiguous_format)
         if capacity is None:
             capacity = max(int(mask.sum()), 1)
         self._check_capacity(capacity)

@@ -329,3 +329,10 @@ def test_a_stale_graph_is_refused_not_silently_wrong(backend: str) -> None:
     layout.update_(torch.eye(2) > 0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_a_mask_of_other_strides_is_the_same_mask() -> None:
+    mask = torch.rand(6, 4) < 0.5
+    layout = BlockLayout(64, 96, 16, mask=mask.t())
+    assert layout.mask.is_contiguous() and layout.slot_of_block.is_contiguous()
+    assert torch.equal(layout.index, BlockLayout(64, 96, 16, mask=mask.t().contiguous()).index)
