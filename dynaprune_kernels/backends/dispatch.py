@@ -146,6 +146,8 @@ def _faster_on_gpu(problem: Problem, device_name: str) -> Choice:
         ours, dense = measured
         backend = "triton" if ours <= dense else "dense"
         return Choice(backend, f"measured on {device_name}: triton {ours:.4g} ms, dense {dense:.4g} ms")
+    if problem.op.endswith("probe"):
+        return Choice("triton", "skips live blocks, and all work while its flag is down; dense does neither")
     assert problem.block is not None
     crossover = _GPU_CROSSOVER[min(problem.block)]
     unmeasured = (

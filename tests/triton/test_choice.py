@@ -101,6 +101,11 @@ def test_without_a_measurement_the_density_decides(fresh: Path, triton_installed
     assert "no measurement" in sparse.reason and "capacity 1.00 is above 0.7" in full.reason
 
 
+def test_the_probe_never_computes_a_dense_gradient(fresh: Path, triton_installed: None) -> None:
+    for op in ("linear_probe", "conv2d_probe"):
+        assert dispatch.choose(PROBLEM._replace(op=op, capacity=4096), "cuda", "some GPU").backend == "triton"
+
+
 def test_capacity_free_ops_run_on_the_kernels(fresh: Path, triton_installed: None) -> None:
     update = Problem("layout_update", torch.int32)
     saliency = Problem("block_saliency", torch.float32, (64, 64))
