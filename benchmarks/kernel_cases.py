@@ -67,8 +67,10 @@ def build(case: Case, device: str, seed: int = 0) -> Operands:
         case.out, case.inputs, case.block, conv=case.conv, mask=mask.view_as(layout.mask), capacity=live
     ).to(device)
 
+    on_device = torch.Generator(device).manual_seed(seed)
+
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, case.dtype)
+        return torch.randn(shape, generator=on_device, device=device).to(case.dtype)
 
     values = normal(live, case.block, case.block)
     if case.conv is None:

@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import NullFormatter
 
 Row = dict[str, str]
 
@@ -57,6 +58,9 @@ def draw(rows: list[Row], path: Path) -> None:
         for name, points in sorted(lines.items()):
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel="density", ylabel="best dense time / time")
+        axis.set_xticks(densities, [f"{density:.2g}" for density in densities])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(f"{op} {shape} {dtype}", fontsize=9)
         axis.legend(fontsize=7)
     figure.suptitle(", ".join(sorted({row["device"] for row in rows})))

@@ -45,11 +45,25 @@ def dense(case: Case, operands: Operands) -> Call:
 
 def dense_as_convolution(case: Case, operands: Operands) -> Call:
     """A linear layer as a 1x1 convolution: oneDNN's, often faster than the matrix product of MKL."""
-    if case.conv is not None or operands.x.is_cuda or not case.op.endswith("forward"):
-        raise Unavailable("for linear forward on the CPU")
-    x = operands.x.t().reshape(1, case.inputs, case.rows, 1).contiguous(memory_format=torch.channels_last)
+    if case.conv is not None or operands.x.is_cuda:
+        raise Unavailable("for linear layers on the CPU")
+
+    def image(t: Tensor) -> Tensor:
+        return t.t().reshape(1, t.shape[1], t.shape[0], 1).contiguous(memory_format=torch.channels_last)
+
+    x, dy = image(operands.x), image(operands.dy)
     weight = operands.dense.view(case.out, case.inputs, 1, 1).contiguous(memory_format=torch.channels_last)
-    return lambda: F.conv2d(x, weight)
+    if case.op.endswith("forward"):
+        return lambda: F.conv2d(x, weight)
+    wgrad = not case.op.endswith("dgrad")
+
+    def backward() -> Tensor:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [not wgrad, wgrad, False]
+        )
+        return dw if wgrad else dx
+
+    return backward
 
 
 def _torch_bsr(stages: int) -> Provider:
@@ -108,7 +122,9 @@ PROVIDERS: dict[str, Provider] = {
 def comparable(provider: str, case: Case, operands: Operands, result: Tensor) -> Tensor:
     """A provider's result in the form of ours."""
     if provider == "dense-conv1x1":
-        return result.flatten(1).t() if result.dim() == 3 else result[0, :, :, 0].t()
+        if case.op.endswith(("forward", "dgrad")):
+            return result[0, :, :, 0].t()
+        return dense_result(case, operands, result[:, :, 0, 0])
     if provider == "dense":
         return dense_result(case, operands, result)
     if provider == "stk" and case.op.endswith("wgrad"):  # blocks in row order, outputs first

@@ -1,10 +1,10 @@
 """Kernel benchmarks: ``python -m benchmarks.run --suite linear --device cuda --out linear.csv [--quick]``.
 
 Every provider's result is checked before it is timed; a wrong one is not reported and makes the exit status
-1.
-Columns: milliseconds at 20, 50 and 80% of the repetitions, TFLOP/s of live blocks, and efficiency = density x
-best dense time / time (1.0: the kernel is as good as the best dense one and skips all dead blocks). Suites
-without a matrix product have GB/s instead.
+1. Columns: milliseconds at 20, 50 and 80% of the repetitions, TFLOP/s of live blocks, and efficiency =
+density x best dense time / time (1.0: the kernel is as good as the best dense one and skips all dead blocks).
+The suite saliency has GB/s instead. On a GPU the short suites are also timed as replays of a captured graph
+(provider ``...-graph``), without what Python takes to launch. The file is written after every case.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import argparse
 import csv
 import itertools
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import kernel_cases
 from benchmarks.kernel_cases import Call, Case
@@ -34,6 +35,7 @@ COLUMNS = [
     "gbytes_per_s", "efficiency", "device", "versions",
 ]  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Row = dict[str, Any]
 Quantiles = tuple[float, float, float]
 Timer = Callable[[Call], Quantiles]
 CONV = ConvGeometry(3, 3, 1, 1, 1, 1)
@@ -92,7 +94,7 @@ def matrix_cases(suite: str, device: str, quick: bool, dtypes: list[str]) -> Ite
             )
 
 
-def measured(case: Case, device: str, time_of: Timer, faults: list[str]) -> list[dict[str, Any]]:
+def measured(case: Case, device: str, time_of: Timer, faults: list[str]) -> list[Row]:
     """One row per provider that gives the right result; what is wrong goes to ``faults``."""
     operands = kernel_cases.build(case, device)
     expected = kernel_cases.call(case, operands, reference)()
@@ -115,79 +117,139 @@ def measured(case: Case, device: str, time_of: Timer, faults: list[str]) -> list
             continue
         times[name] = time_of(run)
     dense = min((t[1] for name, t in times.items() if name.startswith("dense")), default=None)
-    flops = kernel_cases.flops(case, operands)
+    live = operands.layout.capacity / operands.layout.blocks
+    flops = kernel_cases.flops(case, operands) / live
     rows = []
     for name, (low, middle, high) in times.items():
-        density = 1.0 if name.startswith("dense") else case.density
+        density = 1.0 if name.startswith("dense") else live
         rows.append(
             {
                 "op": case.op,
                 "provider": name,
                 "shape": case.shape,
                 "block": case.block,
-                "density": case.density,
+                "density": f"{live:.4g}",
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "ms_20": f"{low:.5g}",
                 "ms_50": f"{middle:.5g}",
                 "ms_80": f"{high:.5g}",
-                "tflops": f"{flops / case.density * density / middle / 1e9:.4g}",
+                "tflops": f"{flops * density / middle / 1e9:.4g}",
                 "efficiency": f"{density * dense / middle:.3f}" if dense else "",
             }
         )
     return rows
 
 
-def other_cases(suite: str, device: str, quick: bool, time_of: Timer) -> Iterator[dict[str, Any]]:
-    """Rows of the suites ``saliency`` and ``layout``: ours by backend beside plain torch."""
+def matrix_rows(
+    suite: str, device: str, quick: bool, dtypes: list[str], time_of: Timer, faults: list[str]
+) -> Iterator[list[Row]]:
+    """Rows of the suites ``linear`` and ``conv``, case by case."""
+    for case in matrix_cases(suite, device, quick, dtypes):
+        yield measured(case, device, time_of, faults)
+
+
+def other_rows(
+    suite: str, device: str, quick: bool, time_of: Timer, faults: list[str]
+) -> Iterator[list[Row]]:
+    """Rows of the suites ``saliency`` and ``layout``, case by case: ours by backend."""
     sizes = [(4096, 4096, 64)] if quick else [(1024, 1024, 32), (4096, 4096, 64), (4096, 14336, 64)]
+    op, prepare = ("block_saliency", saliency) if suite == "saliency" else ("layout_update", update)
     for out, inputs, block in sizes:
-        density = 0.25
-        layout = BlockLayout(out, inputs, block, device=device)
-        mask = torch.rand(layout.rows, layout.columns, device=device) < density
+        mask = torch.rand(out // block, inputs // block, generator=torch.Generator().manual_seed(0)) < 0.25
         layout = BlockLayout(out, inputs, block, mask=mask, device=device)
         values = torch.randn(layout.capacity, block, block, device=device)
+        problem = Problem(op, values.dtype, (block, block))
+        times: dict[str, Quantiles] = {}
         for name, backend in OURS.items():
-            op = "block_saliency" if suite == "saliency" else "layout_update"
-            problem = Problem(op, values.dtype, (block, block))
             if dispatch.why_not(name.removeprefix("dynaprune-"), problem, device) is not None:
                 continue
-
-            def run(
-                backend: Any = backend, op: str = op, layout: BlockLayout = layout, values: Any = values
-            ) -> Any:
-                if op == "block_saliency":
-                    return backend.block_saliency(values, values, layout.index, layout.rows, layout.columns)
-                arguments = layout.mask, layout.slot_of_block, layout.index, layout.capacity, None, True
-                return backend.layout_update(*arguments)
-
-            low, middle, high = time_of(run)
-            moved = 2 * values.numel() * values.itemsize if suite == "saliency" else 0
-            yield {
+            run, fault = prepare(backend, layout, values)
+            if fault is not None:
+                faults.append(f"{op} {out}x{inputs} {block}: {name} is wrong: {fault}")
+                print(faults[-1], file=sys.stderr)
+                continue
+            times[name] = time_of(run)
+            if device == "cuda":
+                times[f"{name}-graph"] = time_of(replayed(run))
+        moved = 2 * values.numel() * values.itemsize if suite == "saliency" else 0
+        yield [
+            {
                 "op": op,
                 "provider": name,
                 "shape": f"{out}x{inputs}",
                 "block": block,
-                "density": density,
+                "density": f"{layout.capacity / layout.blocks:.4g}",
                 "dtype": "float32",
                 "ms_20": f"{low:.5g}",
                 "ms_50": f"{middle:.5g}",
                 "ms_80": f"{high:.5g}",
                 "gbytes_per_s": f"{moved / middle / 1e6:.4g}" if moved else "",
             }
+            for name, (low, middle, high) in times.items()
+        ]
+
+
+def saliency(backend: ModuleType, layout: BlockLayout, values: Tensor) -> tuple[Call, str | None]:
+    """The sums over values and a gradient, and what is wrong with them."""
+    grad = torch.randn_like(values)
+
+    def run() -> Any:
+        return backend.block_saliency(values, grad, layout.index, layout.rows, layout.columns)
+
+    exact = reference.block_saliency(
+        values.double(), grad.double(), layout.index, layout.rows, layout.columns
+    )
+    pairs = zip(run(), exact, strict=True)
+    faults = [kernel_cases.wrong(ours, theirs, torch.float32) for ours, theirs in pairs]
+    return run, next((fault for fault in faults if fault is not None), None)
+
+
+def update(backend: ModuleType, layout: BlockLayout, values: Tensor) -> tuple[Call, str | None]:
+    """The update to another mask of as many blocks, and what is wrong with it."""
+    mask = layout.mask.roll((1, 1), (0, 1))
+    ours = [mask.clone(), layout.slot_of_block.clone(), layout.index.clone()]
+    theirs = [t.clone() for t in ours]
+
+    def run() -> Any:
+        return backend.layout_update(*ours, layout.capacity, None, True)
+
+    run()
+    reference.layout_update(*theirs, layout.capacity, None, True)
+    same = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    return run, None if same else "other slots or lists than the reference's"
+
+
+def replayed(call: Call) -> Call:
+    """A captured graph's replay of ``call``."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def described(device: str) -> dict[str, str]:
     """Columns that say where the numbers come from."""
-    name = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}"
-    )
-    threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
     versions = [f"torch {torch.__version__}"]
     if device == "cuda":
         import triton
 
         versions.append(f"triton {triton.__version__}")
-    return {"device": name + threads, "versions": ", ".join(versions)}
+        return {"device": torch.cuda.get_device_name(), "versions": ", ".join(versions)}
+    from dynaprune.metrics import environment
+
+    name = f"{environment(torch.device(device))['cpu']}, {torch.get_num_threads()} threads"
+    return {"device": name, "versions": versions[0]}
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write ``rows`` as CSV in place of what ``path`` held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,35 +262,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="one size, two densities")
+    parser.add_argument("--seconds", type=float, help="start no case after so many seconds")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         return 2
+    start = time.perf_counter()
+    torch.backends.cudnn.benchmark = True  # the dense baseline is the fastest algorithm that cuDNN has
     time_of = timer(options.device, options.quick)
     dtypes = options.dtype or (["bf16"] if options.device == "cuda" else ["fp32"])
     faults: list[str] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     where = described(options.device)
-
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row | where)
-        print(*(row.get(column, "") for column in COLUMNS[:12]), flush=True)
-
+    if options.suite in ("linear", "conv"):
+        cases = matrix_rows(options.suite, options.device, options.quick, dtypes, time_of, faults)
+    else:
+        cases = other_rows(options.suite, options.device, options.quick, time_of, faults)
     with torch.no_grad():
-        if options.suite in ("linear", "conv"):
-            for case in matrix_cases(options.suite, options.device, options.quick, dtypes):
-                for row in measured(case, options.device, time_of, faults):
-                    keep(row)
-        else:
-            for row in other_cases(options.suite, options.device, options.quick, time_of):
-                keep(row)
-    temporary = options.out.with_suffix(".tmp")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, options.out)
+        for found in cases:
+            for row in found:
+                rows.append(row | where)
+                print(*(row.get(column, "") for column in COLUMNS[:12]), flush=True)
+            write(options.out, rows)
+            if options.seconds is not None and time.perf_counter() - start > options.seconds:
+                print(f"{options.suite}: no case is started after {options.seconds:g} s", file=sys.stderr)
+                break
     return 1 if faults else 0
 
 
