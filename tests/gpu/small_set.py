@@ -16,15 +16,20 @@ CASES = [
 ]
 
 
+def check(case: Case) -> None:
+    """Every kernel on one case."""
+    torch.manual_seed(0)
+    check_products(case, "cuda")
+    check_gradients(case, "cuda")
+    check_saliency(case, "cuda")
+    check_layout(case, "cuda")
+
+
 def main() -> None:
     """Run and check every case."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for case in CASES:
-        torch.manual_seed(0)
-        check_products(case, "cuda")
-        check_gradients(case, "cuda")
-        check_saliency(case, "cuda")
-        check_layout(case, "cuda")
+        check(case)
         print(case, flush=True)
 
 

@@ -10,6 +10,7 @@ import torch
 from dynaprune_kernels import ConvGeometry, reference
 from dynaprune_kernels.backends import triton as kernels
 from dynaprune_kernels.backends.triton import config
+from tests.gpu import small_set
 from tests.triton.parity import (
     Case,
     assert_close,
@@ -41,6 +42,11 @@ GEOMETRIES = [
     (ConvGeometry(1, 1, 2, 2), (7, 8)),
     (ConvGeometry(1, 1), (5, 6)),
 ]
+
+
+@pytest.mark.parametrize("case", small_set.CASES, ids=str)
+def test_small_set(case: Case) -> None:
+    small_set.check(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,7 +126,7 @@ def test_rows_may_lie_apart() -> None:
         reference.linear_forward(f(x.double()), f(clean.double()), None, layout.index, 128)
         for f in (torch.clone, torch.abs)
     ]
-    wide = torch.full((50, 137), torch.nan, device="cuda", dtype=torch.bfloat16)
+    wide = torch.full((50, 144), torch.nan, device="cuda", dtype=torch.bfloat16)
     for offset in (0, 8, 9):
         part = wide[:, offset : offset + 128]
         part.copy_(x)
