@@ -134,7 +134,7 @@ def _(dy, x, index, capacity, block, conv):  # type: ignore[no-untyped-def]
 @fake("block_sparse_conv2d_wgrad_saliency")
 def _(dy, x, values, index, conv):  # type: ignore[no-untyped-def]
     blocks = _blocks(dy, x, values.shape[1:], conv)
-    return torch.empty_like(values), values.new_empty(blocks, dtype=accumulator(values.dtype))
+    return values.new_empty(values.shape), values.new_empty(blocks, dtype=accumulator(values.dtype))
 
 
 @fake("conv2d_gradient_probe")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
@@ -105,7 +104,7 @@ def _(dy, x, index, capacity, block):  # type: ignore[no-untyped-def]
 @fake("block_sparse_linear_wgrad_saliency")
 def _(dy, x, values, index):  # type: ignore[no-untyped-def]
     blocks = _blocks(dy, x, values.shape[1:])
-    return torch.empty_like(values), values.new_empty(blocks, dtype=accumulator(values.dtype))
+    return values.new_empty(values.shape), values.new_empty(blocks, dtype=accumulator(values.dtype))
 
 
 @fake("linear_gradient_probe")
