@@ -47,7 +47,8 @@ def conv2d_wgrad_saliency(
 ) -> tuple[Tensor, Tensor]:
     if conv.pointwise:
         return linear.linear_wgrad_saliency(_pixels(dy), _pixels(x), values, index)
-    dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values.contiguous(), index, conv)
+    values = values.contiguous()
+    dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values, index, conv)
     assert signed is not None
     return dvalues, signed
 
@@ -70,7 +71,7 @@ def conv2d_probe(
     channel_blocks = ceil_div(group_channels, bi)
     rows, columns = ceil_div(out_channels, bo), conv.taps * channel_blocks
     positions = images * out_h * out_w
-    check_int32("output positions", positions)
+    _check_sizes(x, dy)
     problem = Problem(
         "conv2d_probe", x.dtype, (bi, bo), images * height * width, out_channels, conv.taps * group_channels,
         capacity,
@@ -90,6 +91,11 @@ def conv2d_probe(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return norms
+
+
+def _check_sizes(x: Tensor, dy: Tensor) -> None:
+    check_int32("output positions", dy.shape[0] * dy.shape[2] * dy.shape[3])
+    check_int32("elements per image", x.shape[1] * x.shape[2] * x.shape[3])
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -139,6 +145,7 @@ def _product(
     rows, lists = ceil_div(out_channels, bo), conv.groups * channel_blocks * conv.phases
     positions = images * y_h * y_w
     check_int32("positions", max(positions, images * a_h * a_w))
+    check_int32("elements per image", a_channels * a_h * a_w)
     problem = Problem(
         "conv2d_dgrad" if dgrad else "conv2d_forward",
         a.dtype, (bi, bo), images * a_h * a_w, out_channels, conv.taps * group_channels, capacity,
@@ -179,7 +186,7 @@ def _wgrad(
     channel_blocks = ceil_div(group_channels, bi)
     rows, columns = ceil_div(out_channels, bo), conv.taps * channel_blocks
     positions = images * out_h * out_w
-    check_int32("positions", max(positions, images * height * width))
+    _check_sizes(x, dy)
     device = device_of(x)
     problem = Problem(
         "conv2d_wgrad", x.dtype, (bi, bo), images * height * width, out_channels, conv.taps * group_channels,

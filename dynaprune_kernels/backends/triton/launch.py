@@ -58,9 +58,16 @@ def _tf32_allowed(conv: bool) -> bool:
     stated = getattr(switch, "fp32_precision", "none")
     if stated != "none":
         return stated == "tf32"
+    _read_quietly()
+    return torch.backends.cudnn.allow_tf32 if conv else torch.backends.cuda.matmul.allow_tf32
+
+
+@functools.cache
+def _read_quietly() -> None:
+    """The first look at the older switches, at which some versions of torch warn, once per process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.backends.cudnn.allow_tf32 if conv else torch.backends.cuda.matmul.allow_tf32
+        _ = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -81,6 +88,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def check_int32(name: str, size: int) -> None:
-    """Raise ValueError where ``size`` does not fit the kernels' 32-bit counters."""
-    if size >= 2**31:
-        raise ValueError(f"expected fewer than 2^31 {name}, got {size}")
+    """Raise ValueError where ``size``, rounded up to whole tiles and parts, may not fit 32-bit counters."""
+    if size > 2**30:
+        raise ValueError(f"expected at most 2^30 {name}, got {size}")

@@ -33,29 +33,29 @@ def layout_update(
     lists = column_lists(columns, conv)
     geometry = conv or ConvGeometry(1, 1)
     live = mask.view(torch.uint8)
-    wanting, holding, of_row, of_list, free_slots = map(index.new_empty, (rows, rows, rows, lists, capacity))
+    work = index.new_empty(3 * rows + lists + capacity)  # the only allocation: see `scratch`
     of_taps = (geometry.kernel_w, *geometry[2:4], *geometry[6:8])
     channel_blocks, rows_per_group = columns // geometry.taps, rows // geometry.groups
     chunk = min(next_power_of_two(max(rows, columns, lists, 128)), _LARGEST_CHUNK)
     index.fill_(-1)
     launch(
-        claim_kernel, (rows,), live, slot_of_block, index, wanting, holding, columns,
+        claim_kernel, (rows,), live, slot_of_block, index, work, rows, columns,
         RELEASE=release, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     launch(
-        free_kernel, (ceil_div(capacity, _LARGEST_CHUNK),), index, free_slots, capacity,
+        free_kernel, (ceil_div(capacity, _LARGEST_CHUNK),), index, work, rows, lists, capacity,
         CHUNK=_LARGEST_CHUNK, num_warps=4,
     )  # fmt: skip
     launch(
-        assign_kernel, (rows,), live, slot_of_block, index, wanting, holding, free_slots, of_row,
-        rows, columns, capacity, CHUNK=chunk, num_warps=4,
+        assign_kernel, (rows,), live, slot_of_block, index, work, rows, columns, lists, capacity,
+        CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     launch(
-        count_kernel, (lists,), live, of_list, columns, channel_blocks, rows_per_group, geometry.taps,
+        count_kernel, (lists,), live, work, rows, columns, channel_blocks, rows_per_group, geometry.taps,
         *of_taps, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     launch(
-        emit_kernel, (rows + lists,), live, slot_of_block, index, of_row, of_list,
+        emit_kernel, (rows + lists,), live, slot_of_block, index, work,
         rows, columns, lists, capacity, channel_blocks, rows_per_group, geometry.taps, *of_taps,
         CHUNK=chunk, num_warps=4,
     )  # fmt: skip

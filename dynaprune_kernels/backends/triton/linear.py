@@ -35,7 +35,8 @@ def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tup
 
 
 def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values.contiguous(), index)
+    values = values.contiguous()
+    dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values, index)
     assert signed is not None
     return dvalues, signed
 
@@ -48,6 +49,7 @@ def linear_probe(
     problem = Problem("linear_probe", x.dtype, (bi, bo), x.shape[0], dy.shape[1], x.shape[1], capacity)
     tile = config.tile(problem, device_of(x))
     x, dy = aligned_rows(x), aligned_rows(dy)
+    check_int32("elements per step over tokens", tile.rows * max(x.stride(0), dy.stride(0)))
     gi, go = max(tile.depth // bi, 1), max(64 // bo, 1)
     norms = x.new_empty(rows * columns, dtype=torch.float32)
     launch(
@@ -129,6 +131,7 @@ def _wgrad(
     tile = config.tile(
         Problem("linear_wgrad", x.dtype, (bi, bo), tokens, out_features, in_features, capacity), device
     )
+    check_int32("elements per step over tokens", tile.rows * max(x.stride(0), dy.stride(0)))
     merge = max(tile.depth // bi, 1)
     programs = chunks(rows, capacity, merge)
     split = split_of(tokens, programs, tile, device)

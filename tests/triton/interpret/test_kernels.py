@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dynaprune_kernels import ConvGeometry
+from dynaprune_kernels import BlockLayout, ConvGeometry
 from dynaprune_kernels.backends import triton as kernels
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config
@@ -118,3 +118,25 @@ def test_convolution_steps_that_cut_or_merge_blocks(use_tile: Callable[..., None
         case = Case(64, 64, (32, 32), "random", 1, conv=conv._replace(groups=groups), size=(5, 4))
         check_products(case, "cpu")
         check_gradients(case, "cpu")
+
+
+def test_values_of_other_strides_are_the_same_values() -> None:
+    layout, x, values, _, _, dy = operands(Case(64, 96, (32, 32), "live", 9), "cpu")
+    apart = values.transpose(1, 2).contiguous().transpose(1, 2)
+    results = [kernels.linear_wgrad_saliency(dy, x, v, layout.index) for v in (values, apart)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_images_too_large_for_32_bits_are_refused() -> None:
+    conv = ConvGeometry(3, 3, 1, 1, 1, 1)
+    layout = BlockLayout(16, 2048, 16, conv=conv)
+    x = torch.zeros(1).expand(1, 2048, 1024, 1024)
+    dy = torch.zeros(1).expand(1, 16, 1024, 1024)
+    values = torch.zeros(1).expand(layout.capacity, 16, 16)
+    for call in (
+        lambda: kernels.conv2d_forward(x, values, None, layout.index, 16, conv),
+        lambda: kernels.conv2d_wgrad(dy, x, layout.index, layout.capacity, (16, 16), conv),
+        lambda: kernels.conv2d_dgrad(x, values, layout.index, [1, 16, 1024, 1024], conv),
+    ):
+        with pytest.raises(ValueError, match=r"at most 2\^30 elements per image, got 2147483648"):
+            call()

@@ -15,6 +15,7 @@ from dynaprune_kernels.backends.triton.kernels.packed_index import (
     row_order,
     tile_of_program,
 )
+from dynaprune_kernels.backends.triton.kernels.product import load_merged, load_part
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def conv2d_product_kernel(
     first = tile * TILE
     if first >= count:
         return
-    position = first + tl.arange(0, TILE)
+    position = first + tl.arange(0, TILE)  # [TILE]
     position_valid = position < count
     image = position // (grid_h * grid_w)
     j = position // grid_w % grid_h
@@ -130,11 +131,11 @@ def conv2d_product_kernel(
         base_w = i * stride_w
         at_h = j
         at_w = i
+    # a_base: [TILE], where the output position reads for a tap of shift 0
     a_base = ((image.to(tl.int64) * a_h + base_h) * a_w + base_w) * a_channels
     begin = tl.load(pointers + this)
     end = tl.load(pointers + this + 1)
-    k = tl.arange(0, DEPTH)
-    n = tl.arange(0, OUTER)
+    k = tl.arange(0, DEPTH)  # [DEPTH]
     acc = tl.zeros([TILE, OUTER], tl.float32)
 
     if DEPTH <= INNER:  # a block is one step or several
@@ -142,36 +143,32 @@ def conv2d_product_kernel(
         for step in range(0, (end - begin) * STEPS):
             entry = begin + step // STEPS
             column = tl.load(columns + entry)
-            w_block = w + tl.load(slots + entry).to(tl.int64) * (BI * BO)
+            slot = tl.load(slots + entry)
             t, u, channel = tap_shift(
                 column, channel_blocks, kernel_w, reach_h, reach_w, dil_h, dil_w, stride_h, stride_w, DGRAD
             )
             k0 = step % STEPS * DEPTH
             if DGRAD:
-                inner = tl.load(col_rows + entry) * BO + k0 + k
+                inner = tl.load(col_rows + entry) * BO + k0 + k  # [DEPTH]
                 a_channel = inner
             else:
-                inner = channel * BI + k0 + k
+                inner = channel * BI + k0 + k  # [DEPTH]
                 a_channel = group * a_size + inner
             h = base_h + t
             v = base_w + u
+            # inside: [TILE]; a_at, a_tile: [TILE, DEPTH]
             inside = position_valid & (h >= 0) & (h < a_h) & (v >= 0) & (v < a_w)
             a_at = a + (a_base + (t * a_w + u) * a_channels)[:, None] + a_channel[None, :]
             a_mask = inside[:, None]
             if RAGGED:
                 a_mask = a_mask & (inner < a_size)[None, :]
             a_tile = tl.load(a_at, mask=a_mask, other=0.0)
-            if DGRAD:
-                w_at = w_block + (k0 + k)[:, None] + n[None, :] * BO
-            else:
-                w_at = w_block + (k0 + k)[:, None] * BO + n[None, :]
-            w_tile = tl.load(w_at)
-            if RAGGED:  # not a mask of the load, which would make it one of single elements
-                w_tile = tl.where((inner < inner_size)[:, None], w_tile, 0.0)
+            w_tile = load_part(w, slot, k0, inner, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
     else:  # small blocks: a step takes several of them, merged along the summed axis
         MERGE: tl.constexpr = DEPTH // INNER
         within = k % INNER
+        # entry, valid, column, slot, t, u, channel, inner, a_k: [DEPTH]; h, v, a_tile: [TILE, DEPTH]
         for step in range(0, tl.cdiv(end - begin, MERGE)):
             entry = begin + step * MERGE + k // INNER
             valid = entry < end
@@ -196,23 +193,15 @@ def conv2d_product_kernel(
             inside = (h >= 0) & (h < a_h) & (v >= 0) & (v < a_w)
             a_mask = position_valid[:, None] & a_valid[None, :] & inside
             a_tile = tl.load(a + a_base[:, None] + a_k[None, :], mask=a_mask, other=0.0)
-            w_block = slot.to(tl.int64) * (BI * BO)
-            if DGRAD:
-                w_k = tl.max_contiguous(tl.multiple_of(w_block + within, BO), BO)
-                w_at = w + w_k[:, None] + n[None, :] * BO
-            else:
-                w_at = w + (w_block + within * BO)[:, None] + n[None, :]
-            w_tile = tl.load(w_at, mask=valid[:, None], other=0.0)
-            if RAGGED:
-                w_tile = tl.where((inner < inner_size)[:, None], w_tile, 0.0)
+            w_tile = load_merged(w, slot, valid, inner, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
 
-    outer = outer_begin + n
+    outer = outer_begin + tl.arange(0, OUTER)  # [OUTER]
     outer_valid = outer < y_size
     if bias is not None:
         acc += tl.load(bias + outer, mask=outer < bias_size, other=0.0).to(tl.float32)[None, :]
     y_base = ((image.to(tl.int64) * y_h + at_h) * y_w + at_w) * y_channels
     if DGRAD:
         y_base += group * y_size
-    y_at = y + y_base[:, None] + outer[None, :]
+    y_at = y + y_base[:, None] + outer[None, :]  # [TILE, OUTER]
     tl.store(y_at, acc.to(y.dtype.element_ty), mask=position_valid[:, None] & outer_valid[None, :])

@@ -33,6 +33,7 @@ def gather_pixels(
     Returns:
         ``[K, S]``.
     """
+    # image, h, w, first: [S]; shift: [K, 1] or a scalar; inside, mask: [K, S]
     image = position // (y_h * y_w)
     h = position // y_w % y_h * stride_h
     w = position % y_w * stride_w
@@ -97,8 +98,8 @@ def conv2d_wgrad_kernel(
     first = split * positions_per_split
     last = tl.minimum(first + positions_per_split, positions)
 
-    m = tl.arange(0, MERGE * BI)
-    outer = row * BO + tl.arange(0, BO)
+    m = tl.arange(0, MERGE * BI)  # [MERGE * BI]
+    outer = row * BO + tl.arange(0, BO)  # [BO]
     first_channel = row // rows_per_group * x_size
     if MERGE == 1:
         column = tl.load(row_cols + begin)
@@ -108,7 +109,7 @@ def conv2d_wgrad_kernel(
         inner = column % channel_blocks * BI + m
         inner_valid = inner >= 0
     else:
-        inner_valid = begin + m // BI < end
+        inner_valid = begin + m // BI < end  # [MERGE * BI], as column, tap, inner
         column = tl.load(row_cols + begin + m // BI, mask=inner_valid, other=0)
         tap = column // channel_blocks
         t = (tap // kernel_w * dil_h - pad_h)[:, None]
@@ -120,14 +121,14 @@ def conv2d_wgrad_kernel(
         outer_valid = outer < dy_size
     acc = tl.zeros([MERGE * BI, BO], tl.float32)
     for start in range(first, last, STEP):
-        position = start + tl.arange(0, STEP)
+        position = start + tl.arange(0, STEP)  # [STEP]
         valid = position < last
         x_tile = gather_pixels(
             x, position, valid, t, u, (first_channel + inner)[:, None], inner_valid[:, None],
             x_h, x_w, channels, y_h, y_w, stride_h, stride_w,
-        )  # fmt: skip
+        )  # [MERGE * BI, STEP]  # fmt: skip
         dy_at = dy + position.to(tl.int64)[:, None] * dy_size + outer[None, :]
-        dy_tile = tl.load(dy_at, mask=valid[:, None] & outer_valid[None, :], other=0.0)
+        dy_tile = tl.load(dy_at, mask=valid[:, None] & outer_valid[None, :], other=0.0)  # [STEP, BO]
         acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
     store_blocks(
         acc, dvalues, partial, values, signed, row_cols, row_slots, row, begin, end, group_channels,
@@ -180,13 +181,14 @@ def conv2d_probe_kernel(
     groups = rows // rows_per_group
     pid = tl.program_id(0)
     group = pid % (row_tiles * groups) // row_tiles
-    within_group = pid % row_tiles * GO + tl.arange(0, GO)
+    within_group = pid % row_tiles * GO + tl.arange(0, GO)  # [GO], as row
     row = group * rows_per_group + within_group
     channel_tiles = tl.cdiv(channel_blocks, GI)
     tap = pid // (row_tiles * groups) // channel_tiles
     channel_block = pid // (row_tiles * groups) % channel_tiles * GI + tl.arange(0, GI)
-    column = tap * channel_blocks + channel_block
+    column = tap * channel_blocks + channel_block  # [GI]
     inside = (within_group < rows_per_group)[None, :] & (channel_block < channel_blocks)[:, None]
+    # inside, live: [GI, GO]
     live = is_live(row_ptr, row_cols, row[None, :], column[:, None], inside, search_steps)
     wanted = tl.sum(tl.sum((inside & (live == 0)).to(tl.int32), axis=1), axis=0)
     acc = tl.zeros([GI * BI, GO * BO], tl.float32)
@@ -195,7 +197,7 @@ def conv2d_probe_kernel(
         u = tap % kernel_w * dil_w - pad_w
         inner = pid // (row_tiles * groups) % channel_tiles * (GI * BI) + tl.arange(0, GI * BI)
         outer = (group * rows_per_group + pid % row_tiles * GO) * BO + tl.arange(0, GO * BO)
-        channel = group * x_size + inner
+        channel = group * x_size + inner  # [GI * BI], as inner
         inner_valid = inner < x_size
         outer_valid = outer < dy_size
         for start in range(0, positions, STEP):
@@ -204,8 +206,8 @@ def conv2d_probe_kernel(
             x_tile = gather_pixels(
                 x, position, valid, t, u, channel[:, None], inner_valid[:, None],
                 x_h, x_w, channels, y_h, y_w, stride_h, stride_w,
-            )  # fmt: skip
-            dy_at = dy + position.to(tl.int64)[:, None] * dy_size + outer[None, :]
+            )  # [GI * BI, STEP]  # fmt: skip
+            dy_at = dy + position.to(tl.int64)[:, None] * dy_size + outer[None, :]  # [STEP, GO * BO]
             dy_tile = tl.load(dy_at, mask=valid[:, None] & outer_valid[None, :], other=0.0)
             acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
     store_norms(acc, norms, live, row[None, :], column[:, None], inside, columns, BI, BO, GI, GO)

@@ -13,6 +13,17 @@ from dynaprune_kernels.backends.triton.kernels.packed_index import HEADER, colum
 
 
 @triton.jit
+def scratch(work, rows):
+    """Sections of ``work [3 * rows + lists + capacity]``, int32, whose contents do not outlive an update.
+
+    Returns:
+        ``wanting [rows]``: live blocks without a slot; ``holding [rows]``: blocks with one; ``live_of_row
+        [rows]``; and what comes behind: ``live_of_list [lists]``, then ``free_slots [capacity]``.
+    """
+    return work, work + rows, work + 2 * rows, work + 3 * rows
+
+
+@triton.jit
 def sum_before(counts, stop, CHUNK: tl.constexpr):
     """Sum of ``counts[:stop]``."""
     total = tl.zeros([CHUNK], tl.int32)
@@ -34,18 +45,19 @@ def rank_of(counts, this, size, CHUNK: tl.constexpr):
     return tl.sum(before, axis=0)
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["rows", "columns"])
 def claim_kernel(
     mask,  # [rows, columns] uint8
     slot_of_block,  # [rows, columns] int32
     index,  # block_of_slot is -1 everywhere before
-    wanting,  # [rows]: live blocks without a slot
-    holding,  # [rows]: blocks with a slot
+    work,
+    rows,
     columns,
     RELEASE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    wanting, holding, _, _ = scratch(work, rows)
     wants = tl.zeros([CHUNK], tl.int32)
     holds = tl.zeros([CHUNK], tl.int32)
     for start in range(0, columns, CHUNK):
@@ -65,9 +77,11 @@ def claim_kernel(
     tl.store(holding + row, tl.sum(holds, axis=0))
 
 
-@triton.jit(do_not_specialize=["capacity"])
-def free_kernel(index, free_slots, capacity, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "lists", "capacity"])
+def free_kernel(index, work, rows, lists, capacity, CHUNK: tl.constexpr):
     """The free slots of one chunk of slots, behind those of the chunks before."""
+    _, _, _, live_of_list = scratch(work, rows)
+    free_slots = live_of_list + lists
     chunk = tl.program_id(0) * CHUNK
     before = tl.zeros([CHUNK], tl.int32)
     for start in range(0, chunk, CHUNK):
@@ -78,21 +92,21 @@ def free_kernel(index, free_slots, capacity, CHUNK: tl.constexpr):
     tl.store(free_slots + place, slot, mask=free != 0)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "capacity"])
+@triton.jit(do_not_specialize=["rows", "columns", "lists", "capacity"])
 def assign_kernel(
     mask,
     slot_of_block,
     index,
-    wanting,
-    holding,
-    free_slots,
-    live_of_row,  # [rows], out
+    work,
     rows,
     columns,
+    lists,
     capacity,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    wanting, holding, live_of_row, live_of_list = scratch(work, rows)
+    free_slots = live_of_list + lists
     rank = sum_before(wanting, row, CHUNK)
     held = sum_before(holding, rows, CHUNK)
     n_free = capacity - held
@@ -127,10 +141,11 @@ def tap_in_list(tap, list_, kernel_w, stride_h, stride_w, dil_h, dil_w):
     return phase == list_ % (stride_h * stride_w)
 
 
-@triton.jit(do_not_specialize=["columns", "channel_blocks", "rows_per_group", "taps"])
+@triton.jit(do_not_specialize=["rows", "columns", "channel_blocks", "rows_per_group", "taps"])
 def count_kernel(
     mask,
-    live_of_list,  # [lists], out
+    work,
+    rows,
     columns,
     channel_blocks,
     rows_per_group,
@@ -143,6 +158,7 @@ def count_kernel(
     CHUNK: tl.constexpr,
 ):
     list_ = tl.program_id(0)
+    _, _, _, live_of_list = scratch(work, rows)
     channel_list = list_ // (stride_h * stride_w)
     first_row = channel_list // channel_blocks * rows_per_group
     lives = tl.zeros([CHUNK], tl.int32)
@@ -163,8 +179,7 @@ def emit_kernel(
     mask,
     slot_of_block,
     index,
-    live_of_row,
-    live_of_list,
+    work,
     rows,
     columns,
     lists,
@@ -181,6 +196,7 @@ def emit_kernel(
 ):
     """Programs below ``rows`` write one row's entries, the others one column list's."""
     program = tl.program_id(0)
+    _, _, live_of_row, live_of_list = scratch(work, rows)
     order = row_order(index, rows, lists, capacity)
     if program < rows:
         row = program

@@ -9,6 +9,7 @@ from dynaprune_kernels.backends.triton.kernels.packed_index import (
     row_order,
     tile_of_program,
 )
+from dynaprune_kernels.backends.triton.kernels.product import load_merged, load_part
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "lists", "capacity"])
@@ -51,14 +52,13 @@ def linear_product_kernel(
     begin = tl.load(pointers + this)
     end = tl.load(pointers + this + 1)
 
-    token = tl.arange(0, TILE)  # within the tile
     first_token = tile * TILE
-    token_valid = first_token + token < tokens
-    k = tl.arange(0, DEPTH)
-    n = tl.arange(0, OUTER)
+    token = first_token + tl.arange(0, TILE)  # [TILE]
+    token_valid = token < tokens
+    k = tl.arange(0, DEPTH)  # [DEPTH]
     acc = tl.zeros([TILE, OUTER], tl.float32)
     if not TMA:
-        a_rows = a + first_token.to(tl.int64) * stride_a + token[:, None] * stride_a
+        a_rows = a + token.to(tl.int64)[:, None] * stride_a  # [TILE, 1]
 
     if DEPTH <= INNER:  # a block is one step or several
         STEPS: tl.constexpr = INNER // DEPTH
@@ -68,55 +68,38 @@ def linear_product_kernel(
             slot = tl.load(slots + entry)
             k0 = step % STEPS * DEPTH
             if TMA:
-                a_tile = a.load([first_token, block * INNER + k0])
+                a_tile = a.load([first_token, block * INNER + k0])  # [TILE, DEPTH]
                 if DGRAD:
-                    w_tile = tl.trans(w.load([slot * BI, k0]))
+                    w_tile = tl.trans(w.load([slot * BI, k0]))  # [DEPTH, BI]
                 else:
-                    w_tile = w.load([slot * BI + k0, 0])
+                    w_tile = w.load([slot * BI + k0, 0])  # [DEPTH, BO]
             else:
-                column = block * INNER + k0 + k
-                w_block = w + slot.to(tl.int64) * (BI * BO)
+                column = block * INNER + k0 + k  # [DEPTH]
                 a_mask = token_valid[:, None]
                 if RAGGED:
                     a_mask = a_mask & (column < a_size)[None, :]
-                a_tile = tl.load(a_rows + column[None, :], mask=a_mask, other=0.0)
-                if DGRAD:
-                    w_at = w_block + (k0 + k)[:, None] + n[None, :] * BO
-                else:
-                    w_at = w_block + (k0 + k)[:, None] * BO + n[None, :]
-                w_tile = tl.load(w_at)
-                if RAGGED:  # not a mask of the load, which would make it one of single elements
-                    w_tile = tl.where((column < inner_size)[:, None], w_tile, 0.0)
+                a_tile = tl.load(a_rows + column[None, :], mask=a_mask, other=0.0)  # [TILE, DEPTH]
+                w_tile = load_part(w, slot, k0, column, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
     else:  # small blocks: a step takes several of them, merged along the summed axis
         MERGE: tl.constexpr = DEPTH // INNER
-        within = k % INNER
         for step in range(0, tl.cdiv(end - begin, MERGE)):
-            entry = begin + step * MERGE + k // INNER
+            entry = begin + step * MERGE + k // INNER  # [DEPTH]
             valid = entry < end
             block = tl.load(inner_blocks + entry, mask=valid, other=0)
             slot = tl.load(slots + entry, mask=valid, other=0)
-            column = tl.max_contiguous(tl.multiple_of(block * INNER + within, INNER), INNER)
+            column = tl.max_contiguous(tl.multiple_of(block * INNER + k % INNER, INNER), INNER)
             a_valid = valid
             if RAGGED:
                 a_valid = valid & (column < a_size)
-            a_tile = tl.load(
-                a_rows + column[None, :], mask=token_valid[:, None] & a_valid[None, :], other=0.0
-            )
-            w_block = slot.to(tl.int64) * (BI * BO)
-            if DGRAD:
-                w_k = tl.max_contiguous(tl.multiple_of(w_block + within, BO), BO)
-                w_at = w + w_k[:, None] + n[None, :] * BO
-            else:
-                w_at = w + (w_block + within * BO)[:, None] + n[None, :]
-            w_tile = tl.load(w_at, mask=valid[:, None], other=0.0)
-            if RAGGED:
-                w_tile = tl.where((column < inner_size)[:, None], w_tile, 0.0)
+            a_mask = token_valid[:, None] & a_valid[None, :]
+            a_tile = tl.load(a_rows + column[None, :], mask=a_mask, other=0.0)  # [TILE, DEPTH]
+            w_tile = load_merged(w, slot, valid, column, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
 
-    column = this * OUTER + n
+    column = this * OUTER + tl.arange(0, OUTER)  # [OUTER]
     column_valid = column < outer_size
     if bias is not None:
         acc += tl.load(bias + column, mask=column_valid, other=0.0).to(tl.float32)[None, :]
-    y_at = y + first_token.to(tl.int64) * outer_size + token[:, None] * outer_size + column[None, :]
+    y_at = y + token.to(tl.int64)[:, None] * outer_size + column[None, :]  # [TILE, OUTER]
     tl.store(y_at, acc.to(y.dtype.element_ty), mask=token_valid[:, None] & column_valid[None, :])

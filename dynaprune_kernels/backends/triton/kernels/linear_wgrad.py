@@ -45,17 +45,18 @@ def linear_wgrad_kernel(
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, tokens)
 
-    m = tl.arange(0, MERGE * BI)
-    outer = row * BO + tl.arange(0, BO)
-    token = tl.arange(0, STEP)
+    m = tl.arange(0, MERGE * BI)  # [MERGE * BI]
+    outer = row * BO + tl.arange(0, BO)  # [BO]
+    token = tl.arange(0, STEP)  # [STEP]
     acc = tl.zeros([MERGE * BI, BO], tl.float32)
     if TMA:
         column = tl.load(row_cols + begin) * BI
         for start in range(first, last, STEP):
-            x_tile = x.load([start, column])
-            acc = tl.dot(tl.trans(x_tile), dy.load([start, row * BO]), acc, input_precision=PRECISION)
+            x_tile = x.load([start, column])  # [STEP, BI]
+            dy_tile = dy.load([start, row * BO])  # [STEP, BO]
+            acc = tl.dot(tl.trans(x_tile), dy_tile, acc, input_precision=PRECISION)
     else:
-        listed = begin + m // BI < end
+        listed = begin + m // BI < end  # [MERGE * BI]
         block = tl.load(row_cols + begin + m // BI, mask=listed, other=0)
         inner = tl.max_contiguous(tl.multiple_of(block * BI + m % BI, BI), BI)
         inner_valid = listed
@@ -63,6 +64,8 @@ def linear_wgrad_kernel(
         if RAGGED:
             inner_valid = inner_valid & (inner < x_size)
             outer_valid = outer < dy_size
+        # The launcher sees to it that a step's STEP rows lie within 32 bits.
+        # x_at: [MERGE * BI, STEP]; dy_at: [STEP, BO]
         x_at = x + first.to(tl.int64) * stride_x + token[None, :] * stride_x + inner[:, None]
         dy_at = dy + first.to(tl.int64) * stride_dy + token[:, None] * stride_dy + outer[None, :]
         for start in range(first, last, STEP):
@@ -96,26 +99,27 @@ def linear_probe_kernel(
     stride_dy,
     BI: tl.constexpr,
     BO: tl.constexpr,
-    GI: tl.constexpr,
-    GO: tl.constexpr,
+    GI: tl.constexpr,  # block columns per tile
+    GO: tl.constexpr,  # block rows per tile
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     row_ptr, row_cols, _ = row_lists(index, rows, capacity)
     first_row = tl.program_id(0) % tl.cdiv(rows, GO) * GO
     first_column = tl.program_id(0) // tl.cdiv(rows, GO) * GI
-    row = first_row + tl.arange(0, GO)[None, :]
-    column = first_column + tl.arange(0, GI)[:, None]
+    row = first_row + tl.arange(0, GO)[None, :]  # [1, GO]
+    column = first_column + tl.arange(0, GI)[:, None]  # [GI, 1]
     inside = (row < rows) & (column < columns)
+    # inside, live: [GI, GO]
     live = is_live(row_ptr, row_cols, row, column, inside, search_steps)
     wanted = tl.sum(tl.sum((inside & (live == 0)).to(tl.int32), axis=1), axis=0)
     acc = tl.zeros([GI * BI, GO * BO], tl.float32)
     if (tl.load(probe) != 0) & (wanted > 0):
-        inner = first_column * BI + tl.arange(0, GI * BI)
-        outer = first_row * BO + tl.arange(0, GO * BO)
-        token = tl.arange(0, STEP)
-        x_at = x + token.to(tl.int64)[None, :] * stride_x + inner[:, None]
-        dy_at = dy + token.to(tl.int64)[:, None] * stride_dy + outer[None, :]
+        inner = first_column * BI + tl.arange(0, GI * BI)  # [GI * BI]
+        outer = first_row * BO + tl.arange(0, GO * BO)  # [GO * BO]
+        token = tl.arange(0, STEP)  # [STEP]
+        x_at = x + token.to(tl.int64)[None, :] * stride_x + inner[:, None]  # [GI * BI, STEP]
+        dy_at = dy + token.to(tl.int64)[:, None] * stride_dy + outer[None, :]  # [STEP, GO * BO]
         inner_valid = (inner < x_size)[:, None]
         outer_valid = (outer < dy_size)[None, :]
         for start in range(0, tokens, STEP):

@@ -33,7 +33,7 @@ def block_saliency_kernel(
     signed = tl.zeros([BO], tl.float32)
     for start in tl.static_range(0, BI, ROWS):
         m = start + tl.arange(0, ROWS)
-        at = slot * (BI * BO) + m[:, None] * BO + n[None, :]
+        at = slot * (BI * BO) + m[:, None] * BO + n[None, :]  # [ROWS, BO]
         w = tl.load(values + at).to(tl.float32)
         g = tl.load(grad + at).to(tl.float32)
         ww += tl.sum(w * w, axis=0)
@@ -68,6 +68,6 @@ def neuron_saliency_kernel(
     total = tl.zeros([ENTRIES, BO], tl.float32)
     for start in range(begin, end, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
-        at = outputs + entry.to(tl.int64)[:, None] * BO + n[None, :]
+        at = outputs + entry.to(tl.int64)[:, None] * BO + n[None, :]  # [ENTRIES, BO]
         total += tl.load(at, mask=(entry < end)[:, None], other=0.0)
     tl.store(neuron + row.to(tl.int64) * BO + n, tl.sum(total, axis=0))

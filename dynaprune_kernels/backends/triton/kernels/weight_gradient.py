@@ -38,9 +38,9 @@ def store_blocks(
     """
     m = tl.arange(0, MERGE * BI)
     n = tl.arange(0, BO)
-    listed = begin + m // BI < end
+    listed = begin + m // BI < end  # [MERGE * BI], as slot, inner
     slot = tl.load(row_slots + begin + m // BI, mask=listed, other=0).to(tl.int64)
-    mask = listed[:, None] & (n[None, :] < BO)
+    mask = listed[:, None] & (n[None, :] < BO)  # [MERGE * BI, BO], as real, at, weight
     if RAGGED:
         block_column = tl.load(row_cols + begin + m // BI, mask=listed, other=0)
         inner = block_column % channel_blocks * BI + m % BI < inner_size
@@ -56,7 +56,7 @@ def store_blocks(
         tl.store(dvalues + at, acc.to(dvalues.dtype.element_ty), mask=mask)
         if SALIENCY:
             weight = tl.load(values + at, mask=real, other=0.0).to(tl.float32)
-            total = tl.sum(tl.reshape(tl.sum(acc * weight, axis=1), [MERGE, BI]), axis=1)
+            total = tl.sum(tl.reshape(tl.sum(acc * weight, axis=1), [MERGE, BI]), axis=1)  # [MERGE]
             entry = begin + tl.arange(0, MERGE)
             column = tl.load(row_cols + entry, mask=entry < end, other=0)
             tl.store(signed + row.to(tl.int64) * columns + column, total, mask=entry < end)
@@ -94,7 +94,7 @@ def sum_splits_kernel(
     total = tl.zeros([BO], tl.float32)
     for start in range(0, BI, ROWS):
         m = start + tl.arange(0, ROWS)
-        at = slot * (BI * BO) + m[:, None] * BO + n[None, :]
+        at = slot * (BI * BO) + m[:, None] * BO + n[None, :]  # [ROWS, BO]
         acc = tl.zeros([ROWS, BO], tl.float32)
         here = partial + at
         for _ in range(0, splits):
@@ -128,7 +128,7 @@ def store_norms(
     GO: tl.constexpr,
 ):
     """Squared norms of the tile's blocks; zeros at live ones."""
-    outputs = tl.sum(tl.reshape(acc * acc, [GI * BI, GO, BO]), axis=2)
-    square = tl.sum(tl.reshape(outputs, [GI, BI, GO]), axis=1)
+    outputs = tl.sum(tl.reshape(acc * acc, [GI * BI, GO, BO]), axis=2)  # [GI * BI, GO]
+    square = tl.sum(tl.reshape(outputs, [GI, BI, GO]), axis=1)  # [GI, GO]
     at = norms + row.to(tl.int64) * columns + column
     tl.store(at, tl.where(live, 0.0, square), mask=inside)
