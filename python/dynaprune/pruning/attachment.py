@@ -49,6 +49,7 @@ def attach(
         config = PruningConfig()
     if not isinstance(config, PruningConfig):
         raise TypeError(f"expected a PruningConfig, got {type(config).__name__}")
+    config.require_total_steps()
     if trial is not None and not callable(trial):
         raise TypeError(
             f"expected the trial as a callable that returns per-sample losses, got {type(trial).__name__}"

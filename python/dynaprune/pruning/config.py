@@ -26,7 +26,8 @@ class PruningConfig:
         target_sparsity: share of the prunable weights to remove, in (0, 1). None: self-paced, the trial alone
             decides.
         block_size: outputs and inputs per block, 8 to 128; one number for square blocks.
-        total_steps: optimizer steps of the whole training; needed with a target.
+        total_steps: optimizer steps of the whole training; needed with a target. ``attach`` wants them here;
+            the callbacks for the Trainer and for Lightning ask their trainer.
         start, end: the schedule's span as fractions of ``total_steps``, ``0 <= start < end <= 0.6``.
         interval: steps between pruning events. None: twenty events between ``start`` and ``end``, fewer (at
             least ten) where trials would cost more than 5% of training (needs ``batch_size``); 50 when
@@ -92,17 +93,10 @@ class PruningConfig:
         check_block(self.block_size)
         if self.target_sparsity is not None:
             _fraction("target_sparsity", self.target_sparsity)
-            if self.total_steps is None:
-                raise ValueError(
-                    "expected total_steps (optimizer steps of the whole training) beside a target_sparsity, "
-                    "got None: the schedule needs to know when training ends"
-                )
         for name in ("total_steps", "interval", "rungs", "observe_every", "batch_size"):
             _count(name, getattr(self, name), optional=name != "rungs")
         _count("classes", self.classes, optional=True, least=2)
         _count("seed", self.seed, least=0)
-        if self.regrow and self.total_steps is None:
-            raise ValueError("expected total_steps beside regrow, which ends at `end` of training, got None")
         _fraction("threshold", self.threshold)
         _fraction("start", self.start, zero=True)
         _fraction("end", self.end)
@@ -142,6 +136,18 @@ class PruningConfig:
         for name in ("neurons", "compact"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected {name} to be True or False, got {getattr(self, name)!r}")
+
+    def require_total_steps(self) -> None:
+        """Raise ValueError where the schedule needs ``total_steps`` and has none."""
+        if self.total_steps is not None:
+            return
+        if self.target_sparsity is not None:
+            raise ValueError(
+                "expected total_steps (optimizer steps of the whole training) beside a target_sparsity, got "
+                "None: the schedule needs to know when training ends"
+            )
+        if self.regrow:
+            raise ValueError("expected total_steps beside regrow, which ends at `end` of training, got None")
 
     @property
     def layer_types(self) -> tuple[type[nn.Module], ...]:
