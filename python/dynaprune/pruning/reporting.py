@@ -107,6 +107,8 @@ def load_pruner_state(pruner: Pruner, state: Mapping[str, Any]) -> None:
             raise ValueError("expected a trial that can continue the saved one (load_state_dict), got none")
         load_trial(state["trial"])
     pruner.score.load_state_dict(state["score"])
-    pruner.protection.load_state_dict(state["protection"])
+    devices = {name: layer.values.device for name, layer in pruner.layers.items()}
+    protection = {name: until.to(devices[name]) for name, until in state["protection"].items()}
+    pruner.protection.load_state_dict(protection)
     pruner.trial_state.load_state_dict(state["trial_state"])
     pruner.adopt(state)
