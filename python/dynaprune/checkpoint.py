@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynaprune.manifest import METADATA_KEY, apply_structure, check_state, structure_manifest
+from dynaprune.manifest import METADATA_KEY, apply_structure, check_state, own_state, structure_manifest
 from dynaprune.nn import BlockSparseLayer
 
 __all__ = ["load", "save"]
@@ -105,7 +105,7 @@ def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in own_state(model).items():
         if not isinstance(value, Tensor):
             raise ValueError(f"expected a state of tensors, got {key} of type {type(value).__name__}")
         if id(value) in first:

@@ -25,6 +25,7 @@ from dynaprune_kernels.geometry import MAX_BLOCK, MIN_BLOCK, conv_grid, linear_g
 
 FORMAT, VERSION = "dynaprune-structure", 1
 METADATA_KEY = "dynaprune"
+CARRIED_PREFIX = "_dynaprune."
 _MAX_LAYERS, _MAX_SIZE = 100_000, 2**31 - 1
 
 _SPARSE = (BlockSparseLinear, BlockSparseConv2d, BlockSparseConv1d)
@@ -154,6 +155,13 @@ def _read_layer(name: Any, entry: Any) -> LayerShape:
     return LayerShape(kind, out, in_, groups, (block[0], block[1]), size("capacity"))
 
 
+def own_state(model: nn.Module) -> dict[str, Any]:
+    """The model's state dict (Parameters, not copies) without what ``carry_structure`` adds to it."""
+    guards = {f"{_prefix(n)}weight" for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
+    states = model.state_dict(keep_vars=True)
+    return {k: v for k, v in states.items() if k not in guards and not k.startswith(CARRIED_PREFIX)}
+
+
 def expected_shapes(model: nn.Module, manifest: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of ``model.state_dict()`` once the model has the structure of ``manifest``.
 
@@ -171,7 +179,7 @@ def expected_shapes(model: nn.Module, manifest: Any) -> dict[str, tuple[int, ...
     shapes: dict[str, tuple[int, ...]] = {}
     changed = {name for name, module in mine.items() if layer_shape(module) != wanted[name]}
     prefixes = tuple(_prefix(name) for name in changed)
-    for key, tensor in model.state_dict(keep_vars=True).items():
+    for key, tensor in own_state(model).items():
         if isinstance(tensor, Tensor) and not (prefixes and _owned(key, prefixes)):
             shapes[key] = tuple(tensor.shape)
     for name in changed:
