@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynaprune.checkpoint import load, save
+    from dynaprune.integrations.transformers import DynaPruneCallback
     from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
     from dynaprune.pruning.attachment import attach
     from dynaprune.pruning.calibration import CalibrationTrial
@@ -19,6 +20,7 @@ _HOMES = {
     "BlockSparseConv2d": "dynaprune.nn",
     "BlockSparseLinear": "dynaprune.nn",
     "CalibrationTrial": "dynaprune.pruning.calibration",
+    "DynaPruneCallback": "dynaprune.integrations.transformers",
     "Pruner": "dynaprune.pruning.pruner",
     "PruningConfig": "dynaprune.pruning.config",
     "attach": "dynaprune.pruning.attachment",
@@ -34,6 +36,7 @@ __all__ = [
     "BlockSparseConv2d",
     "BlockSparseLinear",
     "CalibrationTrial",
+    "DynaPruneCallback",
     "Pruner",
     "PruningConfig",
     "attach",

@@ -1,0 +1,29 @@
+"""How far a pruned training is, in the few figures that belong beside the loss."""
+
+from __future__ import annotations
+
+import math
+
+from dynaprune.pruning.pruner import Pruner
+
+
+def figures(pruner: Pruner) -> dict[str, float]:
+    """Figures of the model as it is now, for a training's log. No host sync.
+
+    - ``density``, ``sparsity``: share of the prunable layers' weights, as they were at first, that live, and
+      that are gone.
+    - ``live_parameters``: values that live: of block-sparse weights those of live blocks, of the rest all.
+    - ``flops_saving``: share of the prunable layers' multiplications, as they were at first, that is saved:
+      weights gone times rows (tokens, output positions) seen; 0 before the first step.
+    """
+    layers, live = pruner.layers, pruner.live_weights
+    swapped = {id(layer.values) for layer in layers.values()}
+    rest = sum(p.numel() for p in pruner.model.parameters() if id(p) not in swapped)
+    full = sum(math.prod(pruner.original_shapes[name]) * rows for name, rows in pruner.rows.items())
+    now = sum(live[name] * rows for name, rows in pruner.rows.items())
+    return {
+        "density": 1 - pruner.sparsity,
+        "sparsity": pruner.sparsity,
+        "live_parameters": float(rest + sum(live.values())),
+        "flops_saving": 1 - now / full if full else 0.0,
+    }
