@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynaprune.checkpoint import load, save
+    from dynaprune.integrations.lightning import DynaPruneLightningCallback
     from dynaprune.integrations.transformers import DynaPruneCallback
     from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
     from dynaprune.pruning.attachment import attach
@@ -21,6 +22,7 @@ _HOMES = {
     "BlockSparseLinear": "dynaprune.nn",
     "CalibrationTrial": "dynaprune.pruning.calibration",
     "DynaPruneCallback": "dynaprune.integrations.transformers",
+    "DynaPruneLightningCallback": "dynaprune.integrations.lightning",
     "Pruner": "dynaprune.pruning.pruner",
     "PruningConfig": "dynaprune.pruning.config",
     "attach": "dynaprune.pruning.attachment",
@@ -37,6 +39,7 @@ __all__ = [
     "BlockSparseLinear",
     "CalibrationTrial",
     "DynaPruneCallback",
+    "DynaPruneLightningCallback",
     "Pruner",
     "PruningConfig",
     "attach",

@@ -1,0 +1,201 @@
+"""Pruning in ``lightning.Trainer``: one more callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+
+from dynaprune.integrations.figures import figures
+from dynaprune.manifest import add_structure_hooks
+from dynaprune.nn import BlockSparseLayer, swap_layers
+from dynaprune.pruning.attachment import attach
+from dynaprune.pruning.calibration import CalibrationTrial, Losses
+from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.pruner import Pruner, Trial
+
+
+class DynaPruneLightningCallback(Callback):
+    """Makes the module smaller while Lightning trains it; the script needs this one argument more::
+
+        import torch
+        from lightning import Trainer
+        from dynaprune import DynaPruneLightningCallback, PruningConfig
+
+        def losses(module, batch):
+            x, y = batch
+            return torch.nn.functional.cross_entropy(module(x), y, reduction="none"), y
+
+        pruning = DynaPruneLightningCallback(PruningConfig(target_sparsity=0.7, block_size=8), loss=losses)
+        trainer = Trainer(max_epochs=3, default_root_dir=output_dir, callbacks=[pruning])
+        trainer.fit(module, train_loader)
+        smaller = pruning.pruner.finalize()
+
+    Layers become block-sparse in ``setup``, before Lightning reads a checkpoint; the pruner is attached when
+    training starts, with ``estimated_stepping_batches`` as ``total_steps`` where the configuration leaves
+    them open, and detached when it ends. Lightning steps with a closure, and the pruner observes after it.
+
+    Checkpoints carry the structure and the pruner's state: ``trainer.fit(module, ckpt_path=...)`` goes on,
+    with a callback made in the same way. ``trainer.test(module, ckpt_path=...)`` needs the callback too: it
+    gives the module the checkpoint's structure. ``LightningModule.load_from_checkpoint`` knows no structure.
+
+    While the target sparsity is not reached and the schedule's end has not passed, the callbacks
+    ``EarlyStopping`` and ``ModelCheckpoint(monitor=...)`` of the trainer count nothing as the best: any later
+    score beats what they have seen. The same happens once more when the target is reached after the end.
+
+    Logs get ``density``, ``sparsity``, ``live_parameters`` and ``flops_saving``.
+
+    Args:
+        config: default ``PruningConfig()``; ``total_steps`` may be left open.
+        loss: ``loss(module, batch)`` returns one loss per sample ``[b]``, or (losses, classes ``[b]``): makes
+            the trial. Without it and without ``trial`` removals are untested, and the report says so.
+        calibration: map-style data set for the trial; None: that of the training loader.
+        samples: of ``calibration``, per pruning event.
+        trial: a trial of your own, as for ``dynaprune.attach``.
+        example_inputs: as for ``dynaprune.attach``.
+
+    Attributes:
+        pruner: the pruner of this training, or of the last one; None before.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; in ``fit``, a module that cannot be pruned, with the reason.
+    """
+
+    def __init__(
+        self,
+        config: PruningConfig | None = None,
+        *,
+        loss: Callable[[nn.Module, Any], Losses] | None = None,
+        calibration: Any = None,
+        samples: int = 1024,
+        trial: Trial | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        config = PruningConfig() if config is None else config
+        if not isinstance(config, PruningConfig):
+            raise TypeError(f"expected a PruningConfig, got {type(config).__name__}")
+        if trial is not None and loss is not None:
+            raise ValueError("expected a loss or a trial, got both: the loss makes a trial")
+        if calibration is not None and loss is None:
+            raise ValueError("expected a loss beside calibration, got None: nothing else reads it")
+        self.config = config
+        self.pruner: Pruner | None = None
+        self._loss, self._calibration, self._samples = loss, calibration, samples
+        self._trial, self._example = trial, example_inputs
+        self._exempt: dict[str, str] = {}
+        self._saved: dict[str, Any] | None = None
+        self._standing = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Swap the layers (to fit), and let the module take the structure of what it loads."""
+        add_structure_hooks(pl_module)
+        sparse = any(isinstance(module, BlockSparseLayer) for module in pl_module.modules())
+        if stage == "fit" and not sparse:
+            entries = swap_layers(
+                pl_module,
+                self.config.block_size,
+                types=self.config.layer_types,
+                include=self.config.include,
+                exclude=self.config.exclude,
+            )
+            self._exempt = {entry.name: entry.reason for entry in entries if not entry.swapped}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the pruner to the module's optimizers, and go on where a checkpoint left off."""
+        if self.pruner is not None:
+            self.pruner.detach()
+        config = replace(
+            self.config,
+            total_steps=self.config.total_steps or _total_steps(trainer),
+            batch_size=self.config.batch_size or _batch_size(trainer),
+        )
+        trial = self._trial if self._loss is None else self._make_trial(trainer, pl_module, self._loss)
+        self.pruner = attach(pl_module, trainer.optimizers, config, trial=trial, example_inputs=self._example)
+        self.pruner.exempt.update(
+            {name: reason for name, reason in self._exempt.items() if name in self.pruner.exempt}
+        )
+        self._standing = 0
+        if self._saved is not None:
+            self.pruner.load_state_dict(self._saved["pruner"])
+            self._standing, self._saved = self._saved["standing"], None
+        elif trainer.global_step > 0 and trainer.ckpt_path is not None:
+            raise ValueError(
+                "expected a checkpoint saved while this callback was pruning, got one without a pruner's "
+                "state: only such a checkpoint can be resumed"
+            )
+
+    def _make_trial(
+        self, trainer: Trainer, module: nn.Module, loss: Callable[[nn.Module, Any], Losses]
+    ) -> CalibrationTrial:
+        loader = trainer.train_dataloader
+        dataset = self._calibration if self._calibration is not None else getattr(loader, "dataset", None)
+        return CalibrationTrial(
+            module,
+            dataset,
+            loss,
+            samples=self._samples,
+            batch_size=max(_batch_size(trainer) or 1, 64),
+            seed=self.config.seed,
+            collate=getattr(loader, "collate_fn", None),
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Log the pruner's figures, and let early stopping and best checkpoints wait."""
+        pruner = self.pruner
+        if pruner is None:
+            return
+        pl_module.log_dict(figures(pruner), on_step=True, on_epoch=False, batch_size=1)
+        standing = 2 if pruner.target_reached else int(pruner.structure_final)
+        if standing == 0 or standing > self._standing:
+            for callback in getattr(trainer, "callbacks", ()):
+                _forget_best(callback)
+        self._standing = standing
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach the pruner; the module keeps its block-sparse layers."""
+        if self.pruner is not None:
+            self.pruner.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the module's and the optimizers' states."""
+        if self.pruner is None:
+            return {}
+        return {"pruner": self.pruner.state_dict(), "standing": self._standing}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a saved state until training starts."""
+        self._saved = state_dict or None
+
+
+def _total_steps(trainer: Trainer) -> int:
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps) or steps < 1:
+        raise ValueError(
+            f"expected a training of known length (max_steps or max_epochs), got {steps} steps: give "
+            "total_steps in the PruningConfig"
+        )
+    return int(steps)
+
+
+def _batch_size(trainer: Trainer) -> int | None:
+    size = getattr(trainer.train_dataloader, "batch_size", None)
+    return size * trainer.accumulate_grad_batches if isinstance(size, int) else None
+
+
+def _forget_best(callback: Any) -> None:
+    """Let any score beat the best one that the callback has seen."""
+    if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
+        return
+    worst = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+    if isinstance(callback, EarlyStopping):
+        callback.best_score, callback.wait_count = worst, 0
+        return
+    callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
+    callback.kth_value = worst
+    callback.best_model_score, callback.best_model_path = None, ""
