@@ -309,7 +309,7 @@ def _models(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints the table and writes the CSV file."""
+    """Measures, writes the CSV file after each network and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=_models, default=list(PROBLEMS), help=", ".join(PROBLEMS))
     parser.add_argument("--sparsities", type=_fractions, default=[0.0, 0.5, 0.8, 0.9])
@@ -331,12 +331,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dynaprune": where["versions"]["dynaprune"],
         "transformers": version("transformers"),
     }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for name in options.models:
         found += measured(name, options.sparsities, options.block, options.steps)
+        write_csv(options.out, [{key: {**machine, **row}.get(key, "") for key in COLUMNS} for row in found])
         print(f"{name} done", file=sys.stderr, flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(options.out, [{key: {**machine, **row}.get(key, "") for key in COLUMNS} for row in found])
     print(table(found))
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     return 0
