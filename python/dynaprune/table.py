@@ -35,7 +35,13 @@ _FIGURES = (
     ("step_seconds_last", "step time", "time", "ratio"),
     ("sparsity", "sparsity of the prunable weights", "share", None),
 )
-_SCORES = {"test_accuracy": "test accuracy", "test_f1": "test F1"}
+_SCORES = ("test_accuracy", "test_f1")
+_SCORE_LABELS = {
+    "test_accuracy": "test accuracy",
+    "test_f1": "test F1",
+    "test_wer": "test word error rate",
+    "test_cer": "test character error rate",
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class TaskResults:
         """Every figure that all runs of the task have."""
         found: list[Figure] = []
         for key in self._scores():
-            label = _SCORES.get(key, key.replace("_", " "))
+            label = _SCORE_LABELS.get(key, key.replace("_", " "))
             self._add(found, label, "share", key, "difference")
         for key, label, kind, compared in _FIGURES:
             self._add(found, label, kind, key, compared)
@@ -180,7 +186,7 @@ def _check_report(path: Path, report: dict[str, Any]) -> None:
         if not (type(value) is int or (key == "fold" and value is None)):
             raise wrong(f"config.{key}", "a whole number", value)
     for arm in ("baseline", "pruned"):
-        for key in ("test_accuracy", "test_f1", "train_seconds", "parameters_active"):
+        for key in (*_SCORES, "train_seconds", "parameters_active"):
             if not _is_number(report[arm].get(key)):
                 raise wrong(f"{arm}.{key}", "a number", report[arm].get(key))
         data = report[arm].get("data")

@@ -127,7 +127,10 @@ def test_markdown_has_a_column_for_each_task_and_a_dash_for_what_it_lacks(tmp_pa
     assert table[0] == "| | titanic | digits |"
     assert {line.count("|") for line in table} == {4}
     cells = {line.split(" | ")[0].strip("| "): line for line in table}
-    assert cells["test wer, baseline"] == "| test wer, baseline | 25.00 % (no interval) | - |"
+    assert (
+        cells["test word error rate, baseline"]
+        == "| test word error rate, baseline | 25.00 % (no interval) | - |"
+    )
     assert cells["runs"] == "| runs | 1 | 6 (3 folds, seeds: 2) |"
     assert cells["target sparsity"] == "| target sparsity | 0.9, reached in 1 | 0.9, reached in 6 |"
     assert "| 500 (no interval)" in cells["active parameters, pruned"]
