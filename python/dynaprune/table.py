@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaprune.repeat import corrected_interval
-from dynaprune.report import ratios, shown
+from dynaprune.report import METRICS, ratios, shown
 from dynaprune.tasks import task_names
 
 __all__ = ["Figure", "Run", "TaskResults", "read_results", "table_csv", "table_markdown"]
@@ -111,16 +111,8 @@ class TaskResults:
 
     def _scores(self) -> list[str]:
         """The test scores of both arms, accuracy and F1 first; the loss is no score."""
-        first = self.runs[0].report
-        more = sorted(
-            k
-            for k in first["baseline"]
-            if k.startswith("test_")
-            and k not in _SCORES
-            and k != "test_loss"
-            and _is_number(first["baseline"][k])
-        )
-        return [*_SCORES, *more]
+        keys = {key for key in self.runs[0].report["baseline"] if _SCORE.fullmatch(key)}
+        return [*_SCORES, *sorted(keys - {*_SCORES, "test_loss"})]
 
     def _add(self, found: list[Figure], label: str, kind: str, key: str, compared: str | None) -> None:
         if compared is not None:
@@ -146,8 +138,8 @@ def _difference(report: dict[str, Any], key: str) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number; also false for integers too large for a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    """Whether ``value`` is a number that can be squared and summed: finite, and within 1e60."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e60
 
 
 def _number(value: float | None, kind: str) -> str:
@@ -189,6 +181,9 @@ def _check_report(path: Path, report: dict[str, Any]) -> None:
         for key in (*_SCORES, "train_seconds", "parameters_active"):
             if not _is_number(report[arm].get(key)):
                 raise wrong(f"{arm}.{key}", "a number", report[arm].get(key))
+        for key in (*METRICS, "sparsity", "step_seconds_dense"):
+            if report[arm].get(key) is not None and not _is_number(report[arm][key]):
+                raise wrong(f"{arm}.{key}", "a number or null", report[arm][key])
         data = report[arm].get("data")
         sizes = data.get("sizes") if isinstance(data, dict) else None
         if not (isinstance(sizes, list) and len(sizes) == 3 and all(type(n) is int and n > 0 for n in sizes)):

@@ -146,6 +146,16 @@ def test_what_is_said_of_the_data_stands_in_the_table(tmp_path: Path) -> None:
     assert "- digits: Images were compressed. Twice.\n" in text
 
 
+def test_figures_that_a_machine_cannot_tell_are_left_out(tmp_path: Path) -> None:
+    def forget(found: dict[str, Any]) -> None:
+        found["baseline"].update(memory_bytes_last=None, test_wer="x", **{"test_|": 1.0})
+
+    found = {(figure, of) for _, figure, of in rows([single(tmp_path / "a", forget)])}
+    assert ("peak memory in the last 20 steps", "pruned") in found
+    assert ("peak memory in the last 20 steps", "ratio") not in found
+    assert not any("|" in figure or "word error" in figure for figure, _ in found)
+
+
 def test_a_single_run_has_empty_bounds_in_csv(tmp_path: Path) -> None:
     found = rows([single(tmp_path / "a")])
     assert {(row["low"], row["high"]) for row in found.values()} == {("", "")}
@@ -224,6 +234,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "accuracy as a bool": lambda r: r["baseline"].update(test_accuracy=True),
     "accuracy not finite": lambda r: r["pruned"].update(test_f1=float("nan")),
     "a huge integer": lambda r: r["pruned"].update(parameters_active=10**400),
+    "another huge integer": lambda r: r["baseline"].update(flops_total=10**400),
+    "seconds as text": lambda r: r["pruned"].update(step_seconds_dense="fast"),
     "no sizes": lambda r: r["baseline"].update(data={}),
     "sizes of zero": lambda r: r["baseline"].update(data={"sizes": [0, 1, 1]}),
     "other sizes": lambda r: r["pruned"].update(data={"sizes": [1, 1, 1]}),
