@@ -53,42 +53,18 @@ class Problem(NamedTuple):
     batch: str
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a skip connection."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.skip: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.skip = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(inner + self.skip(x))
-
-
 def resnet18() -> nn.Module:
-    """He et al. 2016 with the 3x3 stem for 32x32 images: 11.17 M parameters, channels-last."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    inputs = 64
-    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
-        inputs = outputs
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10)]
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """The network of the task cifar10: 11.17 M parameters, channels-last."""
+    from dynaprune.tasks.resnet import CifarResNet
+
+    return CifarResNet()
 
 
 def image_loss(images: int) -> Loss:
     """Cross-entropy of ``images`` random 3x32x32 images in ten classes."""
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
-        x = torch.randn(images, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+        x = torch.randint(256, (images, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return F.cross_entropy(model(x), torch.randint(10, (images,), generator=generator))
 
     return loss

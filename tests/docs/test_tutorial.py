@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from dynaprune.cli import app
 from dynaprune.nn import BlockSparseLayer
+from dynaprune.tasks import task_names
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 _BLOCK = re.compile(r"(<!-- needs downloads -->\n)?```python\n(.*?)```", re.DOTALL)
@@ -88,3 +89,4 @@ def test_commands_have_the_options_that_are_written(page: str) -> None:
         _, command, *words = shlex.split(line, comments=True)
         known = {option for parameter in commands[command].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, line
+        assert command != "compare" or words[0] in [*task_names(), "TASK"], line
