@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaprune.nn import swap_layers
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
+from tests.pruning.cutting import kill
 
 
 def network() -> nn.Sequential:
@@ -43,25 +43,16 @@ def pruned() -> nn.Sequential:
         optimizer.zero_grad()
         F.cross_entropy(model(x), torch.arange(5)).backward()
         optimizer.step()
-    kill(model[3], columns=[0])
-    kill(model[9], columns=[2])
+    kill(model, "3", columns=[0])
+    kill(model, "9", columns=[2])
     example = ExampleInputs.of(x)
     report = cut_dead_neurons(model, find_groups(model, example), example, [optimizer])
     assert report.neurons == {"0": 16, "7": 16}
-    kill(model[3], rows=[1])
+    kill(model, "3", rows=[1])
     with torch.no_grad():
         free = model[3].layout.lists.block_of_slot < 0  # type: ignore[union-attr, operator]
         model[3].values[free] = torch.nan  # type: ignore[index, union-attr]
     return model
-
-
-def kill(layer: Any, rows: Any = (), columns: Any = ()) -> None:
-    layout = layer.layout
-    taps = 1 if layout.conv is None else layout.conv.taps
-    dead = torch.zeros(layout.rows, taps, layout.columns // taps, dtype=torch.bool)
-    dead[list(rows)] = True
-    dead[:, :, list(columns)] = True
-    layout.release_(dead.view(layout.rows, layout.columns))
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -73,7 +64,7 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 def swapped() -> nn.Sequential:
     model = network()
     swap_layers(model, 16)
-    kill(model[9], rows=[1])
+    kill(model, "9", rows=[1])
     return model
 
 

@@ -17,9 +17,11 @@ import dynaprune
 from dynaprune.checkpoint import load, save
 from dynaprune.manifest import METADATA_KEY, add_structure_hooks, apply_structure, structure_manifest
 from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear, swap_back, swap_layers
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
-from tests.checkpoint_cases import INPUT, Tied, kill, network, other_block, outputs, pruned, swapped
+from tests.checkpoint_cases import INPUT, Tied, network, other_block, outputs, pruned, swapped
+from tests.pruning.cutting import kill
 
 
 @pytest.mark.parametrize("target", [network, swapped, other_block, pruned])
@@ -115,8 +117,8 @@ def test_state_dicts_carry_the_structure() -> None:
     x = torch.randn(INPUT)
     expected = outputs(model, x)
     best = copy.deepcopy(model.state_dict())
-    kill(model[9], rows=[2], columns=[1])
-    kill(model[7], rows=[1])
+    kill(model, "9", rows=[2], columns=[1])
+    kill(model, "7", rows=[1])
     example = ExampleInputs.of(x)
     assert cut_dead_neurons(model, find_groups(model, example), example).neurons == {
         "3": 16,
@@ -159,7 +161,7 @@ def test_state_dict_that_does_not_fit_changes_nothing() -> None:
 
 def test_a_single_layer_can_be_the_model(tmp_path: Path) -> None:
     source = BlockSparseLinear.from_dense(nn.Linear(64, 48), 16)
-    kill(source, rows=[1])
+    kill(source, "", rows=[1])
     x = torch.randn(3, 64)
     loaded = load(nn.Linear(64, 48), save(source, tmp_path))
     assert isinstance(loaded, BlockSparseLinear) and torch.equal(loaded(x), source(x))

@@ -132,11 +132,9 @@ def _faster_on_cpu(problem: Problem) -> Choice:
         and problem.rows >= _CPU_MANY_ROWS
         and problem.density > crossover
     ):
-        return Choice(
-            "dense",
-            f"blocks of 8 fill half an AVX-512 vector: dense from density {crossover} on, "
-            f"capacity {problem.density:.2f}",
-        )
+        reason = f"blocks of 8 fill half an AVX-512 vector: {problem.op} is dense above density {crossover}"
+        _say_once("cpu", reason)
+        return Choice("dense", reason)
     return Choice("cpu", "measured faster than the materialised weight, and level with it at density 1")
 
 

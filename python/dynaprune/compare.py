@@ -118,7 +118,8 @@ def _forget(out: Path, config_path: Path, arm: str) -> None:
     """Remove what an arm that could not start has left, so that the same command can be given again."""
     shutil.rmtree(out / arm, ignore_errors=True)
     if not any((out / other).exists() for other in ARMS):
-        config_path.unlink(missing_ok=True)
+        for left in (config_path, *out.glob("pretrained.*")):
+            left.unlink(missing_ok=True)
 
 
 def compare(

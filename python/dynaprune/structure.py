@@ -218,9 +218,7 @@ class PrunedStructure(DenseStructure):
 
     def parameters_active(self) -> int:
         """Live values: of block-sparse weights those of live blocks, of everything else all."""
-        values = {id(layer.values) for layer in self.pruner.layers.values()}
-        rest = sum(p.numel() for p in self.model.parameters() if id(p) not in values)
-        return rest + sum(self.pruner.live_weights.values())
+        return self.pruner.live_parameters
 
     def trial_flops(self) -> float:
         """FLOPs of all forward passes that the trials made."""

@@ -18,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from dynaprune import compare
 from dynaprune.checkpoint import load
 from dynaprune.cli import app
 from dynaprune.nn import BlockSparseLayer
@@ -276,3 +277,11 @@ def test_an_arm_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path, ca
 def test_info_tells_which_backends_run(capfd: Any) -> None:
     done = _invoke("info")
     assert done.exit_code == 0 and "reference" in done.output + capfd.readouterr().out
+
+
+def test_an_arm_that_could_not_start_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "baseline").mkdir()
+    for name in ("config.json", "pretrained.safetensors", "pretrained.json"):
+        (tmp_path / name).touch()
+    compare._forget(tmp_path, tmp_path / "config.json", "baseline")
+    compare.check_empty(tmp_path)

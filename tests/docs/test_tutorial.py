@@ -51,7 +51,7 @@ def test_the_resnet_becomes_sparse_and_comes_back(tmp_path: Path, monkeypatch: p
     assert not any(isinstance(m, BlockSparseLayer) for m in names["plain"].modules())
     x = names["test_set"].tensors[0][:50]
     results = [names[name].eval()(x) for name in ("restored", "plain")]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_the_trainer_script_prunes_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` with one more callback: logs, checkpoints, resuming, the best model, stopping."""
+"""``transformers.Trainer`` with one more callback: logs, checkpoints, resuming, wrong arguments."""
 
 from __future__ import annotations
 
@@ -9,92 +9,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 import dynaprune
 from dynaprune import DynaPruneCallback, PruningConfig
 from dynaprune.manifest import structure_manifest
 from dynaprune.nn import BlockSparseLayer
 from tests.integrations.scripts import run_example
-
-transformers = pytest.importorskip("transformers")
-
-STEPS = 40
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Rows of 12 tokens from one of two overlapping vocabularies, the class."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.randint(0, 2, (count,), generator=generator)
-        tokens = torch.randint(2, 26, (count, 12), generator=generator)
-        self.tokens = tokens + 16 * self.labels.unsqueeze(1)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[index], "labels": self.labels[index]}
-
-
-TRAIN, VALIDATION = Rows(512, 0), Rows(128, 1)
-
-
-def bert(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **{**sizes, **changes})
-    return transformers.BertForSequenceClassification(config)
-
-
-def settings(**changes: Any) -> PruningConfig:
-    return PruningConfig(**{"target_sparsity": 0.6, "block_size": 8, "interval": 4, **changes})
-
-
-def arguments(out: Path, **changes: Any) -> Any:
-    chosen: dict[str, Any] = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 128,
-        "learning_rate": 3e-3,
-        "logging_steps": 10,
-        "eval_strategy": "steps",
-        "eval_steps": 10,
-        "save_steps": 10,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-    return transformers.TrainingArguments(str(out), **{**chosen, **changes})
-
-
-def trainer(
-    out: Path,
-    pruning: DynaPruneCallback,
-    *,
-    callbacks: tuple[Any, ...] = (),
-    compute_metrics: Any = None,
-    **changes: Any,
-) -> Any:
-    return transformers.Trainer(
-        pruning.model,
-        arguments(out, **changes),
-        train_dataset=TRAIN,
-        eval_dataset=VALIDATION,
-        callbacks=[pruning, *callbacks],
-        compute_metrics=compute_metrics,
-    )
-
-
-def masks(model: nn.Module) -> list[Tensor]:
-    return [m.layout.slot_of_block.clone() for m in model.modules() if isinstance(m, BlockSparseLayer)]
-
-
-def logits(model: Any) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(VALIDATION.tokens).logits
+from tests.integrations.trainer_cases import (
+    STEPS,
+    TRAIN,
+    Rows,
+    arguments,
+    bert,
+    loaded_model,
+    logits,
+    masks,
+    settings,
+    trainer,
+    transformers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,27 +91,23 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(whole: Any, step: int, tm
 
 def test_the_checkpoints_differ_in_structure(whole: Any) -> None:
     _, pruning, out = whole
-    found = [structure_manifest(_loaded(out / f"checkpoint-{step}")) for step in (10, 20)]
+    found = [structure_manifest(loaded_model(out / f"checkpoint-{step}")) for step in (10, 20)]
     assert found[0] != found[1] == structure_manifest(pruning.model)
     assert pruning.pruner.report()["neurons_removed"] > 0
-
-
-def _loaded(folder: Path) -> Any:
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
 
 def test_from_pretrained_gives_the_pruned_model(whole: Any, tmp_path: Path) -> None:
     run, _, out = whole
     expected = logits(run.model)
-    model = _loaded(out / f"checkpoint-{STEPS}")
+    model = loaded_model(out / f"checkpoint-{STEPS}")
     assert torch.equal(logits(model), expected)
     assert all(map(torch.equal, masks(model), masks(run.model)))
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(_loaded(tmp_path / "again")), expected)
+    assert torch.equal(logits(loaded_model(tmp_path / "again")), expected)
     pruning = DynaPruneCallback(model, settings(target_sparsity=0.3))
     trainer(tmp_path / "further", pruning, max_steps=10).train()
     assert pruning.pruner.steps == 10 and pruning.pruner.target_reached
-    assert torch.equal(logits(_loaded(tmp_path / "further" / "checkpoint-10")), logits(model))
+    assert torch.equal(logits(loaded_model(tmp_path / "further" / "checkpoint-10")), logits(model))
 
 
 def test_from_pretrained_without_dynaprune_stops(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +116,7 @@ def test_from_pretrained_without_dynaprune_stops(whole: Any, monkeypatch: pytest
 
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "dynaprune")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        _loaded(whole[2] / f"checkpoint-{STEPS}")
+        loaded_model(whole[2] / f"checkpoint-{STEPS}")
 
 
 def test_plain_layers_need_no_mention_where_nothing_was_cut(tmp_path: Path) -> None:
@@ -195,7 +125,7 @@ def test_plain_layers_need_no_mention_where_nothing_was_cut(tmp_path: Path) -> N
     model = pruning.pruner.finalize()
     model.save_pretrained(tmp_path)
     assert '"quantization_config": null' in (tmp_path / "config.json").read_text()
-    loaded = _loaded(tmp_path)
+    loaded = loaded_model(tmp_path)
     assert not any(isinstance(module, BlockSparseLayer) for module in loaded.modules())
     assert torch.equal(logits(loaded), logits(model))
 
@@ -207,108 +137,10 @@ def test_plain_layers_of_other_widths_load_too(tmp_path: Path) -> None:
     assert pruning.pruner.report()["neurons_removed"] > 0
     model = pruning.pruner.finalize()
     model.save_pretrained(tmp_path)
-    loaded = _loaded(tmp_path)
+    loaded = loaded_model(tmp_path)
     assert not any(isinstance(module, BlockSparseLayer) for module in loaded.modules())
     assert structure_manifest(loaded) == structure_manifest(model)
     assert torch.equal(logits(loaded), logits(model))
-
-
-def rejecting() -> Tensor:
-    return torch.full((64,), torch.nan)
-
-
-def counting(first: int = 0) -> Any:
-    """Metrics that grow from evaluation to evaluation."""
-    calls = iter(range(first, 100))
-    return lambda _: {"age": next(calls)}
-
-
-def test_the_best_model_may_have_an_earlier_structure(tmp_path: Path) -> None:
-    """Nothing passes the trial, so blocks go by force, also after the schedule's end at step 20."""
-    pruning = DynaPruneCallback(
-        bert(), settings(target_sparsity=0.9, floor=0.3, neurons=False), trial=rejecting
-    )
-    run = trainer(
-        tmp_path,
-        pruning,
-        compute_metrics=counting(),
-        metric_for_best_model="age",
-        greater_is_better=False,
-        load_best_model_at_end=True,
-    )
-    run.train()
-    logged = {row["step"]: row["sparsity"] for row in run.state.log_history if "loss" in row}
-    assert run.state.best_global_step == 20 and logged[20] < logged[40]
-    assert pruning.pruner.sparsity == pytest.approx(logged[20], abs=1e-12)
-    best = _loaded(tmp_path / "checkpoint-20")
-    assert all(map(torch.equal, masks(best), masks(run.model)))
-    assert torch.equal(logits(best), logits(run.model))
-    assert not pruning.pruner.report()["target_reached"]
-
-
-class Seen(transformers.TrainerCallback):
-    """Notes what the Trainer takes for the best when each step begins."""
-
-    def __init__(self) -> None:
-        self.best: dict[int, Any] = {}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        best = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
-        self.best[state.global_step] = best
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_the_trainers_early_stopping_waits_for_the_structure(first: bool, tmp_path: Path) -> None:
-    """The metric only gets worse: patience 2 counts from the first eligible evaluation, at step 20."""
-    pruning, seen = DynaPruneCallback(bert(), settings(end=0.5)), Seen()
-    stopping = transformers.EarlyStoppingCallback(early_stopping_patience=2)
-    after = (seen,) if first else (seen, stopping)
-    run = transformers.Trainer(
-        pruning.model,
-        arguments(
-            tmp_path,
-            eval_steps=5,
-            save_steps=5,
-            metric_for_best_model="age",
-            greater_is_better=False,
-            load_best_model_at_end=True,
-        ),
-        train_dataset=TRAIN,
-        eval_dataset=VALIDATION,
-        callbacks=[*([stopping] if first else []), pruning, *after],
-        compute_metrics=counting(),
-    )
-    run.train()
-    reached = next(row["step"] for row in pruning.pruner.history if row["sparsity"] >= 0.6 - 1e-9)
-    eligible = -(-reached // 5) * 5
-    assert 15 <= eligible <= 25
-    assert all(seen.best[step] == (None, None, None) for step in range(5, eligible))
-    assert run.state.best_global_step == eligible and run.state.global_step == eligible + 10
-    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{eligible}")
-    written = tmp_path / f"checkpoint-{eligible}" / "trainer_state.json"
-    assert transformers.TrainerState.load_from_json(written).best_global_step == eligible
-
-
-def test_patience_of_the_callback_itself_goes_on_after_a_resume(tmp_path: Path) -> None:
-    def run(out: Path, resume: Path | None = None) -> Any:
-        pruning = DynaPruneCallback(bert(), settings(), patience=3)
-        found = trainer(
-            out,
-            pruning,
-            compute_metrics=counting(0 if resume is None else int(resume.name.split("-")[1]) // 5),
-            eval_steps=5,
-            save_steps=5,
-            metric_for_best_model="eval_age",
-            greater_is_better=False,
-        )
-        found.train(resume_from_checkpoint=None if resume is None else str(resume))
-        return found
-
-    first = run(tmp_path / "whole")
-    stopped = first.state.global_step
-    assert 30 <= stopped < STEPS
-    folder = tmp_path / "whole" / f"checkpoint-{stopped - 5}"
-    assert run(tmp_path / "resumed", folder).state.global_step == stopped
 
 
 def test_a_checkpoint_without_a_pruner_cannot_be_resumed(whole: Any, tmp_path: Path) -> None:
@@ -321,8 +153,8 @@ def test_a_checkpoint_without_a_pruner_cannot_be_resumed(whole: Any, tmp_path: P
         run.train(resume_from_checkpoint=True)
     folder = tmp_path / "stripped"
     shutil.copytree(out / "checkpoint-20", folder)
-    _loaded(folder).save_pretrained(folder)
-    run = trainer(tmp_path, DynaPruneCallback(_loaded(folder), settings()))
+    loaded_model(folder).save_pretrained(folder)
+    run = trainer(tmp_path, DynaPruneCallback(loaded_model(folder), settings()))
     with pytest.raises(ValueError, match="without a pruner's state"):
         run.train(resume_from_checkpoint=str(folder))
 

@@ -53,6 +53,16 @@ def test_import_knows_neither_triton_nor_the_packages_above() -> None:
     _run(code, PYTHONWARNINGS="error::ImportWarning")
 
 
+def test_the_command_line_helps_without_importing_torch() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom dynaprune.cli import app\n"
+        "shown = CliRunner().invoke(app, ['compare', '--help'])\n"
+        "assert shown.exit_code == 0 and '--target-sparsity' in shown.output, shown.output\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "COLUMNS": "200"})
+
+
 def test_import_does_not_load_triton() -> None:
     # torch's own FLOP counter loads triton where it is installed; nothing of ours may add to that.
     loaded = "{name for name in sys.modules if name.partition('.')[0] == 'triton'}"

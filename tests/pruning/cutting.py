@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import CutReport, cut_dead_neurons
 
 BLOCK = 16

@@ -15,7 +15,8 @@ import dynaprune
 from dynaprune.manifest import structure_manifest
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.pruning.copies import cut_copy
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
 
 STEPS = 60

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaprune.nn import swap_layers
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
 from tests.pruning.cutting import BLOCK, Residual, batch, cut, kill, outputs, rounding, train, with_norm
 

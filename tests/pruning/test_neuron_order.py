@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dynaprune.nn import swap_layers
 from dynaprune.pruning.allocation import Selection, select
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neuron_order import whole_neurons_first
 from dynaprune.pruning.neurons import cut_dead_neurons
 

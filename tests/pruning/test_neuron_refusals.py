@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaprune.nn import swap_layers
-from dynaprune.pruning.neuron_groups import ExampleInputs, InputCapture, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import cut_dead_neurons
 from dynaprune_kernels import BlockLayout, ConvGeometry
 from tests.pruning.cutting import BLOCK, batch, cut, kill, mlp, train

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import blocks_of_group
 from tests.pruning.cutting import BLOCK, batch, cut, kill, mlp, outputs, train
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dynaprune import recalibrate_batch_norm
 from dynaprune.nn import swap_layers
-from dynaprune.pruning.neuron_groups import ExampleInputs, find_groups
+from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.neuron_groups import find_groups
 from dynaprune.pruning.neurons import CutReport, cut_dead_neurons
 from dynaprune.tasks.resnet import CifarResNet
 from tests.pruning.cutting import kill, outputs, rounding, train

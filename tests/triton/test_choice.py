@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,4 +180,9 @@ def test_half_vectors_go_to_the_dense_library_where_it_is_faster(
         pytest.skip("blocks of 8 fill half a vector with AVX-512 only")
     capacity = int(1024 * 1024 * density) // (block[0] * block[1])
     problem = Problem("linear_forward", dtype, block, rows, 1024, 1024, capacity)
-    assert dispatch.choose(problem, "cpu").backend == backend
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert dispatch.choose(problem, "cpu").backend == backend
+    assert [bool(re.search("half an AVX-512 vector", str(w.message))) for w in said] == (
+        [True] if backend == "dense" else []
+    )

@@ -16,14 +16,11 @@ def figures(pruner: Pruner) -> dict[str, float]:
     - ``flops_saving``: share of the prunable layers' multiplications, as they were at first, that is saved:
       weights gone times rows (tokens, output positions) seen; 0 before the first step.
     """
-    layers, live = pruner.layers, pruner.live_weights
-    swapped = {id(layer.values) for layer in layers.values()}
-    rest = sum(p.numel() for p in pruner.model.parameters() if id(p) not in swapped)
     full = sum(math.prod(pruner.original_shapes[name]) * rows for name, rows in pruner.rows.items())
-    now = sum(live[name] * rows for name, rows in pruner.rows.items())
+    now = sum(pruner.live_weights[name] * rows for name, rows in pruner.rows.items())
     return {
         "density": 1 - pruner.sparsity,
         "sparsity": pruner.sparsity,
-        "live_parameters": float(rest + sum(live.values())),
+        "live_parameters": float(pruner.live_parameters),
         "flops_saving": 1 - now / full if full else 0.0,
     }

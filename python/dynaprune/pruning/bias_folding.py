@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynaprune.nn import BlockSparseConv2d
 from dynaprune.pruning.calibration import calibration_mode
-from dynaprune.pruning.neuron_groups import ExampleInputs, tensors_in
+from dynaprune.pruning.example_inputs import ExampleInputs, tensors_in
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _SAME, _SAME_AVERAGED = 8.0, 256.0

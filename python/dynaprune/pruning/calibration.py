@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -18,6 +18,12 @@ from dynaprune.pruning.paired_test import MIN_SAMPLES
 Losses = Tensor | tuple[Tensor, Tensor | None]
 
 _CALIBRATING: WeakSet[nn.Module] = WeakSet()
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled models as they were before: hooks and traces see every layer, and nothing compiles anew
+    for modes that the guards do not fit."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

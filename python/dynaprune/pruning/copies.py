@@ -7,7 +7,7 @@ from torch import nn
 
 from dynaprune.manifest import layer_shape
 from dynaprune.pruning.bias_folding import observe
-from dynaprune.pruning.neuron_groups import ExampleInputs
+from dynaprune.pruning.example_inputs import ExampleInputs
 from dynaprune.pruning.neurons import CutPlan, execute
 from dynaprune.pruning.surgery import Surgery
 

@@ -13,23 +13,19 @@ attention for an element-wise product, and part of a head cannot go.
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torch_pruning
 from torch import Tensor, nn
 from torch_pruning import ops
 
 from dynaprune.manifest import layer_shape
-from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
+from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.attention_heads import Attention, find_attentions
-from dynaprune.pruning.calibration import calibration_mode
+from dynaprune.pruning.dependency_graph import trace
+from dynaprune.pruning.example_inputs import ExampleInputs
 from dynaprune.pruning.surgery import cannot_cut, is_channelwise
 
 _PASSIVE = {
@@ -41,69 +37,6 @@ _PASSIVE = {
     ops.OPTYPE.EXPAND,
     ops.OPTYPE.SLICE,
 }
-
-
-@dataclass(frozen=True)
-class ExampleInputs:
-    """Arguments of one forward pass: ``model(*args, **kwargs)``."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, value: Any) -> ExampleInputs:
-        """A tensor: the only argument; a tuple or list: positional ones; a mapping: keyword arguments."""
-        if isinstance(value, ExampleInputs):
-            return value
-        if isinstance(value, Mapping):
-            return cls((), dict(value))
-        return cls(tuple(value) if isinstance(value, (tuple, list)) else (value,))
-
-    def forward(self, model: nn.Module) -> Any:
-        """Run ``model``, uncompiled where it was compiled: hooks and traces see every layer."""
-        if "torch._dynamo" not in sys.modules:
-            return model(*self.args, **self.kwargs)
-        with torch.compiler.set_stance("force_eager"):
-            return model(*self.args, **self.kwargs)
-
-
-class InputCapture:
-    """Takes the arguments of the model's next training forward, by a hook that removes itself.
-
-    ``example`` is None until then; set it to None when the batch is no longer needed.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._handle: Any = None
-        self.example: ExampleInputs | None = None
-
-    def arm(self) -> None:
-        """Capture at the next forward in training mode."""
-        if self._handle is None:
-            self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Stop capturing and let go of what was captured."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = self.example = None
-
-    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training:
-            self._handle.remove()
-            self._handle = None
-            self.example = ExampleInputs(_detached(args), _detached(kwargs))
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if type(value) in (tuple, list):
-        return type(value)(_detached(v) for v in value)
-    if type(value) is dict:
-        return {k: _detached(v) for k, v in value.items()}
-    return value
 
 
 @dataclass(frozen=True)
@@ -171,22 +104,6 @@ class NeuronMap:
         return [g for g in self.groups if g.name == name]
 
 
-class _BlockSparsePruner(torch_pruning.BasePruningFunc):
-    """Tells the dependency graph the widths of block-sparse layers; the cutting itself is ``surgery``'s."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        raise NotImplementedError("block-sparse layers are cut by dynaprune.pruning.surgery")
-
-    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        raise NotImplementedError("block-sparse layers are cut by dynaprune.pruning.surgery")
-
-    def get_out_channels(self, layer: Any) -> int:
-        return layer.layout.out_features
-
-    def get_in_channels(self, layer: Any) -> int:
-        return layer.layout.in_features
-
-
 def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     """Trace one forward pass and find every group of neurons that some block-sparse layer makes or reads.
 
@@ -198,7 +115,7 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     """
     names = {id(module): name for name, module in model.named_modules()}
     tied = _tied_modules(model)
-    graph = _trace(model, example)
+    graph = trace(model, example)
     attentions = {each.value: each for each in find_attentions(model)}
     aside = {layer for each in attentions.values() for layer in (each.query, each.key)}
     groups: list[NeuronGroup] = []
@@ -243,92 +160,6 @@ _Item = tuple[Any, bool, Tensor]
 def _makes_neurons(module: nn.Module) -> bool:
     convolution = isinstance(module, nn.modules.conv._ConvNd) and not is_channelwise(module)
     return isinstance(module, (BlockSparseLayer, nn.Linear)) or convolution
-
-
-def _trace(model: nn.Module, example: ExampleInputs) -> Any:
-    """Torch-Pruning's graph; every output of the model ends in a node of its own, so no layer looks free."""
-
-    def outputs(out: Any) -> list[Tensor]:
-        tensors = [t for t in tensors_in(out) if t.requires_grad]
-        if not tensors:
-            raise ValueError("expected a model whose outputs depend on its parameters, got none that does")
-        return [t * 1 for t in tensors]
-
-    pruner = _BlockSparsePruner()
-    types = (BlockSparseLinear, BlockSparseConv2d, BlockSparseConv1d)
-    graph = torch_pruning.DependencyGraph()
-    with (
-        calibration_mode(model),
-        torch.enable_grad(),
-        _all_require_grad(model),
-        _as_single_ops(model),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        graph.build_dependency(
-            model,
-            example,
-            forward_fn=lambda model, example: example.forward(model),
-            output_transform=outputs,
-            customized_pruners=dict.fromkeys(types, pruner),
-            verbose=False,
-        )
-    return graph
-
-
-@contextmanager
-def _all_require_grad(model: nn.Module) -> Iterator[None]:
-    """Autograd sees every layer, frozen ones too."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def _as_single_ops(model: nn.Module) -> Iterator[None]:
-    """Block-sparse layers run as the one dense op they stand for, which is what the tracer understands."""
-    layers = [m for m in model.modules() if isinstance(m, BlockSparseLayer)]
-    try:
-        for layer in layers:
-            layer.forward = _dense_op(layer)
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-
-def _dense_op(layer: Any) -> Callable[[Tensor], Tensor]:
-    conv = layer.layout.conv
-
-    def forward(x: Tensor) -> Tensor:
-        weight = layer.weight.requires_grad_()
-        if conv is None:
-            return F.linear(x, weight, layer.bias)
-        stride, padding, dilation = conv[2:4], conv[4:6], conv[6:8]
-        x, bias = layer._padded(x), layer.bias
-        if isinstance(layer, BlockSparseConv1d):
-            return F.conv1d(x, weight, bias, stride[1:], padding[1:], dilation[1:], conv.groups)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, conv.groups)
-
-    return forward
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for v in value.values() for t in tensors_in(v)]
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in tensors_in(v)]
-    if hasattr(value, "__dataclass_fields__"):
-        return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]
-    return []
 
 
 def _tied_modules(model: nn.Module) -> set[int]:

@@ -48,9 +48,8 @@ from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.attention_heads import find_attentions
 from dynaprune.pruning.bias_folding import NORMS, Observation, cannot_fold, contribution, observe
+from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
 from dynaprune.pruning.neuron_groups import (
-    ExampleInputs,
-    InputCapture,
     Member,
     NeuronGroup,
     NeuronMap,

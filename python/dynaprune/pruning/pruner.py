@@ -14,8 +14,9 @@ from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
+from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
 from dynaprune.pruning.following import Followers, watch_copies
-from dynaprune.pruning.neuron_groups import ExampleInputs, InputCapture, NeuronMap
+from dynaprune.pruning.neuron_groups import NeuronMap
 from dynaprune.pruning.observe import (
     Observed,
     RowCounter,
@@ -254,6 +255,13 @@ class Pruner:
     def sparsity(self) -> float:
         """Share of the prunable weights, as they were at attach, that is gone."""
         return 1 - sum(self.live_weights.values()) / sum(math.prod(s) for s in self.original_shapes.values())
+
+    @property
+    def live_parameters(self) -> int:
+        """Values that live: of block-sparse weights those of live blocks, of everything else all."""
+        swapped = {id(layer.values) for layer in self.layers.values()}
+        rest = sum(p.numel() for p in self.model.parameters() if id(p) not in swapped)
+        return rest + sum(self.live_weights.values())
 
     @property
     def target_reached(self) -> bool:

@@ -3,15 +3,13 @@ not."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynaprune.pruning.calibration import calibration_mode
+from dynaprune.pruning.calibration import calibration_mode, uncompiled
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -58,7 +56,7 @@ def recalibrate_batch_norm(
     momenta = {name: norm.momentum for name, norm in norms.items()}
     found: dict[str, dict[str, Tensor]] = {}
     try:
-        with calibration_mode(model), _uncompiled():
+        with calibration_mode(model), uncompiled():
             for norm in norms.values():
                 norm.reset_running_stats()
                 norm.momentum = None
@@ -80,8 +78,3 @@ def recalibrate_batch_norm(
             for key, value in statistics.items():
                 getattr(norms[name], key).copy_(value)
     return len(found)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Run compiled models as they were before: their guards would not fit these modes, and compile anew."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

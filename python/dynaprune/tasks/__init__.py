@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.utils.data import Dataset
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.data import Dataset
 
 __all__ = ["Defaults", "Split", "Task", "TaskData", "accuracy_and_f1", "get_task", "task_names"]
 
@@ -94,6 +95,8 @@ def _call_model(model: nn.Module, inputs: Any) -> torch.Tensor:
 
 
 def _cross_entropy_per_sample(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    from torch import nn
+
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
