@@ -154,7 +154,7 @@ def compare_command(
     """Train TASK twice on the same data, dense with dropout and pruned while it trains, and report on both.
 
     With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started
-    again with the same settings, finished runs are kept."""
+    again with the same settings, what has finished is kept."""
     config = _resolve(task, settings)
     from dynaprune import compare as comparison
     from dynaprune.terminal import print_report, print_summary
@@ -175,7 +175,7 @@ def compare_command(
             if summary is not None:
                 print_summary(summary, out)
         else:
-            comparison.check_empty(out)
+            comparison.check_unfinished(out, config)
             report = comparison.compare(config, out, quiet=quiet)
             interrupted = report["interrupted"]
             print_report(report, out)

@@ -1,4 +1,7 @@
-"""Both arms of a comparison, each in its own process, and the report of the two."""
+"""Both arms of a comparison, each in its own process, and the report of the two.
+
+A comparison that was cut short goes on where it is started again with the same settings: an arm that has
+finished is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import Any
 from dynaprune.report import build_report, write_csv_lines, write_json, write_markdown
 from dynaprune.run_config import RunConfig
 
-__all__ = ["ArmFailed", "Interrupts", "check_empty", "compare"]
+__all__ = ["ArmFailed", "Interrupts", "check_empty", "check_settings", "check_unfinished", "compare"]
 
 ARMS = ("baseline", "pruned")
 
@@ -73,6 +76,34 @@ def check_empty(out: Path) -> None:
         )
 
 
+def check_settings(folder: Path, found: dict[str, Any], config: RunConfig) -> None:
+    """ValueError, with their names, unless the settings ``found`` in ``folder`` are those of ``config``."""
+    wanted = json.loads(json.dumps(config.to_json()))
+    if found != wanted:
+        other = sorted(k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k))
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(other)}): choose another --out"
+        )
+
+
+def check_unfinished(out: Path, config: RunConfig) -> None:
+    """ValueError unless ``out`` is new, empty, or holds a comparison of these settings that was cut short."""
+    if not (out / "config.json").is_file():
+        check_empty(out)
+        return
+    report = out / "report.json"
+    if report.is_file() and not json.loads(report.read_text())["interrupted"]:
+        check_empty(out)
+    check_settings(out, json.loads((out / "config.json").read_text()), config)
+
+
+def _finished_arm(folder: Path) -> dict[str, Any] | None:
+    """The content of ``arm.json`` in ``folder`` if that arm was trained to its end."""
+    path = folder / "arm.json"
+    found = json.loads(path.read_text()) if path.is_file() else None
+    return None if found is None or found["result"]["interrupted"] else dict(found)
+
+
 def _run_arm(
     config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool
 ) -> dict[str, Any] | None:
@@ -108,6 +139,7 @@ def _run_arm(
     if result.is_file() and code in (0, 130):
         found = dict(json.loads(result.read_text()))
         found["result"]["process_seconds"] = time.perf_counter() - started
+        write_json(result, found)
         return found
     if interrupts.seen:
         return None
@@ -134,18 +166,29 @@ def compare(
     report.
 
     After an interrupt the report holds what was done (``interrupted`` true, an arm that never finished an
-    epoch null)."""
+    epoch null). Started again, it keeps the arms in ``out`` that have finished.
+
+    Raises:
+        ValueError: ``out`` holds other settings. ArmFailed: an arm ended without a result."""
     if interrupts is None:
         with Interrupts() as own:
             return compare(config, out, quiet=quiet, pictures=pictures, interrupts=own)
     out.mkdir(parents=True, exist_ok=True)
     config_path = out / "config.json"
+    if continued := config_path.is_file():
+        check_settings(out, json.loads(config_path.read_text()), config)
     write_json(config_path, config.to_json())
     arms: dict[str, dict[str, Any] | None] = dict.fromkeys(ARMS)
     environment: dict[str, Any] = {}
     for arm in ARMS:
         if interrupts.seen:
             break
+        kept = _finished_arm(out / arm)
+        if kept is not None:
+            arms[arm], environment = kept["result"], kept["environment"]
+            continue
+        if continued:
+            shutil.rmtree(out / arm, ignore_errors=True)
         try:
             found = _run_arm(config_path, arm, out, interrupts, quiet)
         except ArmFailed as error:

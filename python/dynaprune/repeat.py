@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynaprune.compare import Interrupts, compare
+from dynaprune.compare import Interrupts, check_settings, compare
 from dynaprune.report import data_of, on_copy, shown, write_json, write_text
 from dynaprune.run_config import RunConfig
 
@@ -82,12 +82,7 @@ def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = json.loads(path.read_text())
-    wanted = json.loads(json.dumps(config.to_json()))
-    if report["config"] != wanted:
-        other = sorted(k for k in wanted if report["config"].get(k) != wanted[k])
-        raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(other)}): choose another --out"
-        )
+    check_settings(folder, report["config"], config)
     return None if report["interrupted"] else dict(report)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,31 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     while not path.is_file():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
+
+
+def test_a_comparison_that_was_cut_short_goes_on_with_the_arm_that_is_missing(
+    compared: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = shutil.copytree(compared[0], tmp_path / "run")
+    complete = _report(out)
+    (out / "report.json").write_text(json.dumps(complete | {"interrupted": True, "pruned": None}))
+    cut = json.loads((out / "pruned" / "arm.json").read_text())
+    cut["result"]["interrupted"] = True
+    (out / "pruned" / "arm.json").write_text(json.dumps(cut))
+    (out / "pruned" / "left.txt").touch()
+    kept = (out / "baseline" / "arm.json").stat().st_mtime_ns
+    other = _invoke("compare", "digits", "--out", out, *SHORT, "--lr", 0.01)
+    assert other.exit_code == 2 and "other settings (lr)" in other.stderr
+    process = _start("compare", "digits", "--out", out, *SHORT)
+    _, complained = process.communicate(timeout=240)
+    assert process.returncode == 0, complained
+    assert (out / "baseline" / "arm.json").stat().st_mtime_ns == kept
+    assert not (out / "pruned" / "left.txt").exists()
+    report = _report(out)
+    assert report["baseline"] == complete["baseline"] and not report["interrupted"]
+    assert report["pruned"]["test_accuracy"] == complete["pruned"]["test_accuracy"]
+    again = _invoke("compare", "digits", "--out", out, *SHORT)
+    assert again.exit_code == 2 and "holds files" in again.stderr
 
 
 def test_repeating_resumes_and_summarises(tmp_path: Path, data_dir: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dynaprune.tasks import Split
 from dynaprune.tasks.audio import (
     IGNORED,
     RATE,
@@ -23,7 +22,6 @@ from dynaprune.tasks.audio import (
     perturb_speed,
     read_clip,
     resample,
-    split_train,
 )
 
 pytest.importorskip("soundfile")
@@ -156,19 +154,3 @@ def test_speed_moves_pitch_and_length_together_and_depends_on_the_generator_alon
         speeds.append(len(tone) / length)
         assert _loudest(values[:length].numpy(), RATE) == pytest.approx(500 * speeds[-1], abs=4)
     assert 0.85 <= min(speeds) < 0.93 and 1.07 < max(speeds) <= 1.151
-
-
-def test_the_training_part_is_split_by_class_and_thinned_by_class() -> None:
-    labels = np.repeat([0, 1, 2, 3], 80)
-    train, validation = split_train(labels, Split(seed=4))
-    assert np.array_equal(np.sort(np.concatenate([train, validation])), np.arange(320))
-    assert np.bincount(labels[validation]).tolist() == [10] * 4
-    fewer, same = split_train(labels, Split(seed=4), 40)
-    assert np.array_equal(same, validation) and set(fewer) < set(train)
-    assert np.bincount(labels[fewer]).tolist() == [10] * 4
-    assert len(split_train(labels, Split(seed=4), 279)[0]) == 279
-    assert not np.array_equal(split_train(labels, Split(seed=5))[1], validation)
-    with pytest.raises(ValueError, match="from 4 to 280"):
-        split_train(labels, Split(seed=4), 281)
-    with pytest.raises(ValueError, match="--seeds"):
-        split_train(labels, Split(seed=4, fold=0, folds=5))

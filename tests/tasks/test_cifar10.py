@@ -21,8 +21,8 @@ from dynaprune.nn import BlockSparseConv2d, swap_layers
 from dynaprune.report import build_report, write_markdown
 from dynaprune.run_config import resolve
 from dynaprune.tasks import Split, TaskData, get_task
-from dynaprune.tasks.cifar10 import augment, channel_statistics, decode, draw_rows, image_format
-from dynaprune.tasks.data import training_batches
+from dynaprune.tasks.cifar10 import augment, channel_statistics, decode, image_format
+from dynaprune.tasks.data import split_train, training_batches
 from dynaprune.tasks.resnet import resnet18_channels
 from dynaprune.train import run_arm
 
@@ -57,34 +57,15 @@ def data(jpeg: Path) -> TaskData:
     return TASK.load(Split(0, source=str(jpeg)), SMALL)
 
 
-@pytest.mark.parametrize("train_samples", [0, 100, 300])
-def test_rows_are_drawn_by_class_and_seed_and_only_once(train_samples: int) -> None:
-    labels = np.repeat(np.arange(10), 50)
-    train, validation = draw_rows(labels, 4, train_samples)
-    wanted = (train_samples, train_samples // 10) if train_samples else (450, 50)
-    assert (len(train), len(validation)) == wanted and not set(train) & set(validation)
-    for part in (train, validation):
-        assert np.bincount(labels[part]).tolist() == [len(part) // 10] * 10
-        assert (np.diff(part) > 0).all()
-    assert np.array_equal(train, draw_rows(labels, 4, train_samples)[0])
-    assert not np.array_equal(train, draw_rows(labels, 5, train_samples)[0])
-
-
-@pytest.mark.parametrize("train_samples", [-1, 99, 455, 500])
-def test_a_number_of_samples_that_cannot_be_drawn_is_refused(train_samples: int) -> None:
-    with pytest.raises(ValueError, match=rf"100 to 454 .*got {train_samples}"):
-        draw_rows(np.repeat(np.arange(10), 50), 0, train_samples)
-
-
 def test_the_official_parts_are_whole_and_the_images_are_the_files(data_dir: Path) -> None:
     data = TASK.load(Split(2, source=str(data_dir)), {"train_samples": 100, "width": 0.25})
-    assert data.description["sizes"] == [100, 10, 10_000]
+    assert data.description["sizes"] == [100, 15, 10_000]
     assert torch.bincount(data.test.tensors[1]).tolist() == [1000] * 10  # type: ignore[attr-defined]
     images = data.test.tensors[0]  # type: ignore[attr-defined]
     assert images.dtype == torch.uint8 and images.shape == (10_000, 3, 32, 32)
     assert images.is_contiguous(memory_format=torch.channels_last)
     table = parquet.read_table(data_dir / "cifar10" / "train.parquet")
-    rows, _ = draw_rows(table.column("label").to_numpy(), 2, 100)
+    rows, _ = split_train(table.column("label").to_numpy(), Split(2), 100)
     train, labels = data.train.tensors  # type: ignore[attr-defined]
     for place in (0, 57, 99):
         row = table.slice(int(rows[place]), 1).to_pylist()[0]
@@ -220,7 +201,7 @@ def test_wrong_input_is_refused_with_what_was_expected(jpeg: Path, tmp_path: Pat
         TASK.load(Split(0, fold=0, folds=3, source=str(jpeg)), SMALL)
     with pytest.raises(ValueError, match=r"at least 0\.125.*got 0\.0"):
         TASK.load(Split(0, source=str(jpeg)), {**SMALL, "width": 0.0})
-    with pytest.raises(ValueError, match=r"100 to 272 .*got 273"):
+    with pytest.raises(ValueError, match=r"80 to 262 .*got 273"):
         TASK.load(Split(0, source=str(jpeg)), {**SMALL, "train_samples": 273})
     train = parquet.read_table(jpeg / "cifar10" / "train.parquet")
     test = parquet.read_table(jpeg / "cifar10" / "test.parquet")

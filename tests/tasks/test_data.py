@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from dynaprune.tasks import Split
-from dynaprune.tasks.data import batches, batches_per_epoch, mlp, read_table, split_rows
+from dynaprune.tasks.data import batches, batches_per_epoch, mlp, read_table, split_rows, split_train
 
 LABELS = np.repeat([0, 1, 2], [300, 150, 50])
 
@@ -113,3 +113,26 @@ def test_the_hub_gives_the_same_table_as_the_folder(data_dir: Path, monkeypatch:
     folder, _ = read_table(str(data_dir), "titanic", "some/name")
     assert asked == [("some/name", "train")] and source == "hub:some/name"
     assert hub.column_names == folder.column_names and hub.to_pylist() == folder.to_pylist()
+
+
+@pytest.mark.parametrize("train_samples", [0, 32, 100, 277, 280])
+def test_a_training_part_is_split_by_class_and_seed_and_only_once(train_samples: int) -> None:
+    labels = np.repeat([0, 1, 2, 3], [80, 120, 40, 80])
+    train, validation = split_train(labels, Split(4), train_samples)
+    wanted = train_samples or 280
+    assert (len(train), len(validation)) == (wanted, -(-wanted // 7)) and not set(train) & set(validation)
+    for part in (train, validation):
+        assert (np.diff(part) > 0).all()
+        assert np.abs(np.bincount(labels[part]) - len(part) * np.array([2, 3, 1, 2]) / 8).max() <= 1
+    again, other = split_train(labels, Split(4), train_samples), split_train(labels, Split(5), train_samples)
+    assert np.array_equal(train, again[0]) and not np.array_equal(validation, other[1])
+    assert set(train) <= set(split_train(labels, Split(4))[0])
+
+
+@pytest.mark.parametrize("train_samples", [-1, 31, 281])
+def test_a_number_of_samples_that_cannot_be_drawn_is_refused(train_samples: int) -> None:
+    labels = np.repeat([0, 1, 2, 3], 80)
+    with pytest.raises(ValueError, match=f"from 32 to 280 .*got {train_samples}"):
+        split_train(labels, Split(4), train_samples)
+    with pytest.raises(ValueError, match="--seeds"):
+        split_train(labels, Split(4, fold=0, folds=5))

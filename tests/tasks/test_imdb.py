@@ -14,7 +14,8 @@ from pyarrow import parquet
 
 from dynaprune.run_config import RunConfig, resolve
 from dynaprune.tasks import Split, get_task
-from dynaprune.tasks.text import SPECIAL, Texts, collate, encode, tokenizer_of, train_vocabulary
+from dynaprune.tasks.data import split_train
+from dynaprune.tasks.text import SPECIAL, Texts, collate, drop_words, encode, tokenizer_of, train_vocabulary
 from dynaprune.train import CannotStart, run_arm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -105,22 +106,9 @@ def test_padding_changes_no_logits(folder: Path) -> None:
         torch.testing.assert_close(model(**alone).logits[0], model(**beside).logits[0], rtol=1e-5, atol=1e-6)
 
 
-def test_splits_are_by_class_disjoint_and_the_test_part_official(folder: Path) -> None:
-    from dynaprune.tasks.imdb import draw_rows
-
-    labels = np.arange(400) % 2
-    train, validation = draw_rows(labels, 0, 0)
-    assert len(train) == 350 and len(validation) == 50 and not set(train) & set(validation)
-    assert labels[train].sum() == 175 and labels[validation].sum() == 25
-    fewer, held = draw_rows(labels, 0, 70)
-    assert len(fewer) == 70 and labels[fewer].sum() == 35 and len(held) == 10
-    assert set(fewer) <= set(train) and set(held) <= set(validation)
-    assert not np.array_equal(fewer, draw_rows(labels, 1, 70)[0])
-    for wrong in (-1, 5, 351):
-        with pytest.raises(ValueError, match="train_samples must be 0"):
-            draw_rows(labels, 0, wrong)
+def test_the_test_part_is_official_and_in_the_order_of_length(folder: Path) -> None:
     data = loaded(folder)
-    assert data.description["sizes"] == [64, 9, 60]
+    assert data.description["sizes"] == [64, 10, 60]
     lengths = [int(data.test[i][0]["attention_mask"].sum()) for i in range(60)]
     assert lengths == sorted(lengths) and max(lengths) == 24
     assert all(len(data.train[i][0]["input_ids"]) == 24 for i in range(64))
@@ -128,10 +116,8 @@ def test_splits_are_by_class_disjoint_and_the_test_part_official(folder: Path) -
 
 
 def test_the_vocabulary_sees_no_validation_or_test_text(folder: Path, tmp_path: Path) -> None:
-    from dynaprune.tasks.imdb import draw_rows
-
     table = parquet.read_table(folder / "imdb" / "train.parquet")
-    used = draw_rows(table.column("label").to_numpy(), 0, 64)[0]
+    used = split_train(table.column("label").to_numpy(), Split(0), 64)[0]
     texts = table.column("text").to_pylist()
     spoiled = [text if row in used else "zzyzx " * 40 for row, text in enumerate(texts)]
     (tmp_path / "imdb").mkdir()
@@ -298,3 +284,17 @@ def test_real_reviews_and_the_base_model(data_dir: Path) -> None:
     with torch.device("meta"):
         model = transformers.BertForSequenceClassification(config)
     assert sum(p.numel() for p in model.parameters()) == 109_483_778
+
+
+def test_dropped_words_are_only_hidden_from_attention_and_only_in_training(folder: Path) -> None:
+    data = loaded(folder)
+    assert data.augment is drop_words
+    mask = torch.ones(64, 384, dtype=torch.int64)
+    mask[:, 300:] = 0
+    batch = {"input_ids": torch.arange(64 * 384).view(64, 384), "attention_mask": mask}
+    seen, again, other = (drop_words(batch, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    kept = seen["attention_mask"]
+    assert torch.equal(seen["input_ids"], batch["input_ids"]) and int(mask.sum()) == 64 * 300
+    assert kept[:, 0].all() and not kept[:, 300:].any() and kept.dtype == torch.int64
+    assert float(kept[:, 1:300].double().mean()) == pytest.approx(0.8, abs=0.02)
+    assert torch.equal(kept, again["attention_mask"]) and not torch.equal(kept, other["attention_mask"])

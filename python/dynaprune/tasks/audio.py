@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dynaprune.tasks import Split
-
 __all__ = [
     "IGNORED",
     "RATE",
@@ -28,7 +26,6 @@ __all__ = [
     "perturb_speed",
     "read_clip",
     "resample",
-    "split_train",
 ]
 
 RATE = 16_000
@@ -144,30 +141,3 @@ def padded(parts: Sequence[Clips]) -> tuple[Callable[[list[Any]], Any], int]:
     """``collate`` for all of ``parts``, and the length in frames: that of their longest clip."""
     length = max(len(clip) for part in parts for clip in part.clips)
     return functools.partial(collate, length=length), length
-
-
-def split_train(labels: np.ndarray, split: Split, train_samples: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers ``(train, validation)`` out of a data set that has its own test part: one eighth is
-    validation, both stratified by ``labels [n]`` and drawn by the seed; of the rest ``train_samples`` stay
-    where it is above 0.
-
-    ValueError where folds are asked for, and for a number of samples that does not fit."""
-    from sklearn.model_selection import train_test_split
-
-    if split.folds is not None:
-        raise ValueError("the test part of this task is given: repeat over --seeds, not over --folds")
-    rows = np.arange(len(labels))
-    train, validation = train_test_split(rows, test_size=0.125, stratify=labels, random_state=split.seed)
-    classes = len(np.unique(labels))
-    if train_samples and not classes <= train_samples <= len(train):
-        raise ValueError(
-            f"train_samples must be 0 or from {classes} to {len(train)} (the training part without "
-            f"validation), got {train_samples}"
-        )
-    if train_samples and len(train) - train_samples >= classes:
-        train, _ = train_test_split(
-            train, train_size=train_samples, stratify=labels[train], random_state=split.seed
-        )
-    elif train_samples:
-        train = np.random.default_rng(split.seed).permutation(train)[:train_samples]
-    return np.sort(train), np.sort(validation)

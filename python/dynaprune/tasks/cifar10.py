@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData
-from dynaprune.tasks.data import read_table
+from dynaprune.tasks.data import read_table, split_train
 from dynaprune.tasks.resnet import CifarResNet, resnet18_channels
 
 if TYPE_CHECKING:
     import pyarrow
 
 CLASSES, SIDE, PADDING = 10, 32, 4
-TRAINED_PER_VALIDATED = 10
 _SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 
 
@@ -73,36 +72,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[sample, :, down, across].permute(0, 3, 1, 2)
 
 
-def draw_rows(labels: np.ndarray, seed: int, train_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers ``(train, validation)``, stratified by ``labels [n]``, each sorted, disjoint.
-
-    With ``train_samples`` 0 a tenth of all rows is for validation and the rest for training; otherwise that
-    many are for training, and a tenth as many of the others for validation.
-
-    Raises:
-        ValueError: more samples than there are rows, or fewer than ten of each class."""
-    from sklearn.model_selection import train_test_split
-
-    rows = len(labels)
-    validation_size = -(-(train_samples or rows) // TRAINED_PER_VALIDATED)
-    train_size = train_samples or rows - validation_size
-    least = 10 * CLASSES
-    if train_samples < 0 or train_size < least or train_size + validation_size > rows:
-        most = rows * TRAINED_PER_VALIDATED // (TRAINED_PER_VALIDATED + 1)
-        raise ValueError(
-            f"train_samples must be 0 (all) or {least} to {most} (a tenth as many more are for validation), "
-            f"got {train_samples}"
-        )
-    train, validation = train_test_split(
-        np.arange(rows),
-        train_size=train_size,
-        test_size=validation_size,
-        stratify=labels,
-        random_state=seed,
-    )
-    return np.sort(train), np.sort(validation)
-
-
 def _columns(table: pyarrow.Table) -> tuple[pyarrow.ChunkedArray, np.ndarray]:
     """The encoded images and the labels int64 ``[n]`` of a table with the hub's columns."""
     missing = [name for name in ("img", "label") if name not in table.column_names]
@@ -142,12 +111,10 @@ def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     Raises:
         ValueError: folds (there is an official test part), wrong ``train_samples`` or ``width``, a table that
             is not CIFAR-10's. FileNotFoundError, ConnectionError: see `read_table`."""
-    if split.folds is not None:
-        raise ValueError("cifar10 has an official test part, which every run keeps: --folds does not apply")
     resnet18_channels(options["width"])
     table, source = read_table(split.source, "cifar10", "uoft-cs/cifar10")
     images, labels = _columns(table)
-    train_rows, validation_rows = draw_rows(labels, split.seed, options["train_samples"])
+    train_rows, validation_rows = split_train(labels, split, options["train_samples"])
     (train, formats), (validation, more) = (
         _dataset(images.take(rows), labels[rows]) for rows in (train_rows, validation_rows)
     )

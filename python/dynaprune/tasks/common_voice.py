@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
-from dynaprune.tasks.audio import RATE, Clips, padded, read_clip, split_train
+from dynaprune.tasks.audio import RATE, Clips, padded, read_clip
 from dynaprune.tasks.ctc import encode, error_rates, greedy, losses_per_symbol, plain_text, vocabulary
-from dynaprune.tasks.data import data_source, read_table
+from dynaprune.tasks.data import data_source, read_table, split_train
 from dynaprune.tasks.wav2vec2 import OPTIONS, build, check_options, feature_frames, logits
 
 MAX_SECONDS = {"language": 4.0, "ctc": 8.0}

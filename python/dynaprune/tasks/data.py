@@ -24,6 +24,7 @@ __all__ = [
     "mlp",
     "read_table",
     "split_rows",
+    "split_train",
     "training_batches",
 ]
 
@@ -54,6 +55,42 @@ def split_rows(labels: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray
         rest, test_size=0.125, stratify=labels[rest], random_state=split.seed
     )
     return np.sort(train), np.sort(validation), np.sort(test)
+
+
+def split_train(labels: np.ndarray, split: Split, train_samples: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers ``(train, validation)`` of a training part that has its own test part beside it: disjoint,
+    each sorted, stratified by ``labels [n]`` and drawn by ``split.seed``.
+
+    One eighth of all rows is for validation. ``train_samples`` above 0 thins both parts by class to that many
+    and a seventh of it, so that a smaller training is still one eighth validation.
+
+    Raises:
+        ValueError: folds are asked for, or a number of samples below 8 per class or above what there is."""
+    from sklearn.model_selection import train_test_split
+
+    if split.folds is not None:
+        raise ValueError(
+            "the official test part stays as it is in every run: repeat over --seeds, not over --folds"
+        )
+    rows, classes = np.arange(len(labels)), len(np.unique(labels))
+    train, validation = train_test_split(rows, test_size=0.125, stratify=labels, random_state=split.seed)
+    if train_samples == 0:
+        return np.sort(train), np.sort(validation)
+    if not 8 * classes <= train_samples <= len(train):
+        raise ValueError(
+            f"train_samples must be 0 (all) or from {8 * classes} to {len(train)} (the training part without "
+            f"validation), got {train_samples}"
+        )
+    return _thinned(train, labels, train_samples), _thinned(validation, labels, -(-train_samples // 7))
+
+
+def _thinned(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """``count`` of ``rows``, the first of each class in their order, as many as is its share; sorted."""
+    place = np.empty(len(rows))
+    for label in np.unique(labels[rows]):
+        of_class = labels[rows] == label
+        place[of_class] = (np.arange(of_class.sum()) + 0.5) / of_class.sum()
+    return np.sort(rows[np.argsort(place, kind="stable")[:count]])
 
 
 def data_source(source: str | None) -> str:

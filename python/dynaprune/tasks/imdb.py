@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
-from dynaprune.tasks.data import read_table
+from dynaprune.tasks.data import read_table, split_train
 from dynaprune.tasks.masked_language import pretrain
 from dynaprune.tasks.text import (
     Texts,
     collate,
+    drop_words,
     encode,
     fingerprint,
     read_vocabulary,
@@ -37,7 +38,6 @@ HUB_NAME = "stanfordnlp/imdb"
 HUB_MODEL = "google-bert/bert-base-uncased"
 BASE_VOCABULARY = Path("hf_configs/bert-base-uncased/vocab.txt")
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-_VALIDATION = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(2_000, 128, 2, 2, 512),
-    "small": Size(8_000, 256, 4, 4, 1024),
+    "small": Size(8_000, 192, 4, 6, 768),
     "base": Size(30_522, 768, 12, 12, 3072, positions=512),
 }
 
@@ -72,32 +72,6 @@ class ReviewData(TaskData):
 def clean(text: str) -> str:
     """The text without the line breaks' markup."""
     return text.replace("<br />", " ")
-
-
-def draw_rows(labels: np.ndarray, seed: int, train_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows for training and for validation, drawn by ``seed`` and stratified by ``labels [n]``, each sorted.
-
-    Of all rows one eighth is for validation; of ``train_samples`` (above 0) as many more, up to that.
-    ValueError for a number that leaves no validation part or cannot be drawn by class."""
-    from sklearn.model_selection import train_test_split
-
-    rows, classes = np.arange(len(labels)), len(np.unique(labels))
-    held = len(labels) // _VALIDATION
-    if not (train_samples == 0 or 2 * _VALIDATION * classes <= train_samples <= len(labels) - held):
-        raise ValueError(
-            f"train_samples must be 0 (all) or from {2 * _VALIDATION * classes} to {len(labels) - held}, got "
-            f"{train_samples}"
-        )
-    train, validation = train_test_split(rows, test_size=held, stratify=labels, random_state=seed)
-    if train_samples and train_samples < len(train):
-        train, _ = train_test_split(
-            train, train_size=train_samples, stratify=labels[train], random_state=seed
-        )
-        held = min(held, train_samples // (_VALIDATION - 1))
-        validation, _ = train_test_split(
-            validation, train_size=held, stratify=labels[validation], random_state=seed
-        )
-    return np.sort(train), np.sort(validation)
 
 
 def _columns(source: str | None, part: str) -> tuple[np.ndarray, np.ndarray, str]:
@@ -181,11 +155,9 @@ def load(split: Split, options: Mapping[str, Any]) -> ReviewData:
     """The official test reviews; validation drawn from the others. Folds are refused: the test part is fixed.
 
     The vocabulary of a model that starts from scratch comes from the training part alone."""
-    if split.folds is not None:
-        raise ValueError("imdb has an official test part: repeat it over --seeds, not over --folds")
     texts, labels, origin = _columns(split.source, "train")
     test_texts, test_labels, _ = _columns(split.source, "test")
-    rows = draw_rows(labels, split.seed, options["train_samples"])
+    rows = split_train(labels, split, options["train_samples"])
     train_texts = [clean(text) for text in texts[rows[0]]]
     max_length, init, folder = options["max_length"], options["init"], None
     if init == "scratch":
@@ -223,6 +195,7 @@ def load(split: Split, options: Mapping[str, Any]) -> ReviewData:
         classes=2,
         description=description,
         collate=collate,
+        augment=drop_words if init == "scratch" else None,
         options=dict(options),
         tokenizer=tokenizer,
         model_config=config,
@@ -262,7 +235,7 @@ TASK = Task(
     build_model=build_model,
     score=accuracy_and_f1("binary"),
     defaults=Defaults(
-        epochs=6,
+        epochs=3,
         optimizer="adamw",
         lr=5e-4,
         schedule="linear",
@@ -273,7 +246,7 @@ TASK = Task(
         patience=3,
         dropout=0.1,
         block_size=32,
-        target_sparsity=0.7,
+        target_sparsity=0.75,
         pruning={"end": 0.5, **_PRUNING},
         self_paced={"end": 0.5, **_PRUNING},
     ),

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData
-from dynaprune.tasks.audio import RATE, Clips, padded, perturb_speed, read_clip, split_train
-from dynaprune.tasks.data import read_table
+from dynaprune.tasks.audio import RATE, Clips, padded, perturb_speed, read_clip
+from dynaprune.tasks.data import read_table, split_train
 from dynaprune.tasks.wav2vec2 import OPTIONS, build, check_options, logits
 
 HUB_NAME = "mteb/free-spoken-digit-dataset"
