@@ -45,16 +45,16 @@ cudaError_t conv2d_probe(Target target, DType dtype, Precision precision, Conv2d
 
 size_t block_saliency_workspace(Blocks blocks);
 
-// stats [4, rows * columns]: per listed block sum w^2, sum g^2, sum |w g|, sum w g, 0 at the others. neuron [rows * bo]:
-// sum of w g over every listed block of an output's row. Blocks are read whole, padding included.
+// stats [4, rows * columns]: per listed block sum w^2, sum g^2, sum |w g|, sum w g, 0 at the others.
+// neuron [rows * bo]: sum of w g over every listed block of an output's row. Blocks are read whole, padding included.
 cudaError_t block_saliency(Target target, DType dtype, Blocks blocks, const void* values, const void* gradient,
                            float* stats, float* neuron, void* workspace);
 
 size_t layout_update_workspace(LayoutShape shape);
 
-// Rewrites mask and slot_of_block [rows, columns] and the packed index in place: with `release`, blocks that are not in
-// the mask lose their slot; blocks in the mask without a slot get the lowest free ones in row-major order, and leave the
-// mask when none is left; the lists are rebuilt.
+// Rewrites mask and slot_of_block [rows, columns] and the packed index in place: with `release`, blocks that are not
+// in the mask lose their slot; blocks in the mask without a slot get the lowest free ones in row-major order, and leave
+// the mask when none is left; the lists are rebuilt.
 cudaError_t layout_update(Target target, LayoutShape shape, bool release, bool* mask, int32_t* slot_of_block,
                           int32_t* index, void* workspace);
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dynaprune_kernels.backends.alignment import aligned_channels, image, pixels
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config, linear
 from dynaprune_kernels.backends.triton.kernels.conv2d_product import conv2d_product_kernel
@@ -18,7 +18,7 @@ def conv2d_forward(
     x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
 ) -> Tensor:
     if conv.pointwise:
-        return _image(linear.linear_forward(_pixels(x), values, bias, index, out_channels), x.shape)
+        return image(linear.linear_forward(pixels(x), values, bias, index, out_channels), x.shape)
     images, _, height, width = x.shape
     size = (images, out_channels, *conv.output_size(height, width))
     return _product(x, values, bias, index, size, conv, dgrad=False)
@@ -28,7 +28,7 @@ def conv2d_dgrad(
     dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry
 ) -> Tensor:
     if conv.pointwise:
-        return _image(linear.linear_dgrad(_pixels(dy), values, index, input_size[1]), dy.shape)
+        return image(linear.linear_dgrad(pixels(dy), values, index, input_size[1]), dy.shape)
     images, channels, height, width = input_size
     return _product(dy, values, None, index, (images, channels, height, width), conv, dgrad=True)
 
@@ -37,7 +37,7 @@ def conv2d_wgrad(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
 ) -> Tensor:
     if conv.pointwise:
-        return linear.linear_wgrad(_pixels(dy), _pixels(x), index, capacity, block)
+        return linear.linear_wgrad(pixels(dy), pixels(x), index, capacity, block)
     bi, bo = block
     return _wgrad(dy, x, x.new_zeros(capacity, bi, bo), None, index, conv)[0]
 
@@ -46,7 +46,7 @@ def conv2d_wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
     if conv.pointwise:
-        return linear.linear_wgrad_saliency(_pixels(dy), _pixels(x), values, index)
+        return linear.linear_wgrad_saliency(pixels(dy), pixels(x), values, index)
     values = values.contiguous()
     dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values, index, conv)
     assert signed is not None
@@ -63,7 +63,7 @@ def conv2d_probe(
     probe: Tensor,
 ) -> Tensor:
     if conv.pointwise:
-        return linear.linear_probe(_pixels(dy), _pixels(x), index, capacity, block, probe)
+        return linear.linear_probe(pixels(dy), pixels(x), index, capacity, block, probe)
     bi, bo = block
     images, channels, height, width = x.shape
     out_channels, out_h, out_w = dy.shape[1:]
@@ -80,7 +80,7 @@ def conv2d_probe(
     gi, go = max(tile.depth // bi, 1), max(64 // bo, 1)
     rows_per_group = rows // conv.groups
     norms = x.new_empty(rows * columns, dtype=torch.float32)
-    x, dy = _aligned_channels(x, conv.groups), _aligned_channels(dy)
+    x, dy = aligned_channels(x, conv.groups), aligned_channels(dy)
     launch(
         conv2d_probe_kernel,
         (ceil_div(rows_per_group, go) * conv.groups * ceil_div(channel_blocks, gi) * conv.taps,),
@@ -96,33 +96,6 @@ def conv2d_probe(
 def _check_sizes(x: Tensor, dy: Tensor) -> None:
     check_int32("output positions", dy.shape[0] * dy.shape[2] * dy.shape[3])
     check_int32("elements per image", x.shape[1] * x.shape[2] * x.shape[3])
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _aligned_channels(x: Tensor, groups: int = 1) -> Tensor:
-    """``[N, C, H, W]`` as contiguous ``[N, H, W, C]``, each group's channels a multiple of 16: zeros behind.
-
-    As :func:`linear.aligned_rows`, for the same reason.
-    """
-    images = _channels_last(x).permute(0, 2, 3, 1)
-    channels = x.shape[1] // groups
-    if channels % 16:
-        images = F.pad(images.unflatten(3, (groups, channels)), (0, -channels % 16)).flatten(3)
-    images = images.contiguous()
-    return images if images.data_ptr() % 16 == 0 else images.clone()
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """``[N, C, H, W]`` as a matrix ``[N * H * W, C]``."""
-    return _channels_last(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _image(pixels: Tensor, like: torch.Size) -> Tensor:
-    """The inverse, for ``N, H, W`` of ``like``, in channels-last memory."""
-    return pixels.view(like[0], like[2], like[3], pixels.shape[1]).permute(0, 3, 1, 2)
 
 
 def _product(
@@ -156,7 +129,7 @@ def _product(
     row_tiles = ceil_div(positions, tile.rows)
     inner_size = a_channels if dgrad else group_channels
     ragged = inner_size % (bo if dgrad else bi) != 0
-    a = _aligned_channels(a, 1 if dgrad else conv.groups)
+    a = aligned_channels(a, 1 if dgrad else conv.groups)
     a_size = a.shape[3] // (1 if dgrad else conv.groups)
     y_groups = conv.groups if dgrad else 1
     y_real = y_channels // y_groups
@@ -200,7 +173,7 @@ def _wgrad(
     partial = x.new_empty(split, capacity, bi, bo, dtype=torch.float32) if split > 1 else None
     signed = None if values is None else x.new_zeros(rows * columns, dtype=torch.float32)
     ragged = group_channels % bi != 0 or out_channels % bo != 0
-    x, dy = _aligned_channels(x, conv.groups), _aligned_channels(dy)
+    x, dy = aligned_channels(x, conv.groups), aligned_channels(dy)
     launch(
         conv2d_wgrad_kernel,
         (programs, split),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dynaprune_kernels.backends.precision import tf32_allowed
 from dynaprune_kernels.backends.triton import support
 
 
@@ -50,24 +50,7 @@ def precision(dtype: torch.dtype, *, conv: bool) -> str:
     """
     if dtype != torch.float32:
         return "tf32"
-    return "tf32" if _tf32_allowed(conv) else "tf32x3"
-
-
-def _tf32_allowed(conv: bool) -> bool:
-    switch: Any = getattr(torch.backends.cudnn, "conv", None) if conv else torch.backends.cuda.matmul
-    stated = getattr(switch, "fp32_precision", "none")
-    if stated != "none":
-        return stated == "tf32"
-    _read_quietly()
-    return torch.backends.cudnn.allow_tf32 if conv else torch.backends.cuda.matmul.allow_tf32
-
-
-@functools.cache
-def _read_quietly() -> None:
-    """The first look at the older switches, at which some versions of torch warn, once per process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _ = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32_allowed(conv=conv) else "tf32x3"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

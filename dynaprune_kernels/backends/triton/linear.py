@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dynaprune_kernels.backends.alignment import aligned_rows
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config
 from dynaprune_kernels.backends.triton.kernels.linear_product import linear_product_kernel
@@ -62,22 +62,6 @@ def linear_probe(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return norms
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """``x`` with rows that start at multiples of 16 elements, its width rounded up to one with zeros.
-
-    Kernels then read 16 bytes at a time. A matrix that is not so already is copied, once per call: loads of
-    single elements would cost more, in registers most of all.
-    """
-    if x.shape[1] % 16:
-        return F.pad(x, (0, -x.shape[1] % 16)).contiguous()
-    apart = x.stride(0) % 16 == 0 and x.stride(0) >= x.shape[1]
-    return (
-        x
-        if apart and x.stride(1) == 1 and x.data_ptr() % 16 == 0
-        else x.clone(memory_format=torch.contiguous_format)
-    )
 
 
 def descriptor(x: Tensor, box: list[int]) -> Any:
