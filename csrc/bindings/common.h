@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "bindings/flush_denormals.h"
-#include "cpu/layout_view.h"
 #include "cpu/types.h"
+#include "layout_view.h"
 
 namespace dynaprune::bindings {
 
@@ -84,21 +84,21 @@ inline void check_index(const char* op, const Tensor& index) {
 }
 
 // The view of a packed index whose length must fit the sizes.
-inline cpu::LayoutView view_index(const char* op, const Tensor& index, int64_t rows, int64_t columns, int64_t lists,
-                                  int64_t capacity) {
+inline LayoutView view_index(const char* op, const Tensor& index, int64_t rows, int64_t columns, int64_t lists,
+                             int64_t capacity) {
   check_index(op, index);
-  const int64_t expected = cpu::packed_index_size(rows, lists, capacity);
+  const int64_t expected = packed_index_size(rows, lists, capacity);
   STD_TORCH_CHECK(index.numel() == expected, op, ": expected an index of ", expected, " elements for ", rows,
                   " block rows, ", columns, " block columns, ", lists, " column lists and capacity ", capacity, ", got ",
                   index.numel());
-  return cpu::layout_view(static_cast<const int32_t*>(index.const_data_ptr()), rows, columns, lists, capacity);
+  return layout_view(static_cast<const int32_t*>(index.const_data_ptr()), rows, columns, lists, capacity);
 }
 
 // The capacity that explains an index's length.
 inline int64_t capacity_of_index(const char* op, const Tensor& index, int64_t rows, int64_t lists) {
   check_index(op, index);
-  const int64_t rest = index.numel() - cpu::packed_index_size(rows, lists, 0);
-  STD_TORCH_CHECK(rest >= 0 && rest % 6 == 0, op, ": expected an index of ", cpu::packed_index_size(rows, lists, 0),
+  const int64_t rest = index.numel() - packed_index_size(rows, lists, 0);
+  STD_TORCH_CHECK(rest >= 0 && rest % 6 == 0, op, ": expected an index of ", packed_index_size(rows, lists, 0),
                   " + 6 x capacity elements for ", rows, " block rows and ", lists, " column lists, got ",
                   index.numel());
   return rest / 6;

@@ -11,7 +11,6 @@ namespace dynaprune::bindings {
 namespace {
 
 using cpu::ConvShape;
-using cpu::LayoutView;
 using torch::headeronly::MemoryFormat;
 
 const cpu::ConvKernels& kernels() { return DYNAPRUNE_CHOOSE(conv_kernels); }

@@ -60,11 +60,11 @@ std::tuple<Tensor, Tensor> block_saliency(const Tensor& values, const Tensor& gr
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, op, ": expected rows and columns >= 0, got ", rows, " and ", columns);
   check_index(op, index);
   const int64_t capacity = values.size(0);
-  const int64_t rest = index.numel() - cpu::packed_index_size(rows, 0, capacity);
+  const int64_t rest = index.numel() - packed_index_size(rows, 0, capacity);
   STD_TORCH_CHECK(rest >= 0 && rest % 2 == 0, op, ": expected an index of ",
-                  cpu::packed_index_size(rows, 0, capacity), " + 2 x lists elements for ", rows,
+                  packed_index_size(rows, 0, capacity), " + 2 x lists elements for ", rows,
                   " block rows and capacity ", capacity, ", got ", index.numel());
-  const cpu::LayoutView layout = view_index(op, index, rows, columns, rest / 2, capacity);
+  const LayoutView layout = view_index(op, index, rows, columns, rest / 2, capacity);
   const Tensor gradient = torch::stable::contiguous(grad);
   Tensor stats = torch::stable::new_empty(values, {4, rows * columns}, sum_dtype(dtype));
   Tensor neuron = torch::stable::new_empty(values, {rows * values.size(2)}, sum_dtype(dtype));

@@ -28,7 +28,7 @@ cpu::LinearShape shape_of_gradients(const char* op, const Tensor& dy, const Tens
   return {x.size(0), x.size(1), dy.size(1), bi, bo};
 }
 
-cpu::LayoutView view_linear(const char* op, const Tensor& index, const cpu::LinearShape& s, int64_t capacity) {
+LayoutView view_linear(const char* op, const Tensor& index, const cpu::LinearShape& s, int64_t capacity) {
   const int64_t columns = ceil_div(s.in, s.bi);
   return view_index(op, index, ceil_div(s.out, s.bo), columns, columns, capacity);
 }
@@ -41,7 +41,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, std::optional<Tenso
   check_values(op, "values", values, "x", x);
   STD_TORCH_CHECK(out_features >= 0, op, ": expected out_features >= 0, got ", out_features);
   const cpu::LinearShape shape{x.size(0), x.size(1), out_features, values.size(1), values.size(2)};
-  const cpu::LayoutView layout = view_linear(op, index, shape, values.size(0));
+  const LayoutView layout = view_linear(op, index, shape, values.size(0));
   std::optional<Tensor> dense_bias;
   if (bias) {
     check_cpu(op, "bias", *bias);
@@ -67,7 +67,7 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   check_values(op, "values", values, "dy", dy);
   STD_TORCH_CHECK(in_features >= 0, op, ": expected in_features >= 0, got ", in_features);
   const cpu::LinearShape shape{dy.size(0), in_features, dy.size(1), values.size(1), values.size(2)};
-  const cpu::LayoutView layout = view_linear(op, index, shape, values.size(0));
+  const LayoutView layout = view_linear(op, index, shape, values.size(0));
   const Tensor gradient = torch::stable::contiguous(dy);
   Tensor dx = torch::stable::new_empty(dy, {shape.m, shape.in});
   advise_huge_pages(dx);
@@ -82,7 +82,7 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const cpu::LinearShape shape = shape_of_gradients(op, dy, x, bi, bo);
   const DType dtype = kernel_dtype(op, "x", x);
   STD_TORCH_CHECK(capacity >= 0, op, ": expected capacity >= 0, got ", capacity);
-  const cpu::LayoutView layout = view_linear(op, index, shape, capacity);
+  const LayoutView layout = view_linear(op, index, shape, capacity);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
   advise_huge_pages(dvalues);
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> linear_wgrad_saliency(const Tensor& dy, const Tensor&
   check_values(op, "values", values, "x", x);
   const cpu::LinearShape shape = shape_of_gradients(op, dy, x, values.size(1), values.size(2));
   const DType dtype = kernel_dtype(op, "x", x);
-  const cpu::LayoutView layout = view_linear(op, index, shape, values.size(0));
+  const LayoutView layout = view_linear(op, index, shape, values.size(0));
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor dvalues = torch::stable::new_empty(x, {values.size(0), shape.bi, shape.bo});
   advise_huge_pages(dvalues);
@@ -115,7 +115,7 @@ Tensor linear_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const cpu::LinearShape shape = shape_of_gradients(op, dy, x, bi, bo);
   const DType dtype = kernel_dtype(op, "x", x);
   const int64_t capacity = capacity_of_index(op, index, ceil_div(shape.out, bo), ceil_div(shape.in, bi));
-  const cpu::LayoutView layout = view_linear(op, index, shape, capacity);
+  const LayoutView layout = view_linear(op, index, shape, capacity);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor squares = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));
   STD_TORCH_CHECK(kernels().probe(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(),

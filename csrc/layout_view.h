@@ -1,9 +1,15 @@
 // The packed index of a live mask, seen as raw pointers (see BlockLayout for the meaning of each section).
 #pragma once
 
-#include "types.h"
+#include <cstdint>
 
-namespace dynaprune::cpu {
+#ifdef __CUDACC__
+#define DYN_LAYOUT_INLINE static inline __host__ __device__
+#else
+#define DYN_LAYOUT_INLINE static inline  // never a weak symbol: see cpu/types.h
+#endif
+
+namespace dynaprune {
 
 struct LayoutView {
   int64_t rows;      // R, block rows
@@ -23,12 +29,12 @@ struct LayoutView {
   const int32_t* col_order;      // [P] lists, most live blocks first
 };
 
-static inline int64_t packed_index_size(int64_t rows, int64_t lists, int64_t capacity) {
+DYN_LAYOUT_INLINE int64_t packed_index_size(int64_t rows, int64_t lists, int64_t capacity) {
   return 8 + (rows + 1) + (lists + 1) + 6 * capacity + rows + lists;
 }
 
-static inline LayoutView layout_view(const int32_t* index, int64_t rows, int64_t columns, int64_t lists,
-                                     int64_t capacity) {
+DYN_LAYOUT_INLINE LayoutView layout_view(const int32_t* index, int64_t rows, int64_t columns, int64_t lists,
+                                         int64_t capacity) {
   LayoutView v;
   v.rows = rows;
   v.columns = columns;
@@ -48,4 +54,6 @@ static inline LayoutView layout_view(const int32_t* index, int64_t rows, int64_t
   return v;
 }
 
-}  // namespace dynaprune::cpu
+#undef DYN_LAYOUT_INLINE
+
+}  // namespace dynaprune
