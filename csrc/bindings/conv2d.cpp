@@ -27,29 +27,9 @@ void check_memory(const char* op, bool had) {
   STD_TORCH_CHECK(had, op, ": scratch memory could not be allocated");
 }
 
-constexpr int64_t kConvNumbers = 9;
-
-void check_conv(const char* op, const std::vector<int64_t>& conv) {
-  STD_TORCH_CHECK(int64_t(conv.size()) == kConvNumbers, op,
-                  ": expected conv = [kh, kw, sh, sw, ph, pw, dh, dw, groups], got ", conv.size(), " numbers");
-  for (int64_t i = 0; i < kConvNumbers; ++i) {
-    const bool padding = i == 4 || i == 5;
-    STD_TORCH_CHECK(conv[i] >= (padding ? 0 : 1), op, ": expected conv[", i, "] >= ", padding ? 0 : 1, ", got ",
-                    conv[i]);
-  }
-}
-
-int64_t output_length(const char* op, int64_t length, int64_t kernel, int64_t stride, int64_t padding,
-                      int64_t dilation) {
-  const int64_t room = length + 2 * padding - dilation * (kernel - 1) - 1;
-  STD_TORCH_CHECK(room >= 0, op, ": expected an input of at least ", dilation * (kernel - 1) + 1,
-                  " pixels after padding, got ", length, " with padding ", padding);
-  return room / stride + 1;
-}
-
 // The sizes of a convolution of an [images, in, height, width] input to `out` channels in bi x bo blocks.
 ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t bi, int64_t bo,
-                     const std::vector<int64_t>& conv) {
+                     const Ints& conv) {
   check_conv(op, conv);
   ConvShape s;
   s.images = input[0];
@@ -72,10 +52,7 @@ ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t 
   STD_TORCH_CHECK(s.images >= 0 && s.in >= 1 && s.height >= 1 && s.width >= 1 && out >= 1, op,
                   ": expected sizes of at least 1 (0 images are allowed), got input [", s.images, ", ", s.in, ", ",
                   s.height, ", ", s.width, "] and ", out, " output channels");
-  STD_TORCH_CHECK(s.in % s.groups == 0 && out % s.groups == 0, op, ": expected channels divisible by ", s.groups,
-                  " groups, got ", s.in, " in and ", out, " out");
-  STD_TORCH_CHECK(s.groups == 1 || out / s.groups % bo == 0, op, ": expected out / groups (", out / s.groups,
-                  ") to be a multiple of the block's outputs (", bo, ")");
+  check_conv_channels(op, s.in, out, s.groups, bo);
   s.out_h = output_length(op, s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
   s.out_w = output_length(op, s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
   return s;
@@ -119,7 +96,7 @@ struct Gradients {
   DType dtype;
 };
 Gradients gradients(const char* op, const Tensor& dy, const Tensor& x, int64_t bi, int64_t bo,
-                    const std::vector<int64_t>& conv) {
+                    const Ints& conv) {
   Gradients g{nhwc(op, "dy", dy), nhwc(op, "x", x), {}, kernel_dtype(op, "x", x)};
   check_same_dtype(op, "dy", dy, "x", x);
   g.shape = conv_shape(op, x.sizes().data(), dy.size(1), bi, bo, conv);
@@ -138,7 +115,7 @@ void run_wgrad(const char* op, const Gradients& g, const LayoutView& layout, con
 }
 
 Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
-                      int64_t out_channels, const std::vector<int64_t>& conv) {
+                      int64_t out_channels, const Ints& conv) {
   const char* op = "conv2d_forward";
   const Tensor input = nhwc(op, "x", x);
   const DType dtype = kernel_dtype(op, "x", x);
@@ -148,9 +125,7 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
   std::optional<Tensor> dense_bias;
   if (bias) {
     check_cpu(op, "bias", *bias);
-    check_same_dtype(op, "bias", *bias, "x", x);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, op, ": expected bias [", out_channels,
-                    "], got shape ", shape_of(*bias));
+    check_bias(op, *bias, out_channels, x);
     dense_bias = torch::stable::contiguous(*bias);
   }
   Tensor y = new_nhwc(input, s.images, s.out, s.out_h, s.out_w);
@@ -166,7 +141,7 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
 }
 
 Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
-                    const std::vector<int64_t>& input_size, const std::vector<int64_t>& conv) {
+                    const Ints& input_size, const Ints& conv) {
   const char* op = "conv2d_dgrad";
   STD_TORCH_CHECK(input_size.size() == 4, op, ": expected input_size [N, C, H, W], got ", input_size.size(),
                   " numbers");
@@ -187,7 +162,7 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
 }
 
 Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t capacity, int64_t bi, int64_t bo,
-                    const std::vector<int64_t>& conv) {
+                    const Ints& conv) {
   const char* op = "conv2d_wgrad";
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
   const LayoutView layout = view_conv(op, index, g.shape, capacity);
@@ -197,7 +172,7 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
 }
 
 std::tuple<Tensor, Tensor> conv2d_wgrad_saliency(const Tensor& dy, const Tensor& x, const Tensor& values,
-                                                 const Tensor& index, const std::vector<int64_t>& conv) {
+                                                 const Tensor& index, const Ints& conv) {
   const char* op = "conv2d_wgrad_saliency";
   check_values(op, "values", values, "x", x);
   const Gradients g = gradients(op, dy, x, values.size(1), values.size(2), conv);
@@ -209,7 +184,7 @@ std::tuple<Tensor, Tensor> conv2d_wgrad_saliency(const Tensor& dy, const Tensor&
 }
 
 Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t bi, int64_t bo,
-                    const std::vector<int64_t>& conv) {
+                    const Ints& conv) {
   const char* op = "conv2d_probe";
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
   const ConvGrid grid = conv_grid(g.shape);

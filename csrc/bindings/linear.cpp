@@ -45,9 +45,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, std::optional<Tenso
   std::optional<Tensor> dense_bias;
   if (bias) {
     check_cpu(op, "bias", *bias);
-    check_same_dtype(op, "bias", *bias, "x", x);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": expected bias [", out_features,
-                    "], got shape ", shape_of(*bias));
+    check_bias(op, *bias, out_features, x);
     dense_bias = torch::stable::contiguous(*bias);
   }
   const Tensor input = torch::stable::contiguous(x);
