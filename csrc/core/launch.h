@@ -5,7 +5,7 @@
 // elements. `values` and `dvalues` are [capacity, bi, bo]. What a slot without a listed block holds is never read.
 #pragma once
 
-#ifdef DYNAPRUNE_EMULATION
+#ifdef DYN_EMULATION
 #include "emulation/runtime.h"
 #else
 #include <cuda_runtime_api.h>
