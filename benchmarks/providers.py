@@ -17,10 +17,15 @@ from torch import Tensor
 
 from benchmarks.kernel_cases import Call, Case, Operands, call, dense_call, dense_result, problem_of
 from dynaprune_kernels import reference
-from dynaprune_kernels.backends import cpu, dispatch, triton
+from dynaprune_kernels.backends import cpu, cuda, dispatch, triton
 
 Provider = Callable[[Case, Operands], Call]
-OURS: dict[str, ModuleType] = {"dynaprune-triton": triton, "dynaprune-cpu": cpu, "dynaprune-dense": reference}
+OURS: dict[str, ModuleType] = {
+    "dynaprune-triton": triton,
+    "dynaprune-cuda": cuda,
+    "dynaprune-cpu": cpu,
+    "dynaprune-dense": reference,
+}
 
 
 class Unavailable(Exception):
@@ -30,7 +35,9 @@ class Unavailable(Exception):
 def _ours(name: str) -> Provider:
     def prepare(case: Case, operands: Operands) -> Call:
         backend = name.removeprefix("dynaprune-")
-        reason = dispatch.why_not(backend, problem_of(case, operands), operands.x.device.type)
+        device = operands.x.device
+        _, capability = dispatch.device_facts(device)
+        reason = dispatch.why_not(backend, problem_of(case, operands), device.type, capability)
         if reason is not None:
             raise Unavailable(reason)
         return call(case, operands, OURS[name])

@@ -161,7 +161,8 @@ def other_rows(
         problem = Problem(op, values.dtype, (block, block))
         times: dict[str, Quantiles] = {}
         for name, backend in OURS.items():
-            if dispatch.why_not(name.removeprefix("dynaprune-"), problem, device) is not None:
+            _, capability = dispatch.device_facts(values.device)
+            if dispatch.why_not(name.removeprefix("dynaprune-"), problem, device, capability) is not None:
                 continue
             run, fault = prepare(backend, layout, values)
             if fault is not None:

@@ -1,7 +1,7 @@
 """Measures Triton configurations and writes this GPU's table: ``python -m benchmarks.tune_triton [--quick]``.
 
-For every problem each candidate is checked against the dense result, then timed; so is the dense backend, so
-that ``auto`` can choose between the two. The table
+For every problem each candidate is checked against the dense result, then timed; so are the cuda backend,
+where it can run, and the dense one, so that ``auto`` can choose between them. The table
 (``dynaprune_kernels/backends/triton/configs/<device>.json``) keeps what it had and replaces the buckets that
 are measured anew. It is written after every problem: an interrupted run loses one.
 """
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import kernel_cases
 from benchmarks.kernel_cases import Call, Case
 from dynaprune_kernels import ConvGeometry, reference
+from dynaprune_kernels.backends import dispatch
 from dynaprune_kernels.backends import triton as kernels
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config
@@ -110,15 +112,34 @@ def tune(case: Case, device: str, milliseconds: Callable[[Call], float], quick: 
     if not times:
         raise RuntimeError(f"no configuration gives the right result for {case}")
     best = min(times, key=times.__getitem__)
+    cuda = cuda_milliseconds(case, operands, expected, milliseconds)
     return {
         "key": config.key(problem),
         "tile": best._asdict(),
         "milliseconds": round(times[best], 5),
+        **({} if cuda is None else {"cuda_milliseconds": round(cuda, 5)}),
         "dense_milliseconds": round(milliseconds(dense), 5),
         "density": case.density,
         "shape": case.shape,
         "tried": len(times),
     }
+
+
+def cuda_milliseconds(
+    case: Case, operands: kernel_cases.Operands, expected: Tensor, milliseconds: Callable[[Call], float]
+) -> float | None:
+    """The time of the cuda backend; None where it cannot run or is wrong, and then stderr says so."""
+    device = operands.x.device
+    _, capability = dispatch.device_facts(device)
+    problem = kernel_cases.problem_of(case, operands)
+    if dispatch.why_not("cuda", problem, device.type, capability) is not None:
+        return None
+    run = kernel_cases.call(case, operands, dispatch.BACKENDS["cuda"])
+    fault = kernel_cases.wrong(run(), expected, case.dtype)
+    if fault is not None:
+        print(f"  the cuda backend is wrong: {fault}", file=sys.stderr)
+        return None
+    return milliseconds(run)
 
 
 def write(path: Path, device: str, entry: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""Finds and loads compiled extension `_C.abi3.so`, with the raw CPU kernels `torch.ops.dynaprune_cpu`."""
+"""Finds and loads the compiled extensions, with raw kernels: `_C.abi3.so` those of `torch.ops.dynaprune_cpu`,
+`_C_cuda.abi3.so` those of `torch.ops.dynaprune_cuda`, which nothing loads before a CUDA tensor needs it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _REBUILD = (
 
 @dataclass(frozen=True)
 class ExtensionStatus:
-    """What became of the compiled extension.
+    """What became of a compiled extension.
 
     Attributes:
         path: the file, or None where there is none or it was not looked for.
@@ -32,20 +34,21 @@ class ExtensionStatus:
 
     @property
     def loaded(self) -> bool:
-        """Whether `torch.ops.dynaprune_cpu` is there."""
+        """Whether its raw ops are there."""
         return self.reason is None
 
 
-def find() -> Path | None:
-    """The extension's file beside this one, or None."""
-    files = sorted(_PACKAGE.glob("_C*.so"))
-    return next((file for file in files if file.name == "_C.abi3.so"), files[0] if files else None)
+def find(name: str = "_C") -> Path | None:
+    """The file of the extension `name` beside this one, or None."""
+    files = sorted(_PACKAGE.glob(f"{name}.*so"))
+    return next((file for file in files if file.name == f"{name}.abi3.so"), files[0] if files else None)
 
 
 def build_facts() -> dict[str, Any]:
     """What setup.py recorded about the build: `extension`, and `reason` or `torch`, `compiler` and `flags`.
 
-    Empty where the package was never installed, or where the record cannot be read.
+    With an extension, `cuda` has the same about the CUDA part: `extension`, and `reason` or `compiler`,
+    `flags` and `architectures`. Empty where the package was never installed, or the record cannot be read.
     """
     try:
         facts = json.loads((_PACKAGE / "_build.json").read_text())
@@ -56,16 +59,33 @@ def build_facts() -> dict[str, Any]:
 
 @functools.cache
 def load() -> ExtensionStatus:
-    """Loads the extension once per process; never raises, the status says what happened.
+    """Loads the CPU kernels once per process; never raises, the status says what happened.
 
-    The environment variable DYNAPRUNE_DISABLE_EXT=1 leaves it unloaded.
+    The environment variable DYNAPRUNE_DISABLE_EXT=1 leaves them unloaded.
     """
+    why = build_facts().get("reason") or f"no _C.abi3.so in {_PACKAGE}"
+    return _load(
+        "_C", f"the compiled extension was not built: {why}; {_REBUILD}", "dynaprune_cpu", "capability"
+    )
+
+
+@functools.cache
+def load_cuda() -> ExtensionStatus:
+    """Loads the CUDA kernels once per process, as :func:`load` does the CPU's; needs no GPU and no driver."""
+    facts = build_facts()
+    why = facts.get("cuda", {}).get("reason") or facts.get("reason") or f"no _C_cuda.abi3.so in {_PACKAGE}"
+    return _load(
+        "_C_cuda", f"the CUDA kernels were not built: {why}; {_REBUILD}", "dynaprune_cuda", "architectures"
+    )
+
+
+def _load(name: str, missing: str, library: str, op: str) -> ExtensionStatus:
+    """Loads the extension `name`, which registers `op` in `library`; `missing` says why there is no file."""
     if os.environ.get("DYNAPRUNE_DISABLE_EXT", "0") not in ("", "0"):
         return ExtensionStatus(None, "DYNAPRUNE_DISABLE_EXT is set; unset it to use the compiled kernels")
-    path = find()
+    path = find(name)
     if path is None:
-        why = build_facts().get("reason") or f"no _C.abi3.so in {_PACKAGE}"
-        return ExtensionStatus(None, f"the compiled extension was not built: {why}; {_REBUILD}")
+        return ExtensionStatus(None, missing)
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
@@ -74,8 +94,6 @@ def load() -> ExtensionStatus:
         return ExtensionStatus(
             path, f"{path} could not be loaded{made}: {error}; to build it again {_REBUILD}"
         )
-    if not hasattr(torch.ops.dynaprune_cpu, "capability"):
-        return ExtensionStatus(
-            path, f"{path} registers no dynaprune_cpu kernels; to build it again {_REBUILD}"
-        )
+    if not hasattr(getattr(torch.ops, library), op):
+        return ExtensionStatus(path, f"{path} registers no {library} kernels; to build it again {_REBUILD}")
     return ExtensionStatus(path, None)

@@ -1,9 +1,8 @@
-"""`python -m dynaprune_kernels.info`: versions, the compiled extension, the backends that run here."""
+"""`python -m dynaprune_kernels.info`: versions, the compiled extensions, the backends that run here."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from dynaprune_kernels import _extension
+from dynaprune_kernels.backends import cuda
 from dynaprune_kernels.backends.triton import support
 
 _PACKAGES = ("dynaprune", "torch", "triton", "numpy", "safetensors", "torch-pruning")
@@ -39,12 +39,8 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
-def _against_gpu_backend(name: str) -> str | None:
-    """Why the backend `triton` or `cuda` cannot run here; None where it can."""
-    if importlib.util.find_spec(f"dynaprune_kernels.backends.{name}") is None:
-        return f"this version of dynaprune has no {name} kernels"
-    if name == "triton" and (reason := support.against_installed()) is not None:
-        return reason
+def _against_gpu() -> str | None:
+    """Why nothing runs on a GPU here; None where torch sees one."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
@@ -52,25 +48,37 @@ def _against_gpu_backend(name: str) -> str | None:
     return None
 
 
+def _against_cuda() -> str | None:
+    """Why the CUDA kernels cannot run on the current GPU; None where they can."""
+    reason = _extension.load_cuda().reason or _against_gpu()
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability()
+    return cuda.why_not("layout_update", "cuda", 10 * major + minor, torch.int32)
+
+
 def backends() -> dict[str, str | None]:
     """Every backend with the reason why it does not run here, None where it runs."""
     return {
         "cpu": _extension.load().reason,
-        "triton": _against_gpu_backend("triton"),
-        "cuda": _against_gpu_backend("cuda"),
+        "triton": support.against_installed() or _against_gpu(),
+        "cuda": _against_cuda(),
         "dense": None,
         "reference": None,
     }
 
 
-def _stale(path: Path | None) -> bool:
-    """Whether this is a checkout whose C++ sources are newer than the compiled extension."""
+_CPU_SOURCES = ("*.h", "cpu/*", "bindings/[!c]*", "bindings/c[!u]*")  # of bindings all but cuda_*
+_CUDA_SOURCES = ("*.h", "core/*", "bindings/cuda_*", "bindings/checks.h")
+
+
+def _stale(path: Path | None, sources: tuple[str, ...]) -> bool:
+    """Whether this is a checkout with sources in csrc that are newer than a compiled extension."""
     if path is None:
         return False
     built = path.stat().st_mtime
     csrc = path.parent.parent / "csrc"
-    sources = [file for pattern in ("*/*.cpp", "*/*.h", "*/*.inc") for file in csrc.glob(pattern)]
-    return any(file.stat().st_mtime > built for file in sources)
+    return any(file.stat().st_mtime > built for pattern in sources for file in csrc.glob(pattern))
 
 
 def info() -> dict[str, Any]:
@@ -79,10 +87,12 @@ def info() -> dict[str, Any]:
     Returns:
         A dict of plain values: `versions` (distribution -> version or None), `python`, `platform`, `threads`,
         `environment` (the set switches), `gpu` (None or a dict), `extension` (path, reason, stale,
-        capability, build) and `backends` (name -> None where it runs, else the reason).
+        capability, build), `cuda_extension` (path, reason, stale, architectures) and `backends` (name -> None
+        where it runs, else the reason).
     """
     status = _extension.load()
     capability = torch.ops.dynaprune_cpu.capability() if status.loaded else None
+    of_cuda = _extension.load_cuda()
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -93,9 +103,15 @@ def info() -> dict[str, Any]:
         "extension": {
             "path": str(status.path) if status.path else None,
             "reason": status.reason,
-            "stale": _stale(status.path),
+            "stale": _stale(status.path, _CPU_SOURCES),
             "capability": capability,
             "build": _extension.build_facts(),
+        },
+        "cuda_extension": {
+            "path": str(of_cuda.path) if of_cuda.path else None,
+            "reason": of_cuda.reason,
+            "stale": _stale(of_cuda.path, _CUDA_SOURCES),
+            "architectures": list(cuda.architectures()) if of_cuda.loaded else [],
         },
         "backends": backends(),
     }
@@ -103,7 +119,7 @@ def info() -> dict[str, Any]:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """`facts` as rows of a name and a text."""
-    extension = facts["extension"]
+    extension, of_cuda = facts["extension"], facts["cuda_extension"]
     build = extension["build"]
     rows = [(name, version or "not installed") for name, version in facts["versions"].items()]
     rows += [
@@ -118,13 +134,22 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("extension", extension["path"] or "none"),
     ]
+    outdated = ("", "older than the sources in csrc/: run `make ext`")
     if extension["stale"]:
-        rows.append(("", "older than the sources in csrc/: run `make ext`"))
+        rows.append(outdated)
     if build.get("extension"):
         rows.append(("built with", f"torch {build['torch']}, {build['compiler']}"))
         rows.append(("flags", " ".join(build["flags"])))
     if extension["capability"]:
         rows.append(("cpu capability", extension["capability"]))
+    rows.append(("cuda extension", of_cuda["path"] or f"none: {of_cuda['reason']}"))
+    if of_cuda["stale"]:
+        rows.append(outdated)
+    if build.get("cuda", {}).get("extension"):
+        rows.append(("built with", build["cuda"]["compiler"]))
+        rows.append(("flags", " ".join(build["cuda"]["flags"])))
+    if of_cuda["architectures"]:
+        rows.append(("cuda architectures", " ".join(of_cuda["architectures"])))
     rows += list(facts["environment"].items())
     return rows
 

@@ -1,7 +1,7 @@
 """Which backend runs an op, and why the others do not.
 
-``DYNAPRUNE_BACKEND`` = ``cpu`` | ``triton`` | ``dense`` | ``reference`` forces one and fails with the reason
-where it cannot run.
+``DYNAPRUNE_BACKEND`` = ``cpu`` | ``triton`` | ``cuda`` | ``dense`` | ``reference`` forces one and fails with
+the reason where it cannot run.
 Otherwise the choice depends on a :class:`~dynaprune_kernels.backends.problem.Problem` and the device, both
 known to the host: it never syncs, never differs between two runs and changes only at a compaction.
 """
@@ -17,11 +17,20 @@ from typing import NamedTuple
 import torch
 
 from dynaprune_kernels import _extension, reference
-from dynaprune_kernels.backends import cpu, triton
+from dynaprune_kernels.backends import cpu, cuda, triton
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config, support
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "dense": reference, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+    "dense": reference,
+    "reference": reference,
+}
+# Candidates of `auto` by kind of device. Where nothing is measured the first that can run comes first: Triton
+# before C++, an assumption too, since neither has run on a GPU.
+_SPARSE = {"cuda": ("triton", "cuda")}
 
 # Share of the dense weight that the capacity holds, above which a GPU without a table of measurements takes
 # the vendor's library on the materialised weight; by the smaller size of a block. An assumption, not a
@@ -51,8 +60,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-def why_not(backend: str, problem: Problem, device_type: str) -> str | None:
+def why_not(backend: str, problem: Problem, device_type: str, capability: int | None = None) -> str | None:
     """The reason why ``backend`` cannot run ``problem`` on this kind of device, None if it can.
+
+    Args:
+        capability: of a GPU, 10 x major + minor; None where it is not known.
 
     Raises:
         ValueError: an unknown backend.
@@ -64,6 +76,8 @@ def why_not(backend: str, problem: Problem, device_type: str) -> str | None:
     op, dtype = problem.op, problem.dtype
     if backend == "triton":
         return support.why_not(op, device_type, dtype, problem.block)
+    if backend == "cuda":
+        return cuda.why_not(op, device_type, capability, dtype, problem.block)
     if device_type != "cpu":
         return f"the cpu backend runs on CPU tensors, got {device_type}"
     if not _extension.load().loaded:
@@ -80,12 +94,16 @@ def select(problem: Problem, device: torch.device) -> ModuleType:
         RuntimeError: the forced backend cannot run here, with the reason.
     """
     forced = os.environ.get("DYNAPRUNE_BACKEND", "auto")
-    return BACKENDS[choose(problem, device.type, _device_name(device), forced).backend]
+    return BACKENDS[choose(problem, device.type, *device_facts(device), forced).backend]
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+def device_facts(device: torch.device) -> tuple[str, int | None]:
+    """A GPU's name and compute capability, 10 x major + minor; nothing of a CPU."""
+    if device.type != "cuda":
+        return "", None
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), 10 * major + minor
 
 
 def _say_once(device_type: str, reason: str) -> None:
@@ -103,23 +121,37 @@ _said: set[str] = set()
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, device_type: str, device_name: str = "", forced: str = "auto") -> Choice:
+def choose(
+    problem: Problem,
+    device_type: str,
+    device_name: str = "",
+    capability: int | None = None,
+    forced: str = "auto",
+) -> Choice:
     """The backend that :func:`select` takes, with the reason."""
     if forced != "auto":
-        reason = why_not(forced, problem, device_type)
+        reason = why_not(forced, problem, device_type, capability)
         if reason is not None:
             raise RuntimeError(f"DYNAPRUNE_BACKEND={forced} cannot run {problem.op}: {reason}")
         return Choice(forced, f"DYNAPRUNE_BACKEND={forced}")
-    sparse = "triton" if device_type == "cuda" else "cpu"
-    reason = why_not(sparse, problem, device_type)
-    if reason is not None:
+    against = {
+        name: why_not(name, problem, device_type, capability) for name in _SPARSE.get(device_type, ("cpu",))
+    }
+    able = [name for name, reason in against.items() if reason is None]
+    if not able:
+        reason = "; ".join(str(reason) for reason in against.values())
         _say_once(device_type, reason)
         return Choice("dense", reason)
     if problem.rows == 0 or problem.block is None:
-        return Choice(sparse, f"{problem.op} does the same work whatever the density")
-    if sparse == "triton":
-        return _faster_on_gpu(problem, device_name)
+        return Choice(able[0], f"{problem.op} does the same work whatever the density{_order(able)}")
+    if device_type == "cuda":
+        return _faster_on_gpu(problem, device_name, able)
     return _faster_on_cpu(problem)
+
+
+def _order(able: list[str]) -> str:
+    """Why the first of several is taken where nothing is measured."""
+    return f"; {able[0]} comes before {' and '.join(able[1:])} unmeasured" if able[1:] else ""
 
 
 def _faster_on_cpu(problem: Problem) -> Choice:
@@ -138,14 +170,16 @@ def _faster_on_cpu(problem: Problem) -> Choice:
     return Choice("cpu", "measured faster than the materialised weight, and level with it at density 1")
 
 
-def _faster_on_gpu(problem: Problem, device_name: str) -> Choice:
-    measured = config.measured(problem, device_name)
-    if measured is not None:
-        ours, dense = measured
-        backend = "triton" if ours <= dense else "dense"
-        return Choice(backend, f"measured on {device_name}: triton {ours:.4g} ms, dense {dense:.4g} ms")
+def _faster_on_gpu(problem: Problem, device_name: str, able: list[str]) -> Choice:
+    times = config.measured(problem, device_name)
+    times = {name: time for name, time in times.items() if name in (*able, "dense")}
+    if times.keys() - {"dense"}:
+        compared = ", ".join(f"{name} {time:.4g} ms" for name, time in times.items())
+        return Choice(min(times, key=times.__getitem__), f"measured on {device_name}: {compared}")
+    first = able[0]
     if problem.op.endswith("probe"):
-        return Choice("triton", "skips live blocks, and all work while its flag is down; dense does neither")
+        reason = "skips live blocks, and all work while its flag is down; dense does neither"
+        return Choice(first, f"{reason}{_order(able)}")
     assert problem.block is not None
     crossover = _GPU_CROSSOVER[min(problem.block)]
     unmeasured = (
@@ -153,4 +187,5 @@ def _faster_on_gpu(problem: Problem, device_name: str) -> Choice:
     )
     if problem.density > crossover:
         return Choice("dense", f"capacity {problem.density:.2f} is above {crossover}; {unmeasured}")
-    return Choice("triton", f"capacity {problem.density:.2f} is at most {crossover}; {unmeasured}")
+    reason = f"capacity {problem.density:.2f} is at most {crossover}; {unmeasured}{_order(able)}"
+    return Choice(first, reason)

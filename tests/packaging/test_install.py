@@ -169,14 +169,24 @@ def test_kernels_never_import_the_package_above() -> None:
     assert [f"{file.name}: {word}" for file in sources for word in above if word in file.read_text()] == []
 
 
-def test_info_sees_an_outdated_extension(tmp_path: Path) -> None:
-    built = tmp_path / "dynaprune_kernels" / "_C.abi3.so"
-    source = tmp_path / "csrc" / "cpu" / "linear.cpp"
-    for file, time in ((built, 1000), (source, 2000)):
+@pytest.mark.parametrize(
+    ("name", "source", "sources"),
+    [
+        ("_C", "cpu/linear.cpp", info._CPU_SOURCES),
+        ("_C", "layout_view.h", info._CPU_SOURCES),
+        ("_C_cuda", "core/linear.cu", info._CUDA_SOURCES),
+        ("_C_cuda", "layout_view.h", info._CUDA_SOURCES),
+    ],
+)
+def test_info_sees_an_outdated_extension(
+    name: str, source: str, sources: tuple[str, ...], tmp_path: Path
+) -> None:
+    built = tmp_path / "dynaprune_kernels" / f"{name}.abi3.so"
+    for file, time in ((built, 1000), (tmp_path / "csrc" / source, 2000)):
         file.parent.mkdir(parents=True)
         file.touch()
         os.utime(file, (time, time))
-    assert info._stale(built)
+    assert info._stale(built, sources)
     os.utime(built, (3000, 3000))
-    assert not info._stale(built)
-    assert not info._stale(None)
+    assert not info._stale(built, sources)
+    assert not info._stale(None, sources)

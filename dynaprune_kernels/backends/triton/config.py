@@ -5,7 +5,7 @@ A table is ``configs/<device name>.json``, written by ``python -m benchmarks.tun
     {"device": "...", "triton": "3.6.0", "torch": "2.11.0",
      "entries": {"linear_forward/bfloat16/64x64/m8192/o4096/i4096/c25":
                  {"tile": {"rows": 256, "depth": 64, "warps": 8, "stages": 5, "tma": true},
-                  "milliseconds": 0.1, "dense_milliseconds": 0.3}}}
+                  "milliseconds": 0.1, "cuda_milliseconds": 0.1, "dense_milliseconds": 0.3}}}
 
 The key holds what the host knows: op, dtype, block, rows (tokens, pixels), outputs and inputs (of one group,
 times taps) rounded up to powers of two, and the *capacity* in percent of the dense weight, one of
@@ -82,10 +82,15 @@ def table(device_name: str) -> dict[str, Any]:
     return entries
 
 
-def measured(problem: Problem, device_name: str) -> tuple[float, float] | None:
-    """Milliseconds of the tuned kernel and of the dense backend in the problem's bucket; None without."""
-    entry = table(device_name).get(key(problem))
-    return (entry["milliseconds"], entry["dense_milliseconds"]) if entry else None
+def measured(problem: Problem, device_name: str) -> dict[str, float]:
+    """Milliseconds by backend in the problem's bucket: the tuned kernel, cuda where it was there, dense."""
+    entry = table(device_name).get(key(problem), {})
+    columns = {
+        "triton": "milliseconds",
+        "cuda": "cuda_milliseconds",
+        "dense": "dense_milliseconds",
+    }
+    return {backend: entry[column] for backend, column in columns.items() if column in entry}
 
 
 _forced: list[Tile] = []

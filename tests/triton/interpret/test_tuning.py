@@ -48,7 +48,7 @@ def test_the_fastest_candidate_is_kept(case: Case, tmp_path: Path, monkeypatch: 
     config.table.cache_clear()
     config._chosen.cache_clear()
     assert config.tile(problem, INTERPRETER) == second
-    assert config.measured(problem, "interpreter") == (1.0, 7.0)
+    assert config.measured(problem, "interpreter") == {"triton": 1.0, "dense": 7.0}
     assert json.loads(config.file_of("interpreter").read_text())["torch"] == torch.__version__
 
 
