@@ -1,10 +1,15 @@
-"""A few small calls of every kernel, for compute-sanitizer: ``python -m tests.gpu.small_set``."""
+"""A few small calls of every kernel, for compute-sanitizer: ``python -m tests.gpu.small_set triton``."""
 
 from __future__ import annotations
+
+import sys
+from types import ModuleType
 
 import torch
 
 from dynaprune_kernels import ConvGeometry
+from dynaprune_kernels.backends import dispatch
+from dynaprune_kernels.backends.problem import Problem
 from tests.triton.parity import Case, check_gradients, check_layout, check_products, check_saliency
 
 CASES = [
@@ -16,22 +21,34 @@ CASES = [
 ]
 
 
-def check(case: Case) -> None:
+def against(backend: str) -> str | None:
+    """Why the backend cannot run on the current GPU; None where it can."""
+    _, capability = dispatch.device_facts(torch.device("cuda", torch.cuda.current_device()))
+    problem = Problem("linear_forward", torch.float32, (64, 64))
+    return dispatch.why_not(backend, problem, "cuda", capability)
+
+
+def check(case: Case, kernels: ModuleType) -> None:
     """Every kernel on one case."""
     torch.manual_seed(0)
-    check_products(case, "cuda")
-    check_gradients(case, "cuda")
-    check_saliency(case, "cuda")
-    check_layout(case, "cuda")
+    check_products(case, "cuda", kernels=kernels)
+    check_gradients(case, "cuda", kernels=kernels)
+    check_saliency(case, "cuda", kernels)
+    check_layout(case, "cuda", kernels)
 
 
-def main() -> None:
-    """Run and check every case."""
+def main(backend: str) -> int:
+    """Run and check every case on the backend ``triton`` or ``cuda``; nothing where it cannot run."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    reason = against(backend)
+    if reason is not None:
+        print(f"not run: {reason}")
+        return 0
     for case in CASES:
-        check(case)
+        check(case, dispatch.BACKENDS[backend])
         print(case, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(*sys.argv[1:]))

@@ -1,14 +1,15 @@
-"""Every Triton kernel on the GPU against float64, in every dtype and block size, and bitwise twice."""
+"""Every kernel on the GPU against float64, in every dtype and block size, and bitwise twice."""
 
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
 
 from dynaprune_kernels import ConvGeometry, reference
-from dynaprune_kernels.backends import triton as kernels
+from dynaprune_kernels.backends import triton
 from dynaprune_kernels.backends.triton import config
 from tests.gpu import small_set
 from tests.triton.parity import (
@@ -45,42 +46,42 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize("case", small_set.CASES, ids=str)
-def test_small_set(case: Case) -> None:
-    small_set.check(case)
+def test_small_set(case: Case, kernels: ModuleType) -> None:
+    small_set.check(case, kernels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
-def test_linear(block: tuple[int, int], dtype: torch.dtype) -> None:
+def test_linear(block: tuple[int, int], dtype: torch.dtype, kernels: ModuleType) -> None:
     for rows, out, inputs, mask in SIZES:
         case = Case(out, inputs, block, mask, rows, dtype)
-        check_products(case, "cuda")
-        check_gradients(case, "cuda")
-        check_saliency(case, "cuda")
+        check_products(case, "cuda", kernels=kernels)
+        check_gradients(case, "cuda", kernels=kernels)
+        check_saliency(case, "cuda", kernels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (64, 16)], ids=lambda b: f"{b[0]}x{b[1]}")
-def test_conv2d(block: tuple[int, int], dtype: torch.dtype) -> None:
+def test_conv2d(block: tuple[int, int], dtype: torch.dtype, kernels: ModuleType) -> None:
     for (geometry, size), (out, inputs) in itertools.product(GEOMETRIES, ((128, 128), (192, 80))):
         out = out if geometry.groups == 1 else 2 * block[0]
         case = Case(out, inputs, block, "random", 3, dtype, geometry, size)
-        check_products(case, "cuda")
-        check_gradients(case, "cuda")
+        check_products(case, "cuda", kernels=kernels)
+        check_gradients(case, "cuda", kernels=kernels)
 
 
 @pytest.mark.parametrize("conv", [None, CONV._replace(stride_h=2, groups=2)], ids=["linear", "conv2d"])
-def test_layout_update(conv: ConvGeometry | None) -> None:
-    check_layout(Case(256, 512, (16, 16), conv=conv, size=(3, 3)), "cuda")
-    check_layout(Case(2048, 2048, (16, 16), size=(3, 3)), "cuda")
+def test_layout_update(conv: ConvGeometry | None, kernels: ModuleType) -> None:
+    check_layout(Case(256, 512, (16, 16), conv=conv, size=(3, 3)), "cuda", kernels)
+    check_layout(Case(2048, 2048, (16, 16), size=(3, 3)), "cuda", kernels)
 
 
-def test_tf32_where_torch_may_use_it() -> None:
+def test_tf32_where_torch_may_use_it(kernels: ModuleType) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     case = Case(256, 256, (64, 64), "random", 200)
-    check_products(case, "cuda", "tf32")
+    check_products(case, "cuda", "tf32", kernels)
     with pytest.raises(AssertionError, match="off by"):
-        check_products(case, "cuda", "float32")
+        check_products(case, "cuda", "float32", kernels)
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 7])
@@ -92,16 +93,16 @@ def test_any_number_of_stages_gives_the_same(stages: int) -> None:
         with config.forced(tile):
             results.append(
                 (
-                    kernels.linear_forward(x, values, bias, layout.index, 256),
-                    kernels.linear_dgrad(dy, values, layout.index, 512),
-                    kernels.linear_wgrad(dy, x, layout.index, layout.capacity, (64, 64)),
+                    triton.linear_forward(x, values, bias, layout.index, 256),
+                    triton.linear_dgrad(dy, values, layout.index, 512),
+                    triton.linear_wgrad(dy, x, layout.index, layout.capacity, (64, 64)),
                 )
             )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
-def test_results_repeat_bitwise(conv: ConvGeometry | None) -> None:
+def test_results_repeat_bitwise(conv: ConvGeometry | None, kernels: ModuleType) -> None:
     case = Case(128, 128, (32, 32), "one", 40 if conv else 5000, torch.bfloat16, conv, (12, 12))
     layout, x, values, _, bias, dy = operands(case, "cuda")
 
@@ -119,7 +120,7 @@ def test_results_repeat_bitwise(conv: ConvGeometry | None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
 
 
-def test_rows_may_lie_apart() -> None:
+def test_rows_may_lie_apart(kernels: ModuleType) -> None:
     case = Case(128, 128, (64, 64), "random", 50, torch.bfloat16)
     layout, x, values, clean, _, dy = operands(case, "cuda")
     exact = [

@@ -1,4 +1,5 @@
 """Every kernel against the float64 reference on any device: what the interpreter's and the GPU's tests share.
+``kernels`` is the backend.
 
 An entry passes with an error of at most one rounding to the result's dtype plus ``ORDER_OF_SUMS * eps *
 (|a| |b|)`` with the eps of the accumulation: float32, or TF32 where that is allowed. Slots without a live
@@ -7,13 +8,14 @@ block and the padding of ragged blocks hold NaN, so that what must not be read s
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynaprune_kernels import BlockLayout, ConvGeometry, reference
-from dynaprune_kernels.backends import triton as kernels
+from dynaprune_kernels.backends import triton
 from dynaprune_kernels.geometry import ceil_div
 
 # n rounded partial sums of random terms are off by about half an eps * (|a| |b|) whatever n is, and by about
@@ -125,7 +127,9 @@ def assert_close(
     )
 
 
-def check_products(case: Case, device: str, accumulation: str = "float32") -> None:
+def check_products(
+    case: Case, device: str, accumulation: str = "float32", kernels: ModuleType = triton
+) -> None:
     """Forward with and without bias, and dgrad."""
     layout, x, values, clean, bias, dy = operands(case, device)
     x64, clean64, bias64, dy64 = (t.double() for t in (x, clean, bias, dy))
@@ -158,7 +162,9 @@ def check_products(case: Case, device: str, accumulation: str = "float32") -> No
     assert_close("dgrad", dx, exact, size, accumulation)
 
 
-def check_gradients(case: Case, device: str, accumulation: str = "float32") -> None:
+def check_gradients(
+    case: Case, device: str, accumulation: str = "float32", kernels: ModuleType = triton
+) -> None:
     """wgrad, wgrad with saliency, and the probe with its flag up and down."""
     layout, x, values, clean, _, dy = operands(case, device)
     x64, clean64, dy64 = (t.double() for t in (x, clean, dy))
@@ -191,7 +197,7 @@ def check_gradients(case: Case, device: str, accumulation: str = "float32") -> N
     assert torch.equal(probes[1], torch.zeros_like(probes[1])), "the probe ran while its flag was down"
 
 
-def check_saliency(case: Case, device: str) -> None:
+def check_saliency(case: Case, device: str, kernels: ModuleType = triton) -> None:
     """The sums over values and gradient of blocks and of neurons."""
     layout, _, values, clean, _, _ = operands(case, device)
     unlisted = values.isnan()
@@ -210,7 +216,7 @@ def check_saliency(case: Case, device: str) -> None:
     assert_close("neuron sums", neuron, exact[1], size[1])
 
 
-def check_layout(case: Case, device: str) -> None:
+def check_layout(case: Case, device: str, kernels: ModuleType = triton) -> None:
     """A walk over masks, with and without release: bitwise the reference's slots and index lists."""
     layout = operands(case, "cpu").layout
     expected = [layout.mask, layout.slot_of_block, layout.index]
