@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dynaprune_kernels import _extension
-from dynaprune_kernels.backends import dispatch
+from dynaprune_kernels.backends import cuda, dispatch
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config, support
 from dynaprune_kernels.backends.triton.config import Tile
@@ -51,6 +51,19 @@ def triton_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.10.0")
 
 
+@pytest.fixture
+def cuda_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels as compiled for the architectures that setup.py chooses."""
+    monkeypatch.setattr(_extension, "load_cuda", lambda: _extension.ExtensionStatus(None, None))
+    monkeypatch.setattr(cuda, "architectures", lambda: ("8.0", "9.0a"))
+
+
+@pytest.fixture
+def cuda_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = _extension.ExtensionStatus(None, "the CUDA kernels were not built: no nvcc was found")
+    monkeypatch.setattr(_extension, "load_cuda", lambda: status)
+
+
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_the_default_fits_every_device(device: Device) -> None:
     sizes = itertools.product(OPS, support.DTYPES, support.BLOCKS, support.BLOCKS, (1, 40, 8192))
@@ -70,8 +83,10 @@ def test_keys_are_buckets_of_what_the_host_knows() -> None:
     assert config.key(PROBLEM._replace(capacity=4096)).endswith("c100")
 
 
-def write_table(folder: Path, device: str, problem: Problem, tile: Tile, ours: float, dense: float) -> None:
-    entry = {"tile": tile._asdict(), "milliseconds": ours, "dense_milliseconds": dense}
+def write_table(
+    folder: Path, device: str, problem: Problem, tile: Tile, ours: float, dense: float, **more: float
+) -> None:
+    entry = {"tile": tile._asdict(), "milliseconds": ours, "dense_milliseconds": dense, **more}
     table = {"device": device, "entries": {config.key(problem): entry}}
     (folder / config.file_of(device).name).write_text(json.dumps(table))
 
@@ -94,6 +109,86 @@ def test_auto_follows_the_measurement_and_says_why(fresh: Path, triton_installed
         assert choice.backend == backend
         expected = f"measured on NVIDIA H100 80GB HBM3: triton {ours:.4g} ms, dense {dense:.4g} ms"
         assert choice.reason == expected
+
+
+@pytest.mark.parametrize(("ours", "backend"), [(0.5, "cuda"), (3.0, "triton")])
+def test_the_fastest_of_three_is_taken(
+    ours: float, backend: str, fresh: Path, triton_installed: None, cuda_built: None
+) -> None:
+    write_table(fresh, "H100", PROBLEM, Tile(64, 64, 4, 4), 1.0, 2.0, cuda_milliseconds=ours)
+    choice = dispatch.choose(PROBLEM, "cuda", "H100", 90)
+    assert choice.backend == backend
+    assert choice.reason == f"measured on H100: triton 1 ms, cuda {ours:.4g} ms, dense 2 ms"
+
+
+def test_what_was_measured_and_is_not_built_is_no_candidate(
+    fresh: Path, triton_installed: None, cuda_missing: None
+) -> None:
+    write_table(fresh, "H100", PROBLEM, Tile(64, 64, 4, 4), 1.0, 2.0, cuda_milliseconds=0.5)
+    assert dispatch.choose(PROBLEM, "cuda", "H100", 90).backend == "triton"
+
+
+def test_without_a_measurement_triton_comes_first(
+    fresh: Path, triton_installed: None, cuda_built: None
+) -> None:
+    for problem in (PROBLEM, PROBLEM._replace(op="linear_probe"), Problem("layout_update", torch.int32)):
+        choice = dispatch.choose(problem, "cuda", "some GPU", 90)
+        assert choice.backend == "triton"
+        assert choice.reason.endswith("; triton comes before cuda unmeasured")
+
+
+def test_cuda_takes_what_triton_cannot(
+    fresh: Path, cuda_built: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5")
+    for problem in (PROBLEM, Problem("layout_update", torch.int32)):
+        assert dispatch.choose(problem, "cuda", "some GPU", 90).backend == "cuda"
+    assert dispatch.choose(PROBLEM._replace(capacity=4096), "cuda", "some GPU", 90).backend == "dense"
+
+
+@pytest.mark.parametrize(
+    ("problem", "device_type", "capability", "reason"),
+    [
+        (PROBLEM, "cpu", None, "the cuda kernels run on CUDA tensors, got cpu"),
+        (PROBLEM._replace(dtype=torch.float64), "cuda", 90, "take float16, bfloat16 and float32, got"),
+        (PROBLEM._replace(block=(8, 64)), "cuda", 90, r"take blocks of 16, 32, 64 and 128, got \(8, 64\)"),
+        (PROBLEM, "cuda", 120, r"compiled for 8\.0 9\.0a, this GPU has compute capability 12\.0"),
+    ],
+)
+def test_what_cuda_cannot_run(
+    problem: Problem, device_type: str, capability: int | None, reason: str, fresh: Path, cuda_built: None
+) -> None:
+    with pytest.raises(RuntimeError, match=f"DYNAPRUNE_BACKEND=cuda cannot run linear_forward: .*{reason}"):
+        dispatch.choose(problem, device_type, "some GPU", capability, "cuda")
+
+
+def test_what_is_not_built_says_why(fresh: Path, cuda_missing: None) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot run linear_forward: .* not built: no nvcc was found"):
+        dispatch.choose(PROBLEM, "cuda", "some GPU", 90, "cuda")
+    with pytest.raises(RuntimeError, match="no nvcc was found"):
+        cuda._raw.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        (80, ("8.0", "9.0a"), True),
+        (86, ("8.0", "9.0a"), True),
+        (90, ("8.0", "9.0a"), True),
+        (100, ("8.0", "9.0a"), False),
+        (75, ("8.0",), False),
+        (80, ("8.6",), False),
+        (90, ("8.0",), False),
+        (90, ("8.0+PTX",), True),
+        (120, ("8.0", "9.0a+PTX"), True),
+        (121, ("12.0",), True),
+        (103, ("10.0a",), False),
+    ],
+)
+def test_which_gpu_runs_what_was_compiled(
+    capability: int, architectures: tuple[str, ...], runs: bool
+) -> None:
+    assert cuda.runs_on(capability, architectures) is runs
 
 
 def test_without_a_measurement_the_density_decides(fresh: Path, triton_installed: None) -> None:
