@@ -369,16 +369,15 @@ inline void check_shared(const void* address, size_t bytes, size_t alignment) {
   if (at % alignment != 0) fail(__FILE__, __LINE__, "a misaligned address in shared memory");
 }
 
-// cp.async: `bytes` to shared memory, zeros where not `valid` (then `global` is not read).
-inline void copy_async(void* shared, const void* global, size_t bytes, bool valid) {
+// cp.async: `bytes` to shared memory; those from `valid` on arrive as zeros and are not read.
+inline void copy_async(void* shared, const void* global, size_t bytes, size_t valid) {
   check_shared(shared, bytes, bytes);
-  if (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0) fail(__FILE__, __LINE__, "a misaligned address");
+  if (valid > bytes) fail(__FILE__, __LINE__, "more bytes to read than to write");
+  if (valid > 0 && reinterpret_cast<uintptr_t>(global) % bytes != 0) fail(__FILE__, __LINE__, "a misaligned address");
   std::memset(shared, 0xff, bytes);  // from now on nobody may use what was there
   self->copies.add([=] {
-    if (valid)
-      std::memcpy(shared, global, bytes);
-    else
-      std::memset(shared, 0, bytes);
+    if (valid > 0) std::memcpy(shared, global, valid);
+    std::memset(static_cast<char*>(shared) + valid, 0, bytes - valid);
   });
 }
 inline void commit_copies() { self->copies.commit(); }
