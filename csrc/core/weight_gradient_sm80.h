@@ -1,0 +1,197 @@
+// Gradients of blocks: sums over the rows (tokens, pixels) of two activations, what linear and conv2d share.
+#pragma once
+
+#include "core/packed_index.h"
+#include "core/product_sm80.h"
+
+namespace dynaprune::cuda {
+
+// One thread block's tile of the dense gradient: 128 inputs x N outputs (16, 32, 64 or 128).
+template <class T, int N, int PRODUCTS>
+struct GradientTile : WarpTiles<128, N> {
+  using Element = T;
+  static constexpr int kInputs = 128, kOutputs = N, kProducts = PRODUCTS;
+  static constexpr int kPiece = 16 / sizeof(T);
+  static constexpr int kStep = 64 / sizeof(T);  // rows summed per stage
+  static constexpr int kStages = 4;
+  using Left = SharedTile<T, kInputs / kPiece, false>;    // [kStep][128]
+  using Right = SharedTile<T, kOutputs / kPiece, false>;  // [kStep][N]
+  static constexpr int kLeftBytes = kInputs * 64, kStageBytes = kLeftBytes + N * 64;
+  static constexpr int kCells = kInputs / 16 * (N / 16);  // of 16 x 16 elements
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+
+  // First of the elements across that a thread copies of each operand.
+  static DYN_DEVICE int left_element() { return thread() % Left::kWidth * kPiece; }
+  static DYN_DEVICE int right_element() { return thread() % Right::kWidth * kPiece; }
+};
+
+// sums [128, N] = left^T right over positions first .. last; left_part stands for the piece at left_element(), and so on.
+template <class Tile, class LeftRows, class RightRows>
+DYN_DEVICE void sum_over_rows(typename Tile::Sums& sums, const LeftRows& left_rows,
+                              const typename LeftRows::Part& left_part, const RightRows& right_rows,
+                              const typename RightRows::Part& right_part, int64_t first, int64_t last,
+                              unsigned char* shared) {
+  using T = typename Tile::Element;
+  const auto copy_tile = [&](auto tile, const auto& rows, const auto& part, unsigned char* to, int64_t start) {
+    using Shared = decltype(tile);
+    constexpr int kStride = Tile::kThreads / Shared::kWidth;
+    const int row = thread() / Shared::kWidth, piece = thread() % Shared::kWidth;
+    DYN_UNROLL
+    for (int i = 0; i < (Tile::kStep + kStride - 1) / kStride; ++i) {
+      const int at = row + i * kStride;
+      if (Tile::kStep % kStride != 0 && at >= Tile::kStep) break;
+      bool valid;
+      const T* from = rows.address(start + at < last ? rows.row(start + at) : rows.none(), part, valid);
+      cp_async_16(to + Shared::at(at, piece), from, valid ? 16 : 0);
+    }
+  };
+  const auto copy = [&](int step, int stage) {
+    const int64_t start = first + int64_t(step) * Tile::kStep;
+    unsigned char* to = shared + stage * Tile::kStageBytes;
+    copy_tile(typename Tile::Left{}, left_rows, left_part, to, start);
+    copy_tile(typename Tile::Right{}, right_rows, right_part, to + Tile::kLeftBytes, start);
+  };
+
+  DYN_UNROLL
+  for (int i = 0; i < Tile::kM; ++i)
+    for (int j = 0; j < Tile::kN; ++j)
+      for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
+  const int steps = first < last ? int(ceil_div(last - first, int64_t(Tile::kStep))) : 0;
+  pipeline<Tile::kStages>(steps, copy, [&](int stage) {
+    const unsigned char* left = shared + stage * Tile::kStageBytes;
+    multiply<typename Tile::Left, typename Tile::Right, Tile::kProducts, 2>(sums, left, left + Tile::kLeftBytes,
+                                                                            Tile::first_m(), Tile::first_n());
+  });
+}
+
+// Adds up part[i][j] over the warp in a fixed order: cells [8][N / 16], one for each 16 x 16 elements of the tile.
+template <class Tile>
+DYN_DEVICE void store_cells(const float (&part)[Tile::kM][Tile::kN / 2], float* cells) {
+  DYN_UNROLL
+  for (int i = 0; i < Tile::kM; ++i)
+    DYN_UNROLL
+    for (int j = 0; j < Tile::kN / 2; ++j) {
+      float sum = part[i][j];
+      DYN_UNROLL
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (lane() == 0) cells[(Tile::first_m() / 16 + i) * (Tile::kOutputs / 16) + Tile::first_n() / 16 + j] = sum;
+    }
+}
+
+// The sum of cells [first_m, first_m + bi / 16) x [first_n, first_n + bo / 16).
+template <class Tile>
+DYN_DEVICE float sum_of_cells(const float* cells, int first_m, int height, int first_n, int width) {
+  float sum = 0.0f;
+  for (int m = first_m; m < first_m + height; ++m)
+    for (int n = first_n; n < first_n + width; ++n) sum += cells[m * (Tile::kOutputs / 16) + n];
+  return sum;
+}
+
+// Where gradients of blocks go. With `partial` (float, [capacity, bi, bo] of this split) there only.
+template <class T>
+struct GradientOutput {
+  float* partial;
+  T* dvalues;
+  const T* values;  // null: no saliency
+  float* wg;        // [rows * columns]
+};
+
+// Writes the blocks of a chunk, each 1 << log_bi inputs high, exact zeros in their padding: beyond rows.real() inputs or
+// `real_outputs` outputs.
+template <class Tile, class Rows>
+DYN_DEVICE void store_blocks(const typename Tile::Sums& sums, const Rows& rows, const LayoutView& view, Chunk chunk,
+                             int log_bi, int real_outputs, const GradientOutput<typename Tile::Element>& out,
+                             unsigned char* shared) {
+  using T = typename Tile::Element;
+  const bool salient = out.partial == nullptr && out.values != nullptr;
+  float weighted[Tile::kM][Tile::kN / 2];
+  DYN_UNROLL
+  for (int i = 0; i < Tile::kM; ++i) {
+    DYN_UNROLL
+    for (int j = 0; j < Tile::kN / 2; ++j) weighted[i][j] = 0.0f;
+    const int entry = chunk.begin + ((Tile::first_m() + 16 * i) >> log_bi);
+    if (entry >= chunk.end) continue;
+    const int64_t block = int64_t(view.row_slots[entry]) * Tile::kOutputs << log_bi;
+    const int real_inputs = rows.real(rows.entry(entry));
+    DYN_UNROLL
+    for (int j = 0; j < Tile::kN; ++j)
+      DYN_UNROLL
+      for (int e = 0; e < 4; e += 2) {
+        const int m = Tile::m(i, e) & ((1 << log_bi) - 1), n = Tile::n(j);
+        const bool real[2] = {m < real_inputs && n < real_outputs, m < real_inputs && n + 1 < real_outputs};
+        const float sum[2] = {real[0] ? sums[i][j][e] : 0.0f, real[1] ? sums[i][j][e + 1] : 0.0f};
+        const int64_t at = block + m * Tile::kOutputs + n;
+        if (out.partial != nullptr) {
+          *reinterpret_cast<Pair<float>*>(out.partial + at) = {{sum[0], sum[1]}};
+          continue;
+        }
+        *reinterpret_cast<Pair<T>*>(out.dvalues + at) = {{from_float<T>(sum[0]), from_float<T>(sum[1])}};
+        if (!salient) continue;
+        const Pair<T> weight = *reinterpret_cast<const Pair<T>*>(out.values + at);
+        DYN_UNROLL
+        for (int p = 0; p < 2; ++p)  // the weight's padding may hold anything
+          if (real[p]) weighted[i][j / 2] += sum[p] * to_float(weight.element[p]);
+      }
+  }
+  if (!salient) return;
+  float* cells = reinterpret_cast<float*>(shared);
+  sync_block();  // the operands have been read
+  store_cells<Tile>(weighted, cells);
+  sync_block();
+  const int entry = chunk.begin + thread(), height = (1 << log_bi) / 16;
+  if (entry < chunk.end)
+    out.wg[chunk.row * view.columns + view.row_cols[entry]] =
+        sum_of_cells<Tile>(cells, thread() * height, height, 0, Tile::kOutputs / 16);
+}
+
+// A tile of the dense gradient, cut into blocks of bi x bo, seen by the probe. Blocks beyond the grid do not count.
+struct ProbedBlocks {
+  int64_t first_row, first_column;
+  int rows, columns;  // inside the grid
+  int bi, bo;
+
+  DYN_DEVICE int count() const { return rows * columns; }
+  DYN_DEVICE int64_t row(int block) const { return first_row + block / columns; }
+  DYN_DEVICE int64_t column(int block) const { return first_column + block % columns; }
+};
+
+// Whether any of the blocks is not live; the same for every thread of the block.
+DYN_DEVICE bool any_dead(const LayoutView& view, const ProbedBlocks& blocks) {
+  bool dead = false;  // a tile has 64 blocks at most: every warp looks at all of them
+  for (int b = lane(); b < blocks.count(); b += kWarp) dead = dead || !is_live(view, blocks.row(b), blocks.column(b));
+  return ballot(dead) != 0;
+}
+
+// Writes the blocks' squared norms to squares [rows * columns], zeros at live ones.
+template <class Tile>
+DYN_DEVICE void store_squares(const typename Tile::Sums& sums, const LayoutView& view, const ProbedBlocks& blocks,
+                              float* squares, unsigned char* shared) {
+  float part[Tile::kM][Tile::kN / 2];
+  DYN_UNROLL
+  for (int i = 0; i < Tile::kM; ++i)
+    DYN_UNROLL
+    for (int j = 0; j < Tile::kN / 2; ++j) {
+      part[i][j] = 0.0f;
+      DYN_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        const float sum = sums[i][2 * j + e / 4][e % 4];
+        part[i][j] += sum * sum;
+      }
+    }
+  float* cells = reinterpret_cast<float*>(shared);
+  sync_block();  // the operands have been read
+  store_cells<Tile>(part, cells);
+  sync_block();
+  const int height = blocks.bi / 16, width = blocks.bo / 16;
+  for (int b = thread(); b < blocks.count(); b += Tile::kThreads) {
+    const int64_t row = blocks.row(b), column = blocks.column(b);
+    const float square = sum_of_cells<Tile>(cells, b % blocks.columns * height, height, b / blocks.columns * width, width);
+    squares[row * view.columns + column] = is_live(view, row, column) ? 0.0f : square;
+  }
+}
+
+DYN_DEVICE void store_no_squares(const LayoutView& view, const ProbedBlocks& blocks, float* squares) {
+  for (int b = thread(); b < blocks.count(); b += threads()) squares[blocks.row(b) * view.columns + blocks.column(b)] = 0.0f;
+}
+
+}  // namespace dynaprune::cuda
