@@ -44,24 +44,6 @@ cudaError_t launch_product(const Target& target, DType dtype, Precision precisio
   });
 }
 
-// How a gradient is spread over the device.
-struct GradientPlan {
-  int64_t programs;  // chunks of blocks
-  int splits;        // parts of the sum over tokens
-  int64_t tokens_per_split;
-};
-
-GradientPlan plan_gradient(const Target& target, const LinearShape& shape, const Blocks& blocks) {
-  constexpr int64_t kTokens = 64;  // a whole number of steps of every tile
-  GradientPlan plan;
-  plan.programs = chunk_count(blocks.rows, blocks.capacity, int(128 / blocks.bi));
-  if (plan.programs < 1) plan.programs = 1;  // who writes zeros
-  const int64_t steps = ceil_div(shape.tokens, kTokens);
-  plan.splits = splits_for(target, plan.programs, steps);
-  plan.tokens_per_split = ceil_div(steps, int64_t(plan.splits)) * kTokens;
-  return plan;
-}
-
 template <class T>
 LinearGradient<T> gradient_of(const LinearShape& shape, const Blocks& blocks, const void* dy, const void* x) {
   return {view_of(blocks), static_cast<const T*>(x), static_cast<const T*>(dy), shape.tokens,
@@ -94,8 +76,7 @@ size_t linear_wgrad_workspace(Target target, [[maybe_unused]] DType dtype, Linea
 #ifdef DYNAPRUNE_SM90A
   if (runs_sm90(target, dtype, shape, blocks)) return linear_wgrad_workspace_sm90(target, dtype, shape, blocks);
 #endif
-  const int splits = plan_gradient(target, shape, blocks).splits;
-  return splits == 1 ? 0 : sizeof(float) * size_t(splits * blocks.capacity * blocks.bi * blocks.bo);
+  return plan_gradient(target, blocks, shape.tokens).workspace(blocks);
 }
 
 cudaError_t linear_wgrad(Target target, DType dtype, Precision precision, LinearShape shape, Blocks blocks,
@@ -107,7 +88,7 @@ cudaError_t linear_wgrad(Target target, DType dtype, Precision precision, Linear
 #endif
   const int log_bi = log_of_width(blocks.bi);
   if (log_bi < 0) return cudaErrorInvalidValue;
-  const GradientPlan plan = plan_gradient(target, shape, blocks);
+  const GradientPlan plan = plan_gradient(target, blocks, shape.tokens);
   if (!fits_int32(shape.in) || !fits_int32(shape.out) || !fits_int32(plan.programs)) return cudaErrorInvalidValue;
   float* partial = plan.splits == 1 ? nullptr : static_cast<float*>(workspace);
   return with_arithmetic(dtype, precision, [&](auto arithmetic) {
@@ -118,7 +99,7 @@ cudaError_t linear_wgrad(Target target, DType dtype, Precision precision, Linear
       const GradientOutput<T> output{partial, static_cast<T*>(dvalues), static_cast<const T*>(values), wg};
       const cudaError_t started =
           launch(linear_wgrad_kernel<Tile>, {unsigned(plan.programs), unsigned(plan.splits)}, Tile::kThreads,
-                 Tile::kSharedBytes, target.stream, gradient, log_bi, plan.tokens_per_split, output);
+                 Tile::kSharedBytes, target.stream, gradient, log_bi, plan.positions_per_split, output);
       if (started != cudaSuccess || plan.splits == 1) return started;
       const SplitSums sums{partial,        plan.splits, int(blocks.bi), int(blocks.bo), int(blocks.columns),
                            shape.in, shape.out};
