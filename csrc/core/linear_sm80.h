@@ -18,7 +18,7 @@ struct LinearProduct {
 };
 
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1) linear_product_kernel(LinearProduct<typename Tile::Element> p) {
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor) linear_product_kernel(LinearProduct<typename Tile::Element> p) {
   using T = typename Tile::Element;
   const LayoutView& view = p.view;
   const int64_t lists = Tile::kDgrad ? view.lists : view.rows;
@@ -53,7 +53,7 @@ struct LinearGradient {
 
 // Grid: chunks of live blocks of a row x parts of the sum over tokens.
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     linear_wgrad_kernel(LinearGradient<typename Tile::Element> p, int log_bi, int64_t tokens_per_split,
                         GradientOutput<typename Tile::Element> output) {
   using T = typename Tile::Element;
@@ -77,7 +77,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
 
 // Grid: tiles of the dense gradient.
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     linear_probe_kernel(LinearGradient<typename Tile::Element> p, const bool* wanted, float* squares) {
   const LayoutView& view = p.view;
   const int tile_rows = Tile::kOutputs / p.bo, tile_columns = Tile::kInputs / p.bi;

@@ -57,6 +57,7 @@ struct ProductTile : WarpTiles<M, N> {
   static constexpr int kDepthBytes = N == 128 ? 64 : 128, kDepth = kDepthBytes / sizeof(T);  // summed per stage
   static constexpr int kDepthPieces = kDepthBytes / 16, kRowPieces = N / kPiece;
   static constexpr int kStages = N == 128 ? 4 : 3;
+  static constexpr int kPerProcessor = sizeof(T) == 2 ? 2 : 1;  // thread blocks that registers are to suffice for
 
   using Left = SharedTile<T, kDepthPieces, true>;                            // [M][kDepth]
   using Right = SharedTile<T, DGRAD ? kDepthPieces : kRowPieces, DGRAD>;     // [kDepth][N], for dgrad [N][kDepth]

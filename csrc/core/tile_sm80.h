@@ -24,18 +24,22 @@ struct SharedTile {
     return (row * WIDTH + (piece ^ ((kPaired ? turn << 1 : turn) & kMask))) * 16;
   }
 
-  // Elements first .. first + 15 of the other axis times the step-th 32 bytes of the summed one (matrix_sm80.h).
+  // Elements first .. first + 15 of the other axis times the step-th 32 bytes of the summed one. Quarters stand as an
+  // mma's left operand wants them, or as two right ones: one after the other, in neighbouring registers.
+  template <bool RIGHT>
   static DYN_DEVICE void fragment(uint32_t (&f)[4], const unsigned char* tile, int first, int step) {
-    const int l = lane();
+    const int l = lane(), quarter = l / 8;
+    const int other = RIGHT ? quarter / 2 : quarter % 2, summed = RIGHT ? quarter % 2 : quarter / 2;
     if constexpr (SUM_INSIDE) {
-      ldmatrix_x4(f, tile + at(first + l % 16, step * 2 + l / 16));
+      ldmatrix_x4(f, tile + at(first + other * 8 + l % 8, step * 2 + summed));
     } else if constexpr (!kPaired) {
-      ldmatrix_x4_transposed(f, tile + at(step * 16 + l / 16 * 8 + l % 8, first / kPiece + l / 8 % 2));
+      ldmatrix_x4_transposed(f, tile + at(step * 16 + summed * 8 + l % 8, first / kPiece + other));
     } else {
       DYN_UNROLL
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        const int k = step * 8 + quarter / 2 * 4 + l % 4, other = first + quarter % 2 * 8 + l / 4;
-        memcpy(&f[quarter], tile + at(k, other / kPiece) + other % kPiece * 4, 4);
+      for (int q = 0; q < 4; ++q) {
+        const int k = step * 8 + (RIGHT ? q % 2 : q / 2) * 4 + l % 4;
+        const int column = first + (RIGHT ? q / 2 : q % 2) * 8 + l / 4;
+        memcpy(&f[q], tile + at(k, column / kPiece) + column % kPiece * 4, 4);
       }
     }
   }
@@ -67,23 +71,23 @@ DYN_DEVICE void multiply(float (&sums)[M][N][4], const unsigned char* left, cons
     uint32_t b[N / 2][4], b_rest[N / 2][4];
     DYN_UNROLL
     for (int j = 0; j < N / 2; ++j) {
-      Right::fragment(b[j], right, first_n + 16 * j, step);
+      Right::template fragment<true>(b[j], right, first_n + 16 * j, step);
       if constexpr (kSplit) split_tf32<kRest>(b[j], b_rest[j]);
     }
     DYN_UNROLL
     for (int i = 0; i < M; ++i) {
       uint32_t a[4], a_rest[4];
-      Left::fragment(a, left, first_m + 16 * i, step);
+      Left::template fragment<false>(a, left, first_m + 16 * i, step);
       if constexpr (kSplit) split_tf32<kRest>(a, a_rest);
       DYN_UNROLL
       for (int j = 0; j < N; ++j) {
-        const uint32_t(&f)[4] = b[j / 2];
+        const uint32_t* f = &b[j / 2][j % 2 * 2];
         if constexpr (kRest) {  // the small products first
-          const uint32_t(&rest)[4] = b_rest[j / 2];
-          mma<T>(sums[i][j], a_rest, f[j % 2], f[j % 2 + 2]);
-          mma<T>(sums[i][j], a, rest[j % 2], rest[j % 2 + 2]);
+          const uint32_t* rest = &b_rest[j / 2][j % 2 * 2];
+          mma<T>(sums[i][j], a_rest, f[0], f[1]);
+          mma<T>(sums[i][j], a, rest[0], rest[1]);
         }
-        mma<T>(sums[i][j], a, f[j % 2], f[j % 2 + 2]);
+        mma<T>(sums[i][j], a, f[0], f[1]);
       }
     }
   }

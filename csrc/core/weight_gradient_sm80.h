@@ -14,6 +14,7 @@ struct GradientTile : WarpTiles<128, N> {
   static constexpr int kPiece = 16 / sizeof(T);
   static constexpr int kStep = 64 / sizeof(T);  // rows summed per stage
   static constexpr int kStages = 4;
+  static constexpr int kPerProcessor = sizeof(T) == 2 ? 2 : 1;  // thread blocks that registers are to suffice for
   using Left = SharedTile<T, kInputs / kPiece, false>;    // [kStep][128]
   using Right = SharedTile<T, kOutputs / kPiece, false>;  // [kStep][N]
   static constexpr int kLeftBytes = kInputs * 64, kStageBytes = kLeftBytes + N * 64;
