@@ -6,7 +6,7 @@
 #pragma once
 
 #ifdef DYN_EMULATION
-#include "emulation/runtime.h"
+#include "core/device.h"
 #else
 #include <cuda_runtime_api.h>
 #endif
