@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*.h csrc/*/*.[ch]* csrc/*/*.inc))
 
 .PHONY: help demo test gpu check bench ext clean
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ bench: $(VENV)/.installed  ## time the CPU kernels beside the best dense library
 	$(BIN)/python -m benchmarks.cpu_linear
 	$(BIN)/python -m benchmarks.cpu_conv2d
 
-ext: $(VENV)/.torch  ## compile the extension in place, after a change in csrc/
+ext: $(VENV)/.torch  ## compile the extensions in place, after a change in csrc/
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 clean:  ## remove what was built, but not the virtual environment

@@ -1,0 +1,73 @@
+"""What nvcc made of every CUDA kernel, read off the compiled extension: needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from dynaprune_kernels import _extension, info
+from tests.cuda import resources
+from tests.cuda.resources import Kernel
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+
+WITHOUT_PRODUCT = (
+    "block_saliency_kernel",
+    "neuron_saliency_kernel",
+    "sum_splits_kernel",
+)
+REGISTERS = 255  # that one thread can have
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Kernel]:
+    library = _extension.find("_C_cuda")
+    if library is None:
+        pytest.skip(str(_extension.load_cuda().reason))
+    if resources.cuobjdump() is None or shutil.which("c++filt") is None:
+        pytest.skip("cuobjdump (triton, the CUDA toolkit) or c++filt (binutils) is not installed")
+    if info._stale(library, info._CUDA_SOURCES):
+        pytest.fail(f"{library} is older than its sources: run `make ext`")
+    return resources.kernels(library)
+
+
+def test_nothing_spills(compiled: list[Kernel]) -> None:
+    spilling = [k for k in compiled if k.stack_bytes or k.local_bytes or k.spills]
+    assert compiled and spilling == []
+
+
+def test_products_run_on_tensor_cores(compiled: list[Kernel]) -> None:
+    without = [k for k in compiled if not (k.hmma or k.hgmma) and not k.name.startswith(WITHOUT_PRODUCT)]
+    assert without == []
+    assert not [k for k in compiled if (k.hmma or k.hgmma) and k.name.startswith(WITHOUT_PRODUCT)]
+
+
+def test_products_read_16_bytes_at_a_time_ahead_of_their_use(compiled: list[Kernel]) -> None:
+    assert [k for k in compiled if (k.hmma and not k.ldgsts) or (k.hgmma and not k.utmaldg)] == []
+
+
+def test_hopper_has_kernels_of_its_own(compiled: list[Kernel]) -> None:
+    if not any(k.architecture == "90a" for k in compiled):
+        pytest.skip("not compiled for 9.0a")
+    families = {k.name.partition("_sm90")[0] for k in compiled if k.hgmma}
+    assert families and all(k.architecture == "90a" for k in compiled if k.hgmma)
+
+
+def test_the_table_is_what_is_compiled(compiled: list[Kernel]) -> None:
+    made_by, table = resources.read_table()
+    if made_by != resources.compiler():
+        pytest.skip(f"resources.csv was written with {made_by}, this is {resources.compiler()}")
+    built = {k.architecture for k in compiled}
+    table = [row for row in table if row["architecture"] in built]
+    rows = [
+        row for row in resources.rows(compiled) if row["architecture"] in {r["architecture"] for r in table}
+    ]
+    changed = [(old, new) for old, new in zip(table, rows, strict=False) if old != new]
+    assert table == rows, (
+        f"{len(table)} rows in the table, {len(rows)} compiled, first differences {changed[:3]}; "
+        f"`python -m tests.cuda.resources` writes it anew"
+    )
+    if os.environ.get("CI") == "true":
+        assert built == {"80", "90a"}, "CI builds for the default architectures"
