@@ -1,8 +1,6 @@
-// What every binding of the CUDA kernels needs: its checks, the facts about a device and its current stream.
+// What every binding of the CUDA kernels needs: its checks, and the device that it runs on.
 #pragma once
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,62 +11,26 @@
 
 #include "bindings/checks.h"
 #include "core/launch.h"
+#ifdef DYN_EMULATION
+#include "emulation/tensors.h"
+#else
+#include "bindings/cuda_device.h"
+#endif
 
-// Weak: a torch without CUDA has no such symbol, and the library shall load there too.
-extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+// STABLE_TORCH_LIBRARY and STABLE_TORCH_LIBRARY_IMPL of the library and the dispatch key of this device.
+#define DYN_DEFINE_AS(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define DYN_DEFINE(m) DYN_DEFINE_AS(DYN_LIBRARY, m)
+#define DYN_IMPLEMENT_AS(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+#define DYN_IMPLEMENT(m) DYN_IMPLEMENT_AS(DYN_LIBRARY, DYN_DISPATCH_KEY, m)
 
 namespace dynaprune::bindings {
 
 using cuda::Blocks;
 using cuda::DType;
 using cuda::Precision;
-using cuda::Target;
-
-inline void check_success(const char* op, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // it has been told: the next launch shall not meet it again
-  const bool other_device = error == cudaErrorNoKernelImageForDevice;
-  STD_TORCH_CHECK(false, op, ": ", cudaGetErrorString(error),
-                  other_device ? " (compiled for " DYNAPRUNE_CUDA_ARCHITECTURES ")" : "");
-}
-
-// What launchers ask about a device, with the stream that torch works on.
-inline Target target_of(int32_t device) {
-  struct Facts {
-    int sm_count, capability;
-  };
-  static const std::vector<Facts> facts = [] {
-    int count = 0;
-    check_success("cudaGetDeviceCount", cudaGetDeviceCount(&count));
-    std::vector<Facts> found(count);
-    for (int i = 0; i < count; ++i) {
-      int major = 0, minor = 0;
-      check_success("cudaDeviceGetAttribute",
-                    cudaDeviceGetAttribute(&found[i].sm_count, cudaDevAttrMultiProcessorCount, i));
-      check_success("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i));
-      check_success("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i));
-      found[i].capability = 10 * major + minor;
-    }
-    return found;
-  }();
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "the torch that runs is built without CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const Facts& own = facts.at(device);
-  return {own.sm_count, own.capability, static_cast<cudaStream_t>(stream)};
-}
-
-// The device of a tensor is the current one while this lives.
-struct OnDevice {
-  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()), target(target_of(t.get_device_index())) {}
-
-  const torch::stable::accelerator::DeviceGuard guard;
-  const Target target;
-};
 
 inline void check_cuda(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cuda(), op, ": expected ", name, " on a CUDA device, got a tensor on another device");
+  STD_TORCH_CHECK(on_device(t), op, ": expected ", name, " on a CUDA device, got a tensor on another device");
 }
 
 inline void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& first) {

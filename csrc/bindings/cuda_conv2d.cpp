@@ -165,7 +165,7 @@ Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
 }  // namespace
 }  // namespace dynaprune::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(dynaprune_cuda, CUDA, m) {
+DYN_IMPLEMENT(m) {
   using namespace dynaprune::bindings;
   m.impl("conv2d_forward", TORCH_BOX(&conv2d_forward));
   m.impl("conv2d_dgrad", TORCH_BOX(&conv2d_dgrad));

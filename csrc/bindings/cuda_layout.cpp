@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> block_saliency(const Tensor& values, const Tensor& gr
 }  // namespace
 }  // namespace dynaprune::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(dynaprune_cuda, CUDA, m) {
+DYN_IMPLEMENT(m) {
   using namespace dynaprune::bindings;
   m.impl("layout_update", TORCH_BOX(&layout_update));
   m.impl("block_saliency", TORCH_BOX(&block_saliency));

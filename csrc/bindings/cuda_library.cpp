@@ -6,7 +6,7 @@
 
 #include "bindings/cuda_common.h"
 
-STABLE_TORCH_LIBRARY(dynaprune_cuda, m) {
+DYN_DEFINE(m) {
   m.def(
       "linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int in_features, int out_features, "
       "bool tf32) -> Tensor");
@@ -50,6 +50,6 @@ std::string architectures() { return DYNAPRUNE_CUDA_ARCHITECTURES; }
 }  // namespace
 }  // namespace dynaprune::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(dynaprune_cuda, CompositeExplicitAutograd, m) {
+DYN_IMPLEMENT_AS(DYN_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("architectures", TORCH_BOX(&dynaprune::bindings::architectures));
 }

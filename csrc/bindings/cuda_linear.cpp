@@ -121,7 +121,7 @@ Tensor linear_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
 }  // namespace
 }  // namespace dynaprune::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(dynaprune_cuda, CUDA, m) {
+DYN_IMPLEMENT(m) {
   using namespace dynaprune::bindings;
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));

@@ -42,15 +42,17 @@ def _require() -> None:
         pytest.skip(reason)
 
 
-def _digest(flags: list[str]) -> str:
-    """Of everything that a module is made from."""
+def folder_for(flags: list[str], *more: Path) -> Path:
+    """Where modules lie that are made with these flags from csrc as it is now, and from ``more``."""
+    _require()
     digest = hashlib.sha256("\0".join([*flags, sys.version]).encode())
     digest.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
     for folder in ("csrc/core", "csrc/emulation"):
-        for path in sorted((ROOT / folder).iterdir()):
-            digest.update(path.name.encode() + path.read_bytes())
-    digest.update((ROOT / "csrc/layout_view.h").read_bytes())
-    return digest.hexdigest()[:16]
+        more += tuple((ROOT / folder).iterdir())
+    for path in sorted([*more, ROOT / "csrc/layout_view.h"]):
+        digest.update(path.name.encode() + path.read_bytes())
+    user = Path(tempfile.gettempdir()) / f"dynaprune-emulation-{os.getuid()}"
+    return user / digest.hexdigest()[:16]
 
 
 def build(op: str, sanitizer: str = "") -> Path:
@@ -62,7 +64,7 @@ def build(op: str, sanitizer: str = "") -> Path:
     flags += ["-DDYN_EMULATION", *([f"-fsanitize={sanitizer}"] if sanitizer else [])]
     if "undefined" in sanitizer:
         flags += ["-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    folder = Path(tempfile.gettempdir()) / f"dynaprune-emulation-{os.getuid()}" / _digest(flags)
+    folder = folder_for(flags)
     module = folder / f"emulated_{op}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
