@@ -76,6 +76,7 @@ DYN_DEVICE T shuffle_down(T value, int delta) {  // one of the last `delta` lane
   return emulation::exchange(value)[from < kWarp ? from : lane];
 }
 DYN_DEVICE uint32_t ballot(bool vote) { return emulation::ballot(vote); }
+DYN_DEVICE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
 DYN_DEVICE unsigned char* shared_memory() { return emulation::self->block->shared; }
 
@@ -122,6 +123,7 @@ DYN_DEVICE T shuffle_down(T value, int delta) {
   return __shfl_down_sync(0xffffffffu, value, delta);
 }
 DYN_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+DYN_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 DYN_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -204,6 +206,16 @@ DYN_DEVICE void store16(T* to, const Vector16<T>& vector) {
   uint4 raw;
   memcpy(&raw, &vector, 16);
   *reinterpret_cast<uint4*>(to) = raw;
+#endif
+}
+
+// Reads what nobody writes while the kernel runs; the compiler may then read ahead of stores.
+template <class T>
+DYN_DEVICE T read_only(const T* from) {
+#ifdef DYN_EMULATION
+  return *from;
+#else
+  return __ldg(from);
 #endif
 }
 

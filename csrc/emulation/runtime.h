@@ -61,13 +61,13 @@ class AsyncGroups {
 struct Warp {
   static constexpr int kWords = 64;  // that a lane can show the others
   Gate gate;
-  std::atomic<uint32_t> present{0};                                 // lanes that have not returned
   std::array<std::array<std::atomic<uint32_t>, kWords>, kLanes> shown[2];  // by turns
 };
 
 struct Block {
   int threads = 0;
   std::array<int, 3> grid{}, position{};
+  uint32_t run = 0;  // thread blocks so far, over all launches
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   Gate barrier;
@@ -246,7 +246,6 @@ inline void Machine::run_blocks(Thread& me) {
     }
     me.asleep_at.store(nullptr, std::memory_order_relaxed);
     block_.barrier.leave();
-    me.warp().present.fetch_and(~(1u << me.index % kLanes), std::memory_order_relaxed);
     me.warp().gate.leave();
     meet_all();
     if (me.index == 0) end_block();
@@ -256,14 +255,12 @@ inline void Machine::run_blocks(Thread& me) {
 inline void Machine::begin_block(int64_t number) {
   abandoned_ = stopped_;
   const int64_t x = block_.grid[0], y = block_.grid[1];
+  ++block_.run;
   block_.position = {int(number % x), int(number / x % y), int(number / x / y)};
   std::memset(block_.shared, 0xff, block_.shared_bytes);
   block_.barrier.open(block_.threads);
-  for (size_t w = 0; w < block_.warps.size(); ++w) {
-    const int lanes = std::min(kLanes, block_.threads - int(w) * kLanes);
-    block_.warps[w].gate.open(lanes);
-    block_.warps[w].present = lanes == kLanes ? ~0u : (1u << lanes) - 1;
-  }
+  for (size_t w = 0; w < block_.warps.size(); ++w)
+    block_.warps[w].gate.open(std::min(kLanes, block_.threads - int(w) * kLanes));
   for (Gate& gate : block_.named) gate.open(0);
   block_.mbarriers_used = 0;
 }
@@ -353,11 +350,15 @@ inline Exchanged<T> exchange(const T& mine) {
 }
 
 inline uint32_t ballot(bool vote) {
-  const Exchanged<uint32_t> votes = exchange(uint32_t(vote));
-  const uint32_t present = self->warp().present.load(std::memory_order_relaxed);
+  struct Vote {
+    uint32_t run, exchange, vote;  // where it was cast: a lane that has returned shows an older one
+  } const mine{self->block->run, self->exchanges, vote};
+  const Exchanged<Vote> votes = exchange(mine);
   uint32_t result = 0;
-  for (int lane = 0; lane < kLanes; ++lane)
-    if (present >> lane & 1) result |= votes[lane] << lane;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Vote other = votes[lane];
+    if (other.run == mine.run && other.exchange == mine.exchange) result |= other.vote << lane;
+  }
   return result;
 }
 
