@@ -1,4 +1,4 @@
-"""The bindings of the CUDA ops over emulated kernels: ``torch.ops.dynaprune_cuda_emulated`` on CPU tensors."""
+"""The bindings of the CUDA ops over emulated kernels: `torch.ops.dynaprune_cuda_emulated`, on CPU tensors."""
 
 from __future__ import annotations
 
