@@ -1,4 +1,4 @@
-"""Operands of the emulated linear kernels, and what must come out, in plain numpy (sanitized runs have no torch)."""
+"""Operands of the emulated linear kernels and what must come out, in numpy: sanitized runs have no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.cuda.rounding import EPS, rounded, widened
+from tests.cuda.emulation import as_dtype, as_float64
 from tests.kernels.packed_index import packed_index
 
 Array = np.ndarray[Any, Any]
 
+EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "tf32": 2.0**-10}
 # n rounded partial sums of random terms are off by about half an eps * (|a| |b|) whatever n is.
 ORDER_OF_SUMS = 4.0
 
@@ -23,19 +24,20 @@ class Case(NamedTuple):
     inputs: int
     block: tuple[int, int]
     mask: str = "random"
-    dtype: str = "f32"
+    dtype: str = "float32"
     precision: str = "ieee"
 
     def __str__(self) -> str:
-        kind = self.dtype if self.dtype != "f32" else self.precision
+        kind = self.dtype if self.dtype != "float32" else self.precision
         return f"{self.tokens}x{self.out}x{self.inputs}-{self.block[0]}x{self.block[1]}-{self.mask}-{kind}"
 
 
 class Operands(NamedTuple):
     """Arrays as kernels read them (``x``, ``dy``, ``values``, ``bias``), and the same in float64, clean.
 
-    Rows of ``x`` and ``dy`` are followed by zeros up to a multiple of 16 elements, then by NaN. Unlisted slots
-    and the padding of ragged blocks hold NaN.
+    Rows of ``x`` and ``dy`` are followed by zeros up to a multiple of 16 elements, those of ``x`` then by
+    NaN; ``dy`` ends there, where AddressSanitizer sees it. Unlisted slots and the padding of ragged blocks
+    hold NaN.
     """
 
     case: Case
@@ -53,15 +55,10 @@ class Operands(NamedTuple):
     exact_bias: Array
 
     @property
-    def blocks(self) -> tuple[int, ...]:
-        """The fields of ``Blocks`` behind the index."""
-        rows, columns = self.mask.shape
-        return (rows, columns, columns, self.capacity, self.case.block[1], self.case.block[0])
-
-    def shape(self, a: Array, b: Array | None = None) -> tuple[int, ...]:
-        """The fields of ``LinearShape``."""
+    def layer(self) -> dict[str, Any]:
+        """Arguments of every emulated launcher."""
         c = self.case
-        return (c.tokens, c.inputs, c.out, a.shape[1], 0 if b is None else b.shape[1])
+        return {"index": self.index, "in_": c.inputs, "out": c.out, "precision": c.precision}
 
 
 def live_mask(kind: str, rows: int, columns: int, random: np.random.Generator) -> Array:
@@ -78,13 +75,14 @@ def live_mask(kind: str, rows: int, columns: int, random: np.random.Generator) -
     return mask
 
 
-def followed(a: Array, dtype: str) -> Array:
-    """``a`` as the launchers want its rows, with something behind them that must not be read."""
+def followed(a: Array, dtype: str, gap: int) -> Array:
+    """``a`` as the launchers want its rows, with ``gap`` elements between them that must not be read."""
     rows, width = a.shape
-    result = np.full((rows, -(-width // 16) * 16 + 16), np.nan)
-    result[:, width:-16] = 0.0
+    padded = -(-width // 16) * 16
+    result = np.zeros((rows, padded + gap))
     result[:, :width] = a
-    return rounded(result, dtype)
+    result[:, padded:] = np.nan
+    return as_dtype(result, dtype)
 
 
 def operands(case: Case, seed: int = 0) -> Operands:
@@ -102,25 +100,22 @@ def operands(case: Case, seed: int = 0) -> Operands:
     mask = used & ~suspended
     index = packed_index(mask, slots, capacity)
 
-    x, dy, bias = (random.standard_normal(s) for s in [(case.tokens, case.inputs), (case.tokens, case.out), case.out])
+    x, dy, bias = (
+        random.standard_normal(s) for s in [(case.tokens, case.inputs), (case.tokens, case.out), case.out]
+    )
     exact_weight = np.zeros((rows * bo, columns * bi))
     values = np.full((capacity, bi, bo), np.nan)
     for row, column in np.argwhere(mask):
         height, width = min(bo, case.out - row * bo), min(bi, case.inputs - column * bi)
-        block = widened(rounded(random.standard_normal((width, height)), dtype), dtype)
+        block = as_float64(as_dtype(random.standard_normal((width, height)), dtype))
         values[slots[row, column], :width, :height] = block
         exact_weight[row * bo : row * bo + height, column * bi : column * bi + width] = block.T
-    arrays = followed(x, dtype), followed(dy, dtype), rounded(values, dtype), rounded(bias, dtype)
+    arrays = followed(x, dtype, 16), followed(dy, dtype, 0), as_dtype(values, dtype), as_dtype(bias, dtype)
     return Operands(
         case, mask, slots, capacity, index, *arrays,
-        widened(arrays[0], dtype)[:, : case.inputs], widened(arrays[1], dtype)[:, : case.out],
-        exact_weight[: case.out, : case.inputs], widened(arrays[3], dtype),
+        as_float64(arrays[0])[:, : case.inputs], as_float64(arrays[1])[:, : case.out],
+        exact_weight[: case.out, : case.inputs], as_float64(arrays[3]),
     )  # fmt: skip
-
-
-def poison(shape: tuple[int, ...], dtype: str) -> Array:
-    """An output before the kernel has written it."""
-    return rounded(np.full(shape, np.nan), dtype)
 
 
 def by_block(dense: Array, o: Operands) -> Array:
@@ -139,13 +134,15 @@ def by_slot(dense: Array, o: Operands) -> Array:
     return result
 
 
-def assert_close(name: str, o: Operands, actual: Array, exact: Array, magnitude: Array, dtype: str) -> None:
-    """An error of one rounding to ``dtype``, and that of sums whose terms add up to ``magnitude``."""
-    eps = EPS["tf32" if o.case.dtype == "f32" and o.case.precision == "tf32" else "f32"]
-    result = widened(actual, dtype)
-    assert result.shape == exact.shape
+def assert_close(name: str, o: Operands, actual: Array, exact: Array, magnitude: Array) -> None:
+    """An error of one rounding to the result's type, and that of sums whose terms add up to ``magnitude``."""
+    eps = EPS["tf32" if o.case.dtype == "float32" and o.case.precision == "tf32" else "float32"]
+    result = as_float64(actual)
+    assert result.shape == exact.shape, f"{name}: {result.shape}, expected {exact.shape}"
     assert not np.isnan(result).any(), f"{name} has NaN at {np.argwhere(np.isnan(result))[:4].tolist()}"
-    allowed = ORDER_OF_SUMS * eps * magnitude + EPS[dtype] * np.abs(exact) + 2.0**-24 * (dtype == "f16")
+    rounding = {np.float32: EPS["float32"], np.float16: EPS["float16"], np.uint16: EPS["bfloat16"]}
+    allowed = ORDER_OF_SUMS * eps * magnitude + rounding[actual.dtype.type] * np.abs(exact)
+    allowed += 2.0**-24 * (actual.dtype == np.float16)  # half of what its smallest numbers are apart
     error = np.abs(result - exact)
     assert (error <= allowed).all(), (
         f"{name}: off by {error.max():.3g}, {(error > allowed).sum()} of {error.size} results, first "
