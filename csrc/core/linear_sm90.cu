@@ -9,32 +9,39 @@
 namespace dynaprune::cuda {
 namespace {
 
+using sm90::make_tensor_map;
 using sm90::TensorMap;
 
-constexpr int kNarrow = 64;  // tokens per tile where wide tiles would leave multiprocessors idle
-
-constexpr int wide(int outer) { return 128 * 128 / outer; }  // columns of a tile: 128 accumulators per thread
-
-sm90::Matrix values_matrix(const Blocks& blocks, const void* values) {
-  return {values, blocks.capacity * blocks.bi, blocks.bo, blocks.bo};
-}
+constexpr int kWide = 128, kNarrow = 64;  // columns of a consumer's half of a tile
 
 int persistent_grid(const Target& target, int64_t items) {
   return int(items < target.sm_count ? items : target.sm_count);
+}
+
+cudaError_t map_activation(TensorMap& map, DType dtype, const void* a, int64_t tokens, int64_t width, int64_t stride,
+                           int box_tokens) {
+  return make_tensor_map(map, dtype, {a, width, tokens, 1, stride, tokens * stride}, box_tokens);
 }
 
 template <class T, int OUTER, int WIDTH, bool DGRAD>
 cudaError_t launch_product(const Target& target, DType dtype, const LinearShape& shape, const Blocks& blocks,
                            const void* a, const void* values, const sm90::LinearProduct<T>& product) {
   using Machine = sm90::Pipeline<T, OUTER, WIDTH, sm90::ProductItem>;
-  TensorMap a_map, values_map;
-  cudaError_t error = make_tensor_map(a_map, dtype, {a, shape.tokens, product.inner_size, shape.a_stride}, WIDTH);
+  constexpr int kBoxRows = DGRAD ? OUTER : sm90::kDepth;
+  TensorMap a_map, values_map, ragged_map;
+  cudaError_t error =
+      map_activation(a_map, dtype, a, shape.tokens, product.inner_size, shape.a_stride, Machine::kColumns);
   if (error != cudaSuccess) return error;
-  error = make_tensor_map(values_map, dtype, values_matrix(blocks, values), DGRAD ? OUTER : sm90::kDepth);
+  sm90::Matrices weight{values, blocks.bo, blocks.bi, blocks.capacity, blocks.bo, blocks.bi * blocks.bo};
+  error = make_tensor_map(values_map, dtype, weight, kBoxRows);
   if (error != cudaSuccess) return error;
-  const int64_t items = ceil_div(shape.tokens, int64_t(WIDTH)) * (DGRAD ? blocks.lists : blocks.rows);
+  const int ragged = product.inner_size % product.inner;  // where there is none, no block is taken for the ragged one
+  if (ragged != 0) (DGRAD ? weight.width : weight.height) = ragged;
+  error = make_tensor_map(ragged_map, dtype, weight, kBoxRows);
+  if (error != cudaSuccess) return error;
+  const int64_t items = ceil_div(shape.tokens, int64_t(Machine::kColumns)) * (DGRAD ? blocks.lists : blocks.rows);
   return launch(sm90::linear_product_sm90_kernel<T, OUTER, WIDTH, DGRAD>, {unsigned(persistent_grid(target, items))},
-                sm90::kThreads, Machine::kSharedBytes, target.stream, a_map, values_map, product);
+                sm90::kThreads, Machine::kSharedBytes, target.stream, a_map, values_map, ragged_map, product);
 }
 
 template <class T, bool DGRAD>
@@ -46,55 +53,51 @@ cudaError_t product(const Target& target, DType dtype, const LinearShape& shape,
                                        int(shape.tokens),
                                        int(DGRAD ? shape.out : shape.in),
                                        int(DGRAD ? shape.in : shape.out),
-                                       int(blocks.bi),
-                                       int(blocks.bo)};
+                                       int(DGRAD ? blocks.bo : blocks.bi)};
   const int64_t outer = DGRAD ? blocks.bi : blocks.bo, lists = DGRAD ? blocks.lists : blocks.rows;
-  const bool narrow = ceil_div(shape.tokens, int64_t(wide(int(outer)))) * lists < target.sm_count;
+  // Where there are few wide tiles, narrow ones keep more of the device busy.
+  const bool narrow = ceil_div(shape.tokens, int64_t(sm90::kConsumers * kWide)) * lists < target.sm_count;
   const auto run = [&](auto kernel) { return kernel(target, dtype, shape, blocks, a, values, product); };
   if (outer == 128)
-    return narrow ? run(launch_product<T, 128, kNarrow, DGRAD>) : run(launch_product<T, 128, wide(128), DGRAD>);
-  return narrow ? run(launch_product<T, 64, kNarrow, DGRAD>) : run(launch_product<T, 64, wide(64), DGRAD>);
+    return narrow ? run(launch_product<T, 128, kNarrow, DGRAD>) : run(launch_product<T, 128, kWide, DGRAD>);
+  return narrow ? run(launch_product<T, 64, kNarrow, DGRAD>) : run(launch_product<T, 64, kWide, DGRAD>);
 }
 
-struct Parts {
-  int64_t programs;
-  int splits;
-};
-
-Parts wgrad_parts(const Target& target, const LinearShape& shape, const Blocks& blocks) {
-  const int64_t programs = chunk_count(blocks.rows, blocks.capacity, wide(int(blocks.bo)) / int(blocks.bi));
-  return {programs, splits_for(target, programs, ceil_div(shape.tokens, int64_t(sm90::kDepth)))};
+GradientPlan plan_wgrad(const Target& target, const LinearShape& shape, const Blocks& blocks) {
+  GradientPlan plan = plan_gradient(target, blocks, shape.tokens);
+  plan.programs = chunk_count(blocks.rows, blocks.capacity, int(sm90::kConsumers * kWide / blocks.bi));
+  plan.splits = splits_for(target, plan.programs, ceil_div(shape.tokens, int64_t(sm90::kDepth)));
+  return plan;
 }
 
 template <class T, int OUTER>
 cudaError_t wgrad(const Target& target, DType dtype, const LinearShape& shape, const Blocks& blocks, const void* dy,
                   const void* x, const T* values, T* dvalues, float* wg, void* workspace) {
-  constexpr int kWidth = wide(OUTER);
-  using Machine = sm90::Pipeline<T, OUTER, kWidth, sm90::GradientItem<kWidth>>;
+  using Machine = sm90::Pipeline<T, OUTER, kWide, sm90::GradientItem>;
   TensorMap x_map, dy_map;
-  cudaError_t error = make_tensor_map(x_map, dtype, {x, shape.tokens, shape.in, shape.a_stride}, sm90::kDepth);
+  cudaError_t error = map_activation(x_map, dtype, x, shape.tokens, shape.in, shape.a_stride, sm90::kDepth);
   if (error != cudaSuccess) return error;
-  error = make_tensor_map(dy_map, dtype, {dy, shape.tokens, shape.out, shape.b_stride}, sm90::kDepth);
+  error = map_activation(dy_map, dtype, dy, shape.tokens, shape.out, shape.b_stride, sm90::kDepth);
   if (error != cudaSuccess) return error;
-  const Parts parts = wgrad_parts(target, shape, blocks);
+  const GradientPlan plan = plan_wgrad(target, shape, blocks);
   const LayoutView view = view_of(blocks);
-  float* partial = parts.splits > 1 ? static_cast<float*>(workspace) : nullptr;
+  float* partial = plan.splits > 1 ? static_cast<float*>(workspace) : nullptr;
   const sm90::LinearGradient<T> gradient{view,
                                          int(shape.tokens),
                                          int(shape.in),
                                          int(shape.out),
-                                         blocks.bi == 128 ? 7 : 6,
-                                         int(parts.programs),
-                                         parts.splits,
+                                         log_of_width(blocks.bi),
+                                         int(plan.programs),
+                                         plan.splits,
                                          partial,
                                          dvalues,
                                          values,
                                          wg};
-  error = launch(sm90::linear_wgrad_sm90_kernel<T, OUTER, kWidth>,
-                 {unsigned(persistent_grid(target, parts.programs * parts.splits))}, sm90::kThreads,
+  error = launch(sm90::linear_wgrad_sm90_kernel<T, OUTER>,
+                 {unsigned(persistent_grid(target, plan.programs * plan.splits))}, sm90::kThreads,
                  Machine::kSharedBytes, target.stream, x_map, dy_map, gradient);
   if (error != cudaSuccess || partial == nullptr) return error;
-  const SplitSums sums{partial,          parts.splits, int(blocks.bi), int(blocks.bo), int(blocks.columns),
+  const SplitSums sums{partial,  plan.splits, int(blocks.bi), int(blocks.bo), int(blocks.columns),
                        shape.in, shape.out};
   return sum_splits<T>(target, view, sums, values, dvalues, wg);
 }
@@ -107,13 +110,10 @@ cudaError_t by_type(DType dtype, const Run& run) {
 }  // namespace
 
 bool runs_sm90(Target target, DType dtype, LinearShape shape, Blocks blocks) {
-  constexpr int64_t kInt32 = int64_t(1) << 31;
   const auto fits = [](int64_t side) { return side == 64 || side == 128; };
-  const int64_t elements = blocks.capacity * 128;  // rows of the values' matrix, entries of a list times its depth
-  return target.capability == 90 && dtype != DType::f32 && fits(blocks.bi) && fits(blocks.bo) &&
-         shape.tokens > 0 && shape.in > 0 && shape.out > 0 && blocks.capacity > 0 && elements < kInt32 &&
-         shape.tokens + 256 < kInt32 && shape.in + 128 < kInt32 && shape.out + 128 < kInt32 &&
-         sm90::has_tensor_maps();
+  return target.capability == 90 && dtype != DType::f32 && fits(blocks.bi) && fits(blocks.bo) && shape.tokens > 0 &&
+         shape.in > 0 && shape.out > 0 && blocks.capacity > 0 && fits_int32(shape.tokens) && fits_int32(shape.in) &&
+         fits_int32(shape.out) && fits_int32(2 * blocks.capacity + blocks.rows) && sm90::has_tensor_maps();
 }
 
 cudaError_t linear_forward_sm90(Target target, DType dtype, LinearShape shape, Blocks blocks, const void* x,
@@ -131,8 +131,7 @@ cudaError_t linear_dgrad_sm90(Target target, DType dtype, LinearShape shape, Blo
 }
 
 size_t linear_wgrad_workspace_sm90(Target target, DType, LinearShape shape, Blocks blocks) {
-  const Parts parts = wgrad_parts(target, shape, blocks);
-  return parts.splits == 1 ? 0 : size_t(parts.splits) * blocks.capacity * blocks.bi * blocks.bo * sizeof(float);
+  return plan_wgrad(target, shape, blocks).workspace(blocks);
 }
 
 cudaError_t linear_wgrad_sm90(Target target, DType dtype, LinearShape shape, Blocks blocks, const void* dy,

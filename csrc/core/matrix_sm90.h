@@ -1,5 +1,5 @@
-// Hopper's asynchronous machinery under names: mbarriers, tensor copies (TMA), warpgroup products (wgmma), proxy fences
-// and register reallocation. The PTX needs sm_90a; the other branch is what the host emulation runs.
+// Hopper's asynchronous machinery under names: mbarriers, tensor copies (TMA), warpgroup products (wgmma) and register
+// reallocation. The PTX needs sm_90a; the other branch is what the host emulation runs.
 //
 // Section names in comments are those of the PTX ISA (8.x): "wgmma" stands for "Asynchronous Warpgroup Level Matrix
 // Instructions", "TMA" for "cp.async.bulk.tensor".
@@ -52,7 +52,6 @@ template <int REGISTERS>
 DYN_DEVICE void take_registers() {}
 template <int REGISTERS>
 DYN_DEVICE void give_registers() {}
-DYN_DEVICE void proxy_fence() {}
 
 #else
 
@@ -103,37 +102,36 @@ DYN_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// After ordinary stores to shared memory that wgmma or TMA touches next, in each storing thread, before the barrier.
-DYN_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 #endif
 
 // --- TMA ------------------------------------------------------------------------------------------------------------
-// A map describes a matrix of 16-bit elements in global memory and the box that one copy takes from it: up to 256 rows
-// of 64 elements. In shared memory a row of the box is 128 bytes, the next one follows, swizzled. What lies outside the
-// matrix arrives as zeros and counts as bytes like the rest. Destinations are multiples of 1,024 bytes.
+// A map describes a stack of matrices of 16-bit elements in global memory and the box that one copy takes from it: up to
+// 256 rows of 64 elements. In shared memory a row of the box is 128 bytes, the next one follows, swizzled. What lies
+// outside the sizes that the map states arrives as zeros and counts as bytes like the rest. Destinations are multiples
+// of 1,024 bytes.
 
 #ifdef DYN_EMULATION
 
 struct TensorMap {
   const unsigned char* base;
-  int64_t width, height, stride;  // elements, rows, bytes from row to row
+  int64_t width, height, depth;       // elements, rows, matrices
+  int64_t row_stride, matrix_stride;  // bytes
   int box_height;
 };
 
 DYN_DEVICE void prefetch(const TensorMap&) {}
 
-DYN_DEVICE void tma_load(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
+DYN_DEVICE void tma_load(void* shared, const TensorMap& map, int column, int row, int matrix, uint64_t* barrier) {
   const uint32_t first = shared_address(shared);
   DYN_ASSERT(first % kSwizzlePattern == 0);
   emulation::copy_bulk(
-      shared, map.box_height * kSwizzleRow, barrier, [map, first, column, row, memory = shared_memory()] {
+      shared, map.box_height * kSwizzleRow, barrier, [map, first, column, row, matrix, memory = shared_memory()] {
         for (int r = 0; r < map.box_height; ++r)
           for (int c = 0; c < 64; ++c) {
-            const int64_t y = int64_t(row) + r, x = int64_t(column) + c;
+            const int64_t x = int64_t(column) + c, y = int64_t(row) + r;
+            const bool inside = x >= 0 && x < map.width && y >= 0 && y < map.height && matrix >= 0 && matrix < map.depth;
             uint16_t element = 0;
-            if (y >= 0 && y < map.height && x >= 0 && x < map.width)
-              std::memcpy(&element, map.base + y * map.stride + x * 2, 2);
+            if (inside) std::memcpy(&element, map.base + matrix * map.matrix_stride + y * map.row_stride + x * 2, 2);
             std::memcpy(memory + swizzled(first + uint32_t(r * kSwizzleRow + c * 2)), &element, 2);
           }
       });
@@ -147,12 +145,12 @@ DYN_DEVICE void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
-// One thread: copies the box whose first element is (row, column) and completes its bytes on the barrier.
-DYN_DEVICE void tma_load(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
+// One thread: copies the box that begins at the coordinates and completes its bytes on the barrier.
+DYN_DEVICE void tma_load(void* shared, const TensorMap& map, int column, int row, int matrix, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
           shared_address(shared)),
-      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(barrier))
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier))
       : "memory");
 }
 
