@@ -21,10 +21,10 @@ struct ProductItem {
   int list, tile;
 };
 
-// Computes the transposed tile y^T [OUTER outputs, 2 WIDTH tokens]: with 64 outputs per block it is the tokens that make
-// the products wide. Maps: `a` in boxes of 2 WIDTH tokens; values as matrices [bi][bo] in boxes of 64 rows, for dgrad of
-// bi; `ragged` the same for the blocks at the ragged end of the summed side, less their padding: what a weight holds
-// there is not defined, and 0 x NaN is NaN.
+// Computes the transposed tile y^T [OUTER outputs, 2 WIDTH tokens]: with 64 outputs per block it is the tokens that
+// make the products wide. Maps: `a` in boxes of 2 WIDTH tokens; values as matrices [bi][bo] in boxes of 64 rows, for
+// dgrad of bi; `ragged` the same for the blocks at the ragged end of the summed side, less their padding: what a weight
+// holds there is not defined, and 0 x NaN is NaN.
 template <class T, int OUTER, int WIDTH, bool DGRAD>
 DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
     linear_product_sm90_kernel(const DYN_GRID_CONSTANT TensorMap a, const DYN_GRID_CONSTANT TensorMap values,
@@ -131,8 +131,8 @@ struct GradientItem {
   int columns[4], slots[4];
 };
 
-// Computes transposed blocks dW [OUTER outputs, inputs], 256 inputs of one row's next live blocks at a time, which share
-// dy. Maps: x and dy in boxes of 64 tokens.
+// Computes transposed blocks dW [OUTER outputs, inputs], 256 inputs of one row's next live blocks at a time, which
+// share dy. Maps: x and dy in boxes of 64 tokens.
 template <class T, int OUTER>
 DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
     linear_wgrad_sm90_kernel(const DYN_GRID_CONSTANT TensorMap x, const DYN_GRID_CONSTANT TensorMap dy,

@@ -18,17 +18,16 @@
 
 namespace dynaprune::cuda::sm90 {
 
-constexpr int kWarpgroup = 128;  // threads; warpgroups start at multiples of four warps
-constexpr int kSwizzleRow = 128;      // bytes: the span of the 128-byte swizzle, 64 elements of 16 bits
+constexpr int kWarpgroup = 128;        // threads; warpgroups start at multiples of four warps
+constexpr int kSwizzleRow = 128;       // bytes: the span of the 128-byte swizzle, 64 elements of 16 bits
 constexpr int kSwizzlePattern = 1024;  // bytes after which it repeats: eight rows
 
 // The 128-byte swizzle, the same for TMA and wgmma ("Tensor swizzling modes"): within each 1,024 bytes of shared memory
 // the 16-byte piece p of row r lies at piece p ^ r. On an address: bits 4..6 ^= bits 7..9.
 DYN_HOST_DEVICE constexpr uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70u); }
 
-// --- mbarriers ------------------------------------------------------------------------------------------------------
-// A phase ends when all arrivals came and all expected bytes were copied. wait(parity) returns when the phase of that
-// parity has ended; on a fresh barrier, wait(1) returns at once.
+// mbarriers: a phase ends when all arrivals came and all expected bytes were copied. wait(parity) returns when the phase
+// of that parity has ended; on a fresh barrier, wait(1) returns at once.
 
 #ifdef DYN_EMULATION
 
@@ -104,11 +103,10 @@ DYN_DEVICE void give_registers() {
 
 #endif
 
-// --- TMA ------------------------------------------------------------------------------------------------------------
-// A map describes a stack of matrices of 16-bit elements in global memory and the box that one copy takes from it: up to
-// 256 rows of 64 elements. In shared memory a row of the box is 128 bytes, the next one follows, swizzled. What lies
-// outside the sizes that the map states arrives as zeros and counts as bytes like the rest. Destinations are multiples
-// of 1,024 bytes.
+// TMA: a map describes a stack of matrices of 16-bit elements in global memory and the box that one copy takes from it,
+// up to 256 rows of 64 elements. In shared memory a row of the box is 128 bytes, the next one follows, swizzled. What
+// lies outside the sizes that the map states arrives as zeros and counts as bytes like the rest. Destinations are
+// multiples of 1,024 bytes.
 
 #ifdef DYN_EMULATION
 
@@ -129,9 +127,9 @@ DYN_DEVICE void tma_load(void* shared, const TensorMap& map, int column, int row
         for (int r = 0; r < map.box_height; ++r)
           for (int c = 0; c < 64; ++c) {
             const int64_t x = int64_t(column) + c, y = int64_t(row) + r;
-            const bool inside = x >= 0 && x < map.width && y >= 0 && y < map.height && matrix >= 0 && matrix < map.depth;
             uint16_t element = 0;
-            if (inside) std::memcpy(&element, map.base + matrix * map.matrix_stride + y * map.row_stride + x * 2, 2);
+            if (x >= 0 && x < map.width && y >= 0 && y < map.height && matrix >= 0 && matrix < map.depth)
+              std::memcpy(&element, map.base + matrix * map.matrix_stride + y * map.row_stride + x * 2, 2);
             std::memcpy(memory + swizzled(first + uint32_t(r * kSwizzleRow + c * 2)), &element, 2);
           }
       });
@@ -148,17 +146,16 @@ DYN_DEVICE void prefetch(const TensorMap& map) {
 // One thread: copies the box that begins at the coordinates and completes its bytes on the barrier.
 DYN_DEVICE void tma_load(void* shared, const TensorMap& map, int column, int row, int matrix, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(shared)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier))
       : "memory");
 }
 
 #endif
 
-// --- wgmma ----------------------------------------------------------------------------------------------------------
-// Operands are panels in shared memory, swizzled as TMA leaves them: rows of 64 elements (128 bytes), panel starts at
-// multiples of 1,024 bytes. An operand of M (or N) x 16 summed elements is read in one of two ways:
+// wgmma: operands are panels in shared memory, swizzled as TMA leaves them: rows of 64 elements (128 bytes), panels start
+// at multiples of 1,024 bytes. An operand of M (or N) x 16 summed elements is read in one of two ways:
 //
 //   K-major:   the summed axis runs along a row; row r of the panel is element r of M (N). 16 further summed elements
 //              lie 32 bytes on; M (N) elements 8 .. 15 lie 1,024 bytes after 0 .. 7 (the stride byte offset).

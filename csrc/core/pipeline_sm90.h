@@ -30,8 +30,9 @@ constexpr int kLargestShared = 227 * 1024;
 // Registers per thread: together no more than the 504 that three warpgroups have.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-// sums [OUTER, 2 WIDTH] = left [OUTER, k] right [k, 2 WIDTH], of 16-bit elements T, summed over k in stages of 64. OUTER
-// is the width of the weight's blocks on the side that is not summed over; results are written as [2 WIDTH][OUTER].
+// sums [OUTER, 2 WIDTH] = left [OUTER, k] right [k, 2 WIDTH], of 16-bit elements T, summed over k in stages of 64.
+// OUTER is the width of the weight's blocks on the side that is not summed over; results are written as
+// [2 WIDTH][OUTER].
 template <class T, int OUTER, int WIDTH, class Item_>
 struct Pipeline {
   using Item = Item_;                         // has int stages (negative: no more items)
@@ -134,8 +135,8 @@ struct Pipeline {
     // sums = the products over the item's stages, once per item. A consumer that has no columns only keeps up.
     template <Major LEFT, Major RIGHT>
     DYN_DEVICE void multiply(Sums& sums, int stages, bool has_columns) {
-      // The same in all lanes, which the compiler cannot know of what lay in shared memory: descriptors are then made in
-      // uniform registers, where wgmma wants them.
+      // The same in all lanes, which the compiler cannot know of what lay in shared memory: descriptors are then made
+      // in uniform registers, where wgmma wants them.
       stages = shuffle(stages, 0);
       const uint64_t left = descriptor(shared_address(Pipeline::left(0)), LEFT);
       const uint64_t right = descriptor(shared_address(Pipeline::right(0)) + first_column() * kSwizzleRow, RIGHT);

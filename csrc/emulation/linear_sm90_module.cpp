@@ -1,8 +1,5 @@
-// The emulated launchers of core/linear_sm90.cu for Python.
-#include <pybind11/stl.h>
-
-#include <array>
-
+// The emulated launchers of core/linear_sm90.cu for Python. Activations are [tokens, row stride]; `in` and `out` are a
+// layer's.
 #include "emulation/module.h"
 
 #include "core/linear_sm90.cu"
@@ -10,59 +7,54 @@
 namespace dynaprune::cuda::emulation {
 namespace {
 
-// Fields of LinearShape and, behind the index, of Blocks.
-using Shape = std::array<int64_t, 5>;
-using Grid6 = std::array<int64_t, 6>;
+// One call: a layer's sizes, its index on loan, the device that it is planned for.
+struct Call {
+  Buffer index;
+  Target target;
+  Blocks blocks;
+  LinearShape shape;
+  DType dtype;
 
-Target target_of(int sm_count) { return {sm_count, 90, nullptr}; }
-LinearShape shape_of(const Shape& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
-Blocks blocks_of(const Buffer& index, const Grid6& b) {
-  return {index.data<const int32_t>(), b[0], b[1], b[2], b[3], b[4], b[5]};
-}
-
-void require(int sm_count, DType dtype, const Shape& shape, const Blocks& blocks) {
-  if (!runs_sm90(target_of(sm_count), dtype, shape_of(shape), blocks)) throw std::invalid_argument("not for sm_90a");
-}
+  Call(const py::array& packed, int64_t capacity, int64_t bi, int64_t bo, int64_t in, int64_t out, const py::array& a,
+       int64_t b_stride, int processors)
+      : index(packed), target{processors, 90, nullptr}, blocks{index.data<const int32_t>(), ceil_div(out, bo),
+                                                              ceil_div(in, bi), ceil_div(in, bi), capacity, bi, bo},
+        shape{a.shape(0), in, out, a.shape(1), b_stride}, dtype(dtype_of(a)) {
+    if (!runs_sm90(target, dtype, shape, blocks)) throw std::invalid_argument("not for sm_90a");
+  }
+  Call(const py::array& packed, const py::array& values, int64_t in, int64_t out, const py::array& a, int processors)
+      : Call(packed, values.shape(0), values.shape(1), values.shape(2), in, out, a, 0, processors) {}
+};
 
 py::array forward(const py::array& x, const py::array& values, const py::object& bias, const py::array& index,
-                  const Shape& shape, const Grid6& grid, int sm_count) {
-  const Buffer a(x), w(values), b = Buffer::optional(bias), packed(index);
-  const DType dtype = dtype_of(x);
-  const Blocks blocks = blocks_of(packed, grid);
-  require(sm_count, dtype, shape, blocks);
-  const Buffer y(size_t(shape[0] * shape[2]) * 2);
-  check(linear_forward_sm90(target_of(sm_count), dtype, shape_of(shape), blocks, a.data(), w.data(), b.data(), y.data()));
-  return y.array(x.dtype(), {shape[0], shape[2]});
+                  int64_t in, int64_t out, int processors) {
+  const Call call(index, values, in, out, x, processors);
+  const Buffer a(x), w(values), b = Buffer::optional(bias), y(size_t(x.shape(0) * out) * 2);
+  check(linear_forward_sm90(call.target, call.dtype, call.shape, call.blocks, a.data(), w.data(), b.data(), y.data()));
+  return y.array(x.dtype(), {x.shape(0), out});
 }
 
-py::array dgrad(const py::array& dy, const py::array& values, const py::array& index, const Shape& shape,
-                const Grid6& grid, int sm_count) {
-  const Buffer a(dy), w(values), packed(index);
-  const DType dtype = dtype_of(dy);
-  const Blocks blocks = blocks_of(packed, grid);
-  require(sm_count, dtype, shape, blocks);
-  const Buffer dx(size_t(shape[0] * shape[1]) * 2);
-  check(linear_dgrad_sm90(target_of(sm_count), dtype, shape_of(shape), blocks, a.data(), w.data(), dx.data()));
-  return dx.array(dy.dtype(), {shape[0], shape[1]});
+py::array dgrad(const py::array& dy, const py::array& values, const py::array& index, int64_t in, int64_t out,
+                int processors) {
+  const Call call(index, values, in, out, dy, processors);
+  const Buffer a(dy), w(values), dx(size_t(dy.shape(0) * in) * 2);
+  check(linear_dgrad_sm90(call.target, call.dtype, call.shape, call.blocks, a.data(), w.data(), dx.data()));
+  return dx.array(dy.dtype(), {dy.shape(0), in});
 }
 
-// dvalues, wg (None without values), bytes of workspace.
+// dvalues, wg (None without values) and whether the sum over tokens was split.
 py::tuple wgrad(const py::array& dy, const py::array& x, const py::object& values, const py::array& index,
-                const Shape& shape, const Grid6& grid, int sm_count) {
-  const Buffer b(dy), a(x), w = Buffer::optional(values), packed(index);
-  const DType dtype = dtype_of(dy);
-  const Blocks blocks = blocks_of(packed, grid);
-  require(sm_count, dtype, shape, blocks);
-  const Target target = target_of(sm_count);
-  const Buffer dvalues(size_t(blocks.capacity * blocks.bi * blocks.bo) * 2);
-  const Buffer wg = values.is_none() ? Buffer() : Buffer(size_t(blocks.rows * blocks.columns) * 4);
-  const size_t bytes = linear_wgrad_workspace_sm90(target, dtype, shape_of(shape), blocks);
-  const Buffer workspace = bytes > 0 ? Buffer(bytes) : Buffer();
-  check(linear_wgrad_sm90(target, dtype, shape_of(shape), blocks, b.data(), a.data(), w.data(), dvalues.data(),
-                          wg.data<float>(), workspace.data()));
+                int64_t capacity, int64_t bi, int64_t bo, int64_t in, int64_t out, int processors) {
+  const Call call(index, capacity, bi, bo, in, out, x, dy.shape(1), processors);
+  const Buffer b(dy), a(x), w = Buffer::optional(values), dvalues(size_t(capacity * bi * bo) * 2);
+  const Buffer wg = values.is_none() ? Buffer() : Buffer(size_t(call.blocks.rows * call.blocks.columns) * 4);
+  const size_t bytes = linear_wgrad_workspace_sm90(call.target, call.dtype, call.shape, call.blocks);
+  const Buffer workspace = bytes == 0 ? Buffer() : Buffer(bytes);
+  check(linear_wgrad_sm90(call.target, call.dtype, call.shape, call.blocks, b.data(), a.data(), w.data(),
+                          dvalues.data(), wg.data<float>(), workspace.data()));
   py::object sums = py::none();
-  if (!values.is_none()) sums = wg.array(py::dtype::of<float>(), {blocks.rows, blocks.columns});
-  return py::make_tuple(dvalues.array(dy.dtype(), {blocks.capacity, blocks.bi, blocks.bo}), sums, bytes);
+  if (!values.is_none()) sums = wg.array(py::dtype::of<float>(), {call.blocks.rows, call.blocks.columns});
+  return py::make_tuple(dvalues.array(dy.dtype(), {capacity, bi, bo}), sums, bytes > 0);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Hopper's linear kernels on host threads: TMA boxes and swizzles, mbarrier phases, wgmma descriptors, items."""
+"""Hopper's linear kernels on host threads: boxes, swizzles, phases, descriptors and items."""
 
 from __future__ import annotations
 
@@ -9,112 +9,112 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda.linear_cases import (
-    Array,
-    Case,
-    Operands,
-    assert_close,
-    by_block,
-    by_slot,
-    operands,
-)
-from tests.cuda.rounding import widened
+from tests.cuda.emulation import as_float64
+from tests.cuda.linear_cases import Array, Case, Operands, assert_close, by_block, by_slot, operands
 
 Emulated = Callable[[str], ModuleType]
 
-# Ragged on every side; lists longer than the ring of stages; empty rows and columns; suspended and free slots.
-PRODUCTS = [
-    (Case(130, 144, 528, (64, 64), "live", "bf16"), 1),  # narrow tiles
-    (Case(300, 200, 200, (64, 64), "random", "f16"), 1),  # wide ones
-    (Case(140, 300, 400, (128, 128), "cross", "bf16"), 1),
-    (Case(50, 250, 130, (128, 64), "suspended", "f16"), 3),
-    (Case(70, 130, 250, (64, 128), "random", "bf16"), 2),
-    (Case(65, 128, 128, (128, 128), "dead", "f16"), 2),
-    (Case(1, 8, 24, (64, 64), "live", "bf16"), 132),
-]
+# Ragged on every side; lists longer than the ring of stages; empty rows and columns; suspended, free slots.
+PRODUCTS = {  # and the number of multiprocessors: few get wide tiles and several each, many get narrow ones
+    "long lists": (Case(130, 144, 528, (64, 64), "live", "bfloat16"), 1),
+    "several wide tiles": (Case(300, 200, 200, (64, 64), "random", "float16"), 1),
+    "large blocks": (Case(140, 300, 400, (128, 128), "cross", "bfloat16"), 1),
+    "high blocks": (Case(50, 250, 130, (128, 64), "suspended", "float16"), 3),
+    "low blocks": (Case(70, 130, 250, (64, 128), "random", "bfloat16"), 9),
+    "nothing lives": (Case(65, 128, 128, (128, 128), "dead", "float16"), 2),
+    "one token": (Case(1, 8, 24, (64, 64), "live", "bfloat16"), 132),
+}
+GRADIENTS = {  # and whether the sum over tokens is split
+    "more blocks than fit": (Case(130, 144, 528, (64, 64), "live", "bfloat16"), 1, False),
+    "large blocks": (Case(200, 200, 200, (128, 128), "random", "float16"), 1, False),
+    "split, suspended blocks": (Case(700, 64, 200, (64, 64), "suspended", "float16"), 4, True),
+    "split, high blocks": (Case(1100, 130, 130, (128, 64), "cross", "bfloat16"), 2, True),
+    "low blocks": (Case(100, 130, 250, (64, 128), "random", "bfloat16"), 2, False),
+    "nothing lives": (Case(65, 128, 128, (128, 128), "dead", "float16"), 2, False),
+}
 
 
-def forward(module: ModuleType, o: Operands, sm_count: int, bias: Array | None) -> Array:
-    return module.forward(o.x, o.values, bias, o.index, o.shape(o.x), o.blocks, sm_count)
+def layer(o: Operands) -> tuple[Array, int, int]:
+    """What every launcher is told about the layer."""
+    return o.index, o.case.inputs, o.case.out
 
 
-def dgrad(module: ModuleType, o: Operands, sm_count: int) -> Array:
-    return module.dgrad(o.dy, o.values, o.index, o.shape(o.dy), o.blocks, sm_count)
+def wgrad(module: ModuleType, o: Operands, values: Array | None, processors: int) -> tuple[Any, ...]:
+    bo, bi = o.case.block
+    index, inputs, out = layer(o)
+    return module.wgrad(o.dy, o.x, values, index, o.capacity, bi, bo, inputs, out, processors)
 
 
-def wgrad(module: ModuleType, o: Operands, sm_count: int, values: Array | None) -> tuple[Any, ...]:
-    return module.wgrad(o.dy, o.x, values, o.index, o.shape(o.x, o.dy), o.blocks, sm_count)
-
-
-@pytest.mark.parametrize(("case", "sm_count"), PRODUCTS, ids=str)
-def test_forward(emulated: Emulated, case: Case, sm_count: int) -> None:
-    module, o = emulated("linear_sm90"), operands(case)
-    y = forward(module, o, sm_count, o.bias)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_forward(emulated: Emulated, name: str) -> None:
+    case, processors = PRODUCTS[name]
+    o = operands(case)
+    y = emulated("linear_sm90").forward(o.x, o.values, o.bias, *layer(o), processors)
     exact = o.exact_x @ o.exact_weight.T + o.exact_bias
     magnitude = np.abs(o.exact_x) @ np.abs(o.exact_weight).T + np.abs(o.exact_bias)
-    assert_close("y", o, y, exact, magnitude, case.dtype)
+    assert_close("y", o, y, exact, magnitude)
 
 
-@pytest.mark.parametrize(("case", "sm_count"), PRODUCTS, ids=str)
-def test_dgrad(emulated: Emulated, case: Case, sm_count: int) -> None:
-    module, o = emulated("linear_sm90"), operands(case)
-    dx = dgrad(module, o, sm_count)
-    magnitude = np.abs(o.exact_dy) @ np.abs(o.exact_weight)
-    assert_close("dx", o, dx, o.exact_dy @ o.exact_weight, magnitude, case.dtype)
-
-
-def check_wgrad(module: ModuleType, case: Case, sm_count: int, split: bool) -> None:
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_dgrad(emulated: Emulated, name: str) -> None:
+    case, processors = PRODUCTS[name]
     o = operands(case)
-    exact, magnitude = o.exact_dy.T @ o.exact_x, np.abs(o.exact_dy).T @ np.abs(o.exact_x)
-    dvalues, nothing, workspace = wgrad(module, o, sm_count, None)
-    assert nothing is None
-    assert (workspace > 0) == split
-    assert_close("dvalues", o, dvalues, by_slot(exact, o), by_slot(magnitude, o), case.dtype)
+    dx = emulated("linear_sm90").dgrad(o.dy, o.values, *layer(o), processors)
+    magnitude = np.abs(o.exact_dy) @ np.abs(o.exact_weight)
+    assert_close("dx", o, dx, o.exact_dy @ o.exact_weight, magnitude)
 
-    again, wg, _ = wgrad(module, o, sm_count, o.values)
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_wgrad(emulated: Emulated, name: str) -> None:
+    case, processors, split = GRADIENTS[name]
+    module, o = emulated("linear_sm90"), operands(case)
+    exact, magnitude = o.exact_dy.T @ o.exact_x, np.abs(o.exact_dy).T @ np.abs(o.exact_x)
+    dvalues, nothing, was_split = wgrad(module, o, None, processors)
+    assert nothing is None
+    assert was_split == split
+    assert_close("dvalues", o, dvalues, by_slot(exact, o), by_slot(magnitude, o))
+    written = as_float64(dvalues)
+    assert (written[by_slot(np.ones_like(exact), o) == 0] == 0).all()  # padding, unlisted slots
+
+    again, wg, _ = wgrad(module, o, o.values, processors)
     assert np.array_equal(dvalues, again)
     sums = (by_block(exact, o) * by_block(o.exact_weight, o)).sum((2, 3)) * o.mask
     magnitude = (by_block(magnitude, o) * by_block(np.abs(o.exact_weight), o)).sum((2, 3)) * o.mask
-    assert_close("wg", o, wg, sums, magnitude, "f32")
-    listed = widened(dvalues, case.dtype)[o.slots[o.mask]]
-    assert (np.delete(widened(dvalues, case.dtype), o.slots[o.mask], axis=0) == 0).all()
-    padding = by_slot(np.ones_like(exact), o)[o.slots[o.mask]] == 0
-    assert (listed[padding] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("case", "sm_count", "split"),
-    [
-        (Case(130, 144, 528, (64, 64), "live", "bf16"), 1, False),  # chunks of 4 blocks, and what is left over
-        (Case(200, 200, 200, (128, 128), "random", "f16"), 1, False),
-        (Case(700, 64, 200, (64, 64), "suspended", "f16"), 4, True),
-        (Case(1100, 130, 130, (128, 64), "cross", "bf16"), 2, True),
-        (Case(100, 130, 250, (64, 128), "random", "bf16"), 2, False),
-        (Case(65, 128, 128, (128, 128), "dead", "f16"), 2, False),
-    ],
-    ids=str,
-)
-def test_wgrad(emulated: Emulated, case: Case, sm_count: int, split: bool) -> None:
-    check_wgrad(emulated("linear_sm90"), case, sm_count, split)
+    assert_close("wg", o, wg, sums, magnitude)
 
 
 def test_padding_of_gradients_is_zero_whatever_dy_holds(emulated: Emulated) -> None:
-    case = Case(64, 70, 70, (64, 64), "live", "bf16")
-    o = operands(case)
+    o = operands(Case(64, 70, 70, (64, 64), "live", "bfloat16"))
     o.dy[3, 1] = 0x7F80  # infinity: times the zeros beyond x it is NaN
-    dvalues, _, _ = wgrad(emulated("linear_sm90"), o, 1, None)
+    dvalues, _, _ = wgrad(emulated("linear_sm90"), o, None, 1)
     padding = by_slot(np.ones((70, 70)), o) == 0
-    assert (widened(dvalues, "bf16")[padding] == 0).all()
+    assert (as_float64(dvalues)[padding] == 0).all()
 
 
-def test_forward_without_bias_is_the_same_on_any_number_of_multiprocessors(emulated: Emulated) -> None:
-    module, o = emulated("linear_sm90"), operands(Case(200, 300, 300, (64, 64), "random", "f16"))
-    few, many = (forward(module, o, sm_count, None) for sm_count in (1, 3))
+def test_results_do_not_depend_on_the_number_of_multiprocessors(emulated: Emulated) -> None:
+    module, o = emulated("linear_sm90"), operands(Case(200, 300, 300, (64, 64), "random", "float16"))
+    few, many = (module.forward(o.x, o.values, None, *layer(o), processors) for processors in (1, 3))
     assert np.array_equal(few, many)
 
 
 @pytest.mark.parametrize("block", [(32, 64), (64, 16)])
 def test_smaller_blocks_are_left_to_other_kernels(emulated: Emulated, block: tuple[int, int]) -> None:
-    o = operands(Case(16, 64, 64, block, "live", "f16"))
+    o = operands(Case(16, 64, 64, block, "live", "float16"))
     with pytest.raises(ValueError, match="not for sm_90a"):
-        forward(emulated("linear_sm90"), o, 1, None)
+        emulated("linear_sm90").forward(o.x, o.values, None, *layer(o), 1)
+
+
+# The n-th wait of each kind, of every thread: what it protects is then not there, or there is no end.
+@pytest.mark.parametrize("left_out", ["mbarrier_wait:1", "mbarrier_wait:4", "wait_products:2"])
+def test_a_wait_left_out_is_noticed(
+    emulated: Emulated, monkeypatch: pytest.MonkeyPatch, left_out: str
+) -> None:
+    case, _ = PRODUCTS["several wide tiles"]
+    module, o = emulated("linear_sm90"), operands(case)
+    exact = module.forward(o.x, o.values, None, *layer(o), 1)
+    monkeypatch.setenv("DYN_EMULATION_WITHOUT", left_out)
+    try:
+        y = module.forward(o.x, o.values, None, *layer(o), 1)
+    except (RuntimeError, ValueError):  # a deadlock, a copy that nobody waited for
+        return
+    assert not np.array_equal(exact, y)
