@@ -26,8 +26,8 @@ constexpr int kSwizzlePattern = 1024;  // bytes after which it repeats: eight ro
 // the 16-byte piece p of row r lies at piece p ^ r. On an address: bits 4..6 ^= bits 7..9.
 DYN_HOST_DEVICE constexpr uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70u); }
 
-// mbarriers: a phase ends when all arrivals came and all expected bytes were copied. wait(parity) returns when the phase
-// of that parity has ended; on a fresh barrier, wait(1) returns at once.
+// mbarriers: a phase ends when all arrivals came and all expected bytes were copied. wait(parity) returns when the
+// phase of that parity has ended; on a fresh barrier, wait(1) returns at once.
 
 #ifdef DYN_EMULATION
 
@@ -154,8 +154,8 @@ DYN_DEVICE void tma_load(void* shared, const TensorMap& map, int column, int row
 
 #endif
 
-// wgmma: operands are panels in shared memory, swizzled as TMA leaves them: rows of 64 elements (128 bytes), panels start
-// at multiples of 1,024 bytes. An operand of M (or N) x 16 summed elements is read in one of two ways:
+// wgmma: operands are panels in shared memory, swizzled as TMA leaves them: rows of 64 elements (128 bytes), panels
+// start at multiples of 1,024 bytes. An operand of M (or N) x 16 summed elements is read in one of two ways:
 //
 //   K-major:   the summed axis runs along a row; row r of the panel is element r of M (N). 16 further summed elements
 //              lie 32 bytes on; M (N) elements 8 .. 15 lie 1,024 bytes after 0 .. 7 (the stride byte offset).
