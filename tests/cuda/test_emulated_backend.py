@@ -44,8 +44,9 @@ CHECKS = [check_products, check_gradients, check_saliency]
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend's raw ops are those over emulated kernels, on a GPU of capability 8.0."""
+    """The backend's raw ops are those over emulated kernels, on a GPU of capability 8.0, without TF32."""
     monkeypatch.setattr(cuda, "_raw", tensors.load)
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda *, conv: False)
     monkeypatch.setenv("DYN_EMULATION_CAPABILITY", "80")
 
 
@@ -64,6 +65,14 @@ def test_matches_the_reference_on_hopper(
 ) -> None:
     monkeypatch.setenv("DYN_EMULATION_CAPABILITY", "90")
     check(case, "cpu", kernels=cuda)
+
+
+@pytest.mark.parametrize("case", [LINEAR[0], CONV[0]], ids=str)
+def test_tf32_where_torch_may_use_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda *, conv: conv == (case.conv is not None))
+    check_products(case, "cpu", "tf32", cuda)
+    with pytest.raises(AssertionError, match="off by"):
+        check_products(case, "cpu", "float32", cuda)
 
 
 @pytest.mark.parametrize("case", [LINEAR[0], LINEAR[2], *CONV[:2]], ids=str)
