@@ -48,7 +48,7 @@ struct SharedTile {
   static constexpr bool kPaired = sizeof(T) == 4 && !SUM_INSIDE;
 };
 
-// float32 for the tensor core: rounded to tf32, with `rest` what that leaves over, rounded too.
+// float32 for the tensor core: rounded to tf32, with `rest` what that leaves over, rounded too (NaN of an infinity).
 template <bool REST>
 DYN_DEVICE void split_tf32(uint32_t (&f)[4], uint32_t (&rest)[4]) {
   DYN_UNROLL
