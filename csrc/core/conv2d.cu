@@ -17,9 +17,9 @@ LinearShape linear_shape(const Conv2dShape& s, int64_t a_stride, int64_t b_strid
 
 int64_t output_positions(const Conv2dShape& s) { return s.images * s.out_h * s.out_w; }
 
-// Positions and channels are counted in 32 bits, addresses in 64.
+// Whether pixels, those that images would have with padding included, can be counted in 32 bits.
 bool fits(const Conv2dShape& s) {
-  return fits_int32(s.images * s.in_h * s.in_w) && fits_int32(output_positions(s)) && fits_int32(s.x_channels) &&
+  return fits_int32(s.images * (s.in_h + 2 * s.pad_h) * (s.in_w + 2 * s.pad_w)) && fits_int32(s.x_channels) &&
          fits_int32(s.dy_channels);
 }
 

@@ -10,21 +10,23 @@
 
 namespace dynaprune::cuda {
 
-// Quotients of 0 <= n < 2^31 in one multiplication: with 2^l >= value, n * ceil(2^(31 + l) / value) >> (31 + l) is exact.
-// Made by the host.
+// Quotients of 0 <= n < 2^31 in one multiplication: with 2^log >= value, n * ceil(2^(31 + log) / value) >> (31 + log) is
+// exact. Made by the host.
 struct Divisor {
   int value;
-  int shift;
+  int log;
   uint32_t multiplier;
 
-  DYN_DEVICE int quotient(int n) const { return int((uint64_t(uint32_t(n)) * multiplier) >> shift); }
+  DYN_DEVICE int quotient(int n) const {
+    return int(uint32_t((uint64_t(2 * uint32_t(n)) * multiplier) >> 32) >> log);  // the high half of a product
+  }
 };
 
 inline Divisor divisor(int64_t value) {
   if (value == 0) return {0, 0, 0};  // of a grid without positions
   int log = 0;
   while ((int64_t(1) << log) < value) ++log;
-  return {int(value), 31 + log, uint32_t(((uint64_t(1) << (31 + log)) + uint64_t(value) - 1) / uint64_t(value))};
+  return {int(value), log, uint32_t(((uint64_t(1) << (31 + log)) + uint64_t(value) - 1) / uint64_t(value))};
 }
 
 // Positions of the images of a batch, row by row.
@@ -83,7 +85,8 @@ struct StridePhase {
   }
 };
 
-// Rows of the gathered matrix, as product_sm80.h wants them.
+// Rows of the gathered matrix, as product_sm80.h wants them. Pixels are counted in 32 bits, those that images would have
+// with padding included; their channels in 64.
 template <class T, bool DGRAD>
 struct Pixels {
   const Conv2dSizes& s;
@@ -95,7 +98,7 @@ struct Pixels {
   const int32_t* columns;  // and block columns
 
   struct Row {
-    int64_t at;  // of the first channel of the pixel that a shift of 0 reads, possibly outside of the image
+    const T* at;  // the pixel that a shift of 0 reads, possibly outside of the image
     int h, w;
   };
   struct Entry {
@@ -111,14 +114,14 @@ struct Pixels {
   DYN_DEVICE int stride() const { return DGRAD ? s.dy_channels : s.x_channels; }
   DYN_DEVICE int channels() const { return DGRAD ? s.out_channels : s.group_channels; }
 
-  DYN_DEVICE Row row(int64_t position) const {
-    const auto [image, j, i] = grid.place(position);
-    const int h = j * step_h + origin_h, w = i * step_w + origin_w;
-    return {((int64_t(image) * height() + h) * width() + w) * stride(), h, w};
-  }
   // Plus any shift, or nothing(), it stays outside of every image, and an int.
   static constexpr int kOutside = -(1 << 30);
-  DYN_DEVICE Row none() const { return {0, kOutside, kOutside}; }
+
+  DYN_DEVICE Row row(int64_t position, bool exists) const {
+    const auto [image, j, i] = grid.place(position);
+    const int h = j * step_h + origin_h, w = i * step_w + origin_w;
+    return {data + int64_t((image * height() + h) * width() + w) * stride(), exists ? h : kOutside, w};
+  }
   DYN_DEVICE Part nothing() const { return {0, kOutside, kOutside}; }
 
   DYN_DEVICE Entry entry(int entry) const { return {DGRAD ? rows[entry] : 0, columns[entry]}; }
@@ -132,12 +135,12 @@ struct Pixels {
   }
   DYN_DEVICE Part part(int t, int u, int channel) const {
     if (channel >= channels()) return nothing();
-    return {(int64_t(t) * width() + u) * stride() + channel, t, u};
+    return {int64_t(t * width() + u) * stride() + channel, t, u};
   }
 
   DYN_DEVICE const T* address(const Row& row, const Part& part, bool& valid) const {
     valid = unsigned(row.h + part.h) < unsigned(height()) && unsigned(row.w + part.w) < unsigned(width());
-    return data + (valid ? row.at + part.at : 0);
+    return row.at + part.at;
   }
 
   DYN_DEVICE int real(Entry entry) const {

@@ -21,7 +21,7 @@ struct Conv2dProduct {
 
 // Grid: tiles of output pixels x block rows.
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     conv2d_forward_kernel(const DYN_GRID_CONSTANT Conv2dProduct<typename Tile::Element> p) {
   const LayoutView& view = p.view;
   const Conv2dSizes& s = p.sizes;
@@ -41,7 +41,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
 
 // Grid: tiles of input pixels of a stride phase x column lists.
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     conv2d_dgrad_kernel(const DYN_GRID_CONSTANT Conv2dProduct<typename Tile::Element> p) {
   using T = typename Tile::Element;
   const LayoutView& view = p.view;
@@ -80,7 +80,7 @@ struct Conv2dGradient {
 
 // Grid: chunks of live blocks of a row x parts of the sum over output pixels.
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     conv2d_wgrad_kernel(const DYN_GRID_CONSTANT Conv2dGradient<typename Tile::Element> p, int log_bi,
                         int64_t positions_per_split, GradientOutput<typename Tile::Element> output) {
   const LayoutView& view = p.view;
@@ -90,12 +90,14 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
   const Chunk chunk = chunk_of_program(view, block(), Tile::kInputs >> log_bi);
   if (chunk.begin < chunk.end) {
     const auto x = input_pixels(s, p.x, chunk.row / s.rows_per_group, view.row_cols);
-    const int m = Tile::left_element(), entry = chunk.begin + (m >> log_bi);
-    const auto x_part = entry < chunk.end ? x.part(x.entry(entry), m & (s.bi - 1)) : x.nothing();
+    const auto x_part = [&](int m) {
+      const int entry = chunk.begin + (m >> log_bi);
+      return entry < chunk.end ? x.part(x.entry(entry), m & (s.bi - 1)) : x.nothing();
+    };
+    const auto dy_part = [&](int n) { return chunk.row * Tile::kOutputs + n; };
     const int64_t first = split * positions_per_split, end = first + positions_per_split, last = p.positions();
     typename Tile::Sums sums;
-    sum_over_rows<Tile>(sums, x, x_part, p.dy_rows(), chunk.row * Tile::kOutputs + Tile::right_element(), first,
-                        end < last ? end : last, shared_memory());
+    sum_over_rows<Tile>(sums, x, x_part, p.dy_rows(), dy_part, first, end < last ? end : last, shared_memory());
     if (output.partial != nullptr) output.partial += split * view.capacity * elements;
     store_blocks<Tile>(sums, x, view, chunk, log_bi, s.out_channels - chunk.row * Tile::kOutputs, output,
                        shared_memory());
@@ -105,7 +107,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
 
 // Grid: tiles of the dense gradient, each of one tap and one group.
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     conv2d_probe_kernel(const DYN_GRID_CONSTANT Conv2dGradient<typename Tile::Element> p, const bool* wanted,
                         float* squares) {
   const LayoutView& view = p.view;
@@ -126,8 +128,9 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, 1)
   }
   const auto x = input_pixels(s, p.x, group, view.row_cols);
   typename Tile::Sums sums;
-  sum_over_rows<Tile>(sums, x, x.part({0, column}, Tile::left_element()), p.dy_rows(),
-                      row * s.bo + Tile::right_element(), 0, p.positions(), shared_memory());
+  const auto x_part = [&](int m) { return x.part({0, column}, m); };
+  const auto dy_part = [&](int n) { return row * s.bo + n; };
+  sum_over_rows<Tile>(sums, x, x_part, p.dy_rows(), dy_part, 0, p.positions(), shared_memory());
   store_squares<Tile>(sums, view, blocks, squares, shared_memory());
 }
 

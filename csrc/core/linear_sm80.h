@@ -63,12 +63,14 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
   const Chunk chunk = chunk_of_program(view, block(), Tile::kInputs >> log_bi);
   if (chunk.begin < chunk.end) {
     const MatrixRows<T> x = p.x_rows(), dy = p.dy_rows();
-    const int m = Tile::left_element(), entry = chunk.begin + (m >> log_bi);
-    const int x_part = entry < chunk.end ? x.part(x.entry(entry), m & ((1 << log_bi) - 1)) : x.nothing();
+    const auto x_part = [&](int m) {
+      const int entry = chunk.begin + (m >> log_bi);
+      return entry < chunk.end ? x.part(x.entry(entry), m & ((1 << log_bi) - 1)) : x.nothing();
+    };
+    const auto dy_part = [&](int n) { return chunk.row * Tile::kOutputs + n; };
     const int64_t first = split * tokens_per_split, end = first + tokens_per_split;
     typename Tile::Sums sums;
-    sum_over_rows<Tile>(sums, x, x_part, dy, chunk.row * Tile::kOutputs + Tile::right_element(), first,
-                        end < p.tokens ? end : p.tokens, shared_memory());
+    sum_over_rows<Tile>(sums, x, x_part, dy, dy_part, first, end < p.tokens ? end : p.tokens, shared_memory());
     if (output.partial != nullptr) output.partial += split * view.capacity * elements;
     store_blocks<Tile>(sums, x, view, chunk, log_bi, p.out - chunk.row * Tile::kOutputs, output, shared_memory());
   }
@@ -91,8 +93,9 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     return;
   }
   typename Tile::Sums sums;
-  sum_over_rows<Tile>(sums, p.x_rows(), int(first_column) * p.bi + Tile::left_element(), p.dy_rows(),
-                      int(first_row) * p.bo + Tile::right_element(), 0, p.tokens, shared_memory());
+  const auto x_part = [&](int m) { return int(first_column) * p.bi + m; };
+  const auto dy_part = [&](int n) { return int(first_row) * p.bo + n; };
+  sum_over_rows<Tile>(sums, p.x_rows(), x_part, p.dy_rows(), dy_part, 0, p.tokens, shared_memory());
   store_squares<Tile>(sums, view, blocks, squares, shared_memory());
 }
 

@@ -3,8 +3,7 @@
 //
 // A functor `Rows` gathers 16-byte pieces of an activation (MatrixRows below; pixels of a convolution). It serves the
 // sums over rows in weight_gradient_sm80.h too:
-//   Row row(int64_t position)             what a thread keeps of a row
-//   Row none()                            a row of zeros
+//   Row row(int64_t position, bool exists)   what a thread keeps of a row; one of zeros where there is none
 //   Entry entry(int entry)                what the index says of a list's entry; just reads, used one step later
 //   Part part(Entry, int within)          the piece that starts at element `within` of the entry's summed side
 //   Part nothing()                        a piece of zeros
@@ -31,8 +30,7 @@ struct MatrixRows {
   };
   using Part = int;  // column
 
-  DYN_DEVICE Row row(int64_t position) const { return data + position * stride; }
-  DYN_DEVICE Row none() const { return nullptr; }
+  DYN_DEVICE Row row(int64_t position, bool exists) const { return exists ? data + position * stride : nullptr; }
   DYN_DEVICE Entry entry(int entry) const { return {blocks[entry]}; }
   DYN_DEVICE Part part(Entry entry, int within) const { return entry.column * block + within; }
   DYN_DEVICE Part nothing() const { return size; }
@@ -92,7 +90,7 @@ DYN_DEVICE void product(typename Tile::Sums& sums, const Rows& rows, int64_t fir
   DYN_UNROLL
   for (int i = 0; i < kLeftRows; ++i) {
     const int64_t position = first + depth_row + i * kLeftStride;
-    row[i] = position < count ? rows.row(position) : rows.none();
+    row[i] = rows.row(position, position < count);
   }
   // Of the right tile likewise for dgrad, else one piece of neighbouring rows, at most 16: of one block either way.
   constexpr int kRightRows = Tile::kColumns * kDepthPieces / Tile::kThreads;
@@ -130,16 +128,16 @@ DYN_DEVICE void product(typename Tile::Sums& sums, const Rows& rows, int64_t fir
     const T* block = values + (int64_t(slot) * Tile::kColumns << log_inner);
     if constexpr (Tile::kDgrad) {
       const int bytes = (real < 0 ? 0 : real < kPiece ? real : kPiece) * int(sizeof(T));
-      DYN_UNROLL
-      for (int i = 0; i < kRightRows; ++i) {
-        const int n = right_row + i * kLeftStride;
-        cp_async_16(right + Right::at(n, right_piece), block + (n << log_inner) + within, bytes);
-      }
-    } else {
+      const T* from = block + (right_row << log_inner) + within;
       DYN_UNROLL
       for (int i = 0; i < kRightRows; ++i)
-        cp_async_16(right + Right::at(right_row + i, right_piece),
-                    block + (within + i) * Tile::kColumns + right_piece * kPiece, i < real ? 16 : 0);
+        cp_async_16(right + Right::at(right_row + i * kLeftStride, right_piece), from + (i * kLeftStride << log_inner),
+                    bytes);
+    } else {
+      const T* from = block + within * Tile::kColumns + right_piece * kPiece;
+      DYN_UNROLL
+      for (int i = 0; i < kRightRows; ++i)
+        cp_async_16(right + Right::at(right_row + i, right_piece), from + i * Tile::kColumns, i < real ? 16 : 0);
     }
     look_up(step + 1);
   };

@@ -21,36 +21,52 @@ struct GradientTile : WarpTiles<128, N> {
   static constexpr int kCells = kInputs / 16 * (N / 16);  // of 16 x 16 elements
   static constexpr int kSharedBytes = kStages * kStageBytes;
 
-  // First of the elements across that a thread copies of each operand.
-  static DYN_DEVICE int left_element() { return thread() % Left::kWidth * kPiece; }
-  static DYN_DEVICE int right_element() { return thread() % Right::kWidth * kPiece; }
+  // A thread copies pieces of one row per step, kPerRow threads together the whole row: 64 bytes at once at least. Eight
+  // threads write without a bank conflict: where they are of two rows, these differ in the first and third bit.
+  static constexpr int kPerRow = WarpTiles<128, N>::kThreads / kStep;
+  static DYN_DEVICE int copied_row() {
+    const int row = thread() / kPerRow;
+    return kPerRow == 4 ? (row & ~7) | ((row & 7) >> 1 ^ (row & 1) * 5) : row;
+  }
 };
 
-// sums [128, N] = left^T right over positions first .. last; left_part stands for the piece at left_element(), and so on.
-template <class Tile, class LeftRows, class RightRows>
-DYN_DEVICE void sum_over_rows(typename Tile::Sums& sums, const LeftRows& left_rows,
-                              const typename LeftRows::Part& left_part, const RightRows& right_rows,
-                              const typename RightRows::Part& right_part, int64_t first, int64_t last,
-                              unsigned char* shared) {
-  using T = typename Tile::Element;
-  const auto copy_tile = [&](auto tile, const auto& rows, const auto& part, unsigned char* to, int64_t start) {
-    using Shared = decltype(tile);
-    constexpr int kStride = Tile::kThreads / Shared::kWidth;
-    const int row = thread() / Shared::kWidth, piece = thread() % Shared::kWidth;
+// The pieces of a row that a thread copies; part(e) stands for the piece that starts at element e.
+template <class Shared, int PER_ROW, class Rows>
+struct CopiedPieces {
+  static constexpr int kCount = (Shared::kWidth + PER_ROW - 1) / PER_ROW;
+  typename Rows::Part parts[kCount];
+
+  template <class PartOf>
+  explicit DYN_DEVICE CopiedPieces(const PartOf& part) {
     DYN_UNROLL
-    for (int i = 0; i < (Tile::kStep + kStride - 1) / kStride; ++i) {
-      const int at = row + i * kStride;
-      if (Tile::kStep % kStride != 0 && at >= Tile::kStep) break;
+    for (int i = 0; i < kCount; ++i) parts[i] = part(piece(i) * Shared::kPiece);
+  }
+  DYN_DEVICE void copy(const Rows& rows, const typename Rows::Row& row, int at, unsigned char* to) const {
+    DYN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (Shared::kWidth % PER_ROW != 0 && piece(i) >= Shared::kWidth) return;
       bool valid;
-      const T* from = rows.address(start + at < last ? rows.row(start + at) : rows.none(), part, valid);
-      cp_async_16(to + Shared::at(at, piece), from, valid ? 16 : 0);
+      const typename Shared::Element* from = rows.address(row, parts[i], valid);
+      cp_async_16(to + Shared::at(at, piece(i)), from, valid ? 16 : 0);
     }
-  };
+  }
+  static DYN_DEVICE int piece(int i) { return thread() % PER_ROW + i * PER_ROW; }
+};
+
+// sums [128, N] = left^T right over positions first .. last.
+template <class Tile, class LeftRows, class LeftPart, class RightRows, class RightPart>
+DYN_DEVICE void sum_over_rows(typename Tile::Sums& sums, const LeftRows& left_rows, const LeftPart& left_part,
+                              const RightRows& right_rows, const RightPart& right_part, int64_t first, int64_t last,
+                              unsigned char* shared) {
+  const CopiedPieces<typename Tile::Left, Tile::kPerRow, LeftRows> left_pieces(left_part);
+  const CopiedPieces<typename Tile::Right, Tile::kPerRow, RightRows> right_pieces(right_part);
+  const int row = Tile::copied_row();
   const auto copy = [&](int step, int stage) {
-    const int64_t start = first + int64_t(step) * Tile::kStep;
+    const int64_t position = first + int64_t(step) * Tile::kStep + row;
+    const bool exists = position < last;
     unsigned char* to = shared + stage * Tile::kStageBytes;
-    copy_tile(typename Tile::Left{}, left_rows, left_part, to, start);
-    copy_tile(typename Tile::Right{}, right_rows, right_part, to + Tile::kLeftBytes, start);
+    left_pieces.copy(left_rows, left_rows.row(position, exists), row, to);
+    right_pieces.copy(right_rows, right_rows.row(position, exists), row, to + Tile::kLeftBytes);
   };
 
   DYN_UNROLL
