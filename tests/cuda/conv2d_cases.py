@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.cuda.emulation import as_dtype, as_float64
 from tests.cuda.linear_cases import live_mask
-from tests.cuda.rounding import rounded, widened
 from tests.kernels.packed_index import packed_index
 
 Array = np.ndarray[Any, Any]
@@ -32,14 +32,14 @@ class Case(NamedTuple):
     dilation: Pair = (1, 1)
     groups: int = 1
     mask: str = "random"
-    dtype: str = "f16"
+    dtype: str = "float16"
     precision: str = "ieee"
     processors: int = 1  # few: tiles of 128 pixels and sums in one part
 
     def __str__(self) -> str:
         pairs = [self.size, self.block, self.kernel, self.stride, self.padding, self.dilation]
         sizes = "-".join(f"{a}x{b}" for a, b in pairs)
-        kind = self.dtype if self.dtype != "f32" else self.precision
+        kind = self.dtype if self.dtype != "float32" else self.precision
         return f"{self.images}x{self.out}x{self.inputs}-{sizes}-g{self.groups}-{self.mask}-{kind}"
 
     @property
@@ -112,7 +112,7 @@ def _pixels(images: Array, groups: int, dtype: str) -> Array:
     grouped = images.reshape(*images.shape[:3], groups, images.shape[3] // groups)
     padding = [(0, 0)] * 4 + [(0, -grouped.shape[4] % 16)]
     padded = np.pad(grouped, padding)
-    return rounded(padded.reshape(*images.shape[:3], groups * padded.shape[4]), dtype)
+    return as_dtype(padded.reshape(*images.shape[:3], groups * padded.shape[4]), dtype)
 
 
 def operands(case: Case, seed: int = 0) -> Operands:
@@ -131,7 +131,7 @@ def operands(case: Case, seed: int = 0) -> Operands:
     )  # fmt: skip
 
     x, dy, bias = (
-        widened(rounded(random.standard_normal(shape), dtype), dtype)
+        as_float64(as_dtype(random.standard_normal(shape), dtype))
         for shape in [
             (case.images, *case.size, case.inputs),
             (case.images, *case.output_size, case.out),
@@ -143,11 +143,11 @@ def operands(case: Case, seed: int = 0) -> Operands:
     for row, column in np.argwhere(mask):
         tap, block = divmod(int(column), columns // case.taps)
         part = weight[row * bo : (row + 1) * bo, tap, block * bi : (block + 1) * bi]  # a view
-        part[:] = widened(rounded(random.standard_normal(part.shape), dtype), dtype)
+        part[:] = as_float64(as_dtype(random.standard_normal(part.shape), dtype))
         values[slots[row, column], : part.shape[1], : part.shape[0]] = part.T
     return Operands(
         case, mask, slots, capacity, index, _pixels(x, case.groups, dtype), _pixels(dy, 1, dtype),
-        rounded(values, dtype), rounded(bias, dtype), x, dy, weight, bias,
+        as_dtype(values, dtype), as_dtype(bias, dtype), x, dy, weight, bias,
     )  # fmt: skip
 
 
