@@ -35,7 +35,8 @@ cudaError_t launch_product(const Target& target, DType dtype, Precision precisio
                                      int(outer_size),
                                      log_inner};
       const auto start = [&](auto rows) {
-        using Tile = ProductTile<T, decltype(rows)::value, decltype(width)::value, decltype(arithmetic)::kProducts, DGRAD>;
+        constexpr int kProducts = decltype(arithmetic)::kProducts;
+        using Tile = ProductTile<T, decltype(rows)::value, decltype(width)::value, kProducts, DGRAD>;
         return launch(linear_product_kernel<Tile>, {unsigned(programs)}, Tile::kThreads, Tile::kSharedBytes,
                       target.stream, product);
       };

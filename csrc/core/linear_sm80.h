@@ -18,7 +18,8 @@ struct LinearProduct {
 };
 
 template <class Tile>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor) linear_product_kernel(LinearProduct<typename Tile::Element> p) {
+DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
+    linear_product_kernel(LinearProduct<typename Tile::Element> p) {
   using T = typename Tile::Element;
   const LayoutView& view = p.view;
   const int64_t lists = Tile::kDgrad ? view.lists : view.rows;

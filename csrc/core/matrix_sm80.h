@@ -1,8 +1,8 @@
 // Ampere's matrix and copy instructions behind names: PTX under nvcc, otherwise what they do, lane by lane.
 //
-// A fragment is 16 rows x 32 bytes of a matrix (16 elements of 16 bits or 8 of 32), four registers per lane, one for each
-// quarter of 8 x 16 bytes. With g = lane / 4 and t = lane % 4, a lane holds elements 2t and 2t + 1 (of 32 bits: t) of row g
-// of each quarter. A left operand has them in the order: upper left, lower left, upper right, lower right.
+// A fragment is 16 rows x 32 bytes of a matrix (16 elements of 16 bits or 8 of 32), four registers per lane, one for
+// each quarter of 8 x 16 bytes. With g = lane / 4 and t = lane % 4, a lane holds elements 2t and 2t + 1 (of 32 bits: t)
+// of row g of each quarter. A left operand has them in the order: upper left, lower left, upper right, lower right.
 #pragma once
 
 #include "core/device.h"
@@ -121,8 +121,8 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }  // namespace emulated
 #endif
 
-// d [16, 8] += a [16, 32 bytes] b [32 bytes, 8] with float sums. b0 and b1 are the left and right quarters of eight rows of
-// b's transpose. d[0], d[1]: row g, columns 2t and 2t + 1; d[2], d[3]: row g + 8.
+// d [16, 8] += a [16, 32 bytes] b [32 bytes, 8] with float sums. b0 and b1 are the left and right quarters of eight
+// rows of b's transpose. d[0], d[1]: row g, columns 2t and 2t + 1; d[2], d[3]: row g + 8.
 template <class T>
 DYN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef DYN_EMULATION

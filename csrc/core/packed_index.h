@@ -65,7 +65,8 @@ DYN_DEVICE bool is_live(const LayoutView& view, int64_t row, int64_t column) {
   return low < end && view.row_cols[low] == column;
 }
 
-// Whether the slot belongs to a listed block. Slots of suspended blocks exist only where more slots are used than listed.
+// Whether the slot belongs to a listed block. Slots of suspended blocks exist only where more slots are used than
+// listed.
 DYN_DEVICE bool is_listed(const LayoutView& view, int64_t slot) {
   const int64_t block = view.block_of_slot[slot];
   if (block < 0) return false;

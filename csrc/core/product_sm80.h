@@ -1,5 +1,5 @@
-// The product that forward and dgrad of linear and conv2d share: rows of an activation, gathered by a functor, times the
-// live blocks of one list.
+// The product that forward and dgrad of linear and conv2d share: rows of an activation, gathered by a functor, times
+// the live blocks of one list.
 //
 // A functor `Rows` gathers 16-byte pieces of an activation (MatrixRows below; pixels of a convolution). It serves the
 // sums over rows in weight_gradient_sm80.h too:
@@ -15,7 +15,8 @@
 
 namespace dynaprune::cuda {
 
-// Rows of a matrix [positions, size], zeros behind `size` up to whole pieces; entries stand for blocks of `block` columns.
+// Rows of a matrix [positions, size], zeros behind `size` up to whole pieces; entries stand for blocks of `block`
+// columns.
 template <class T>
 struct MatrixRows {
   const T* data;
@@ -71,8 +72,8 @@ struct ListedBlocks {
   int begin, end;
 };
 
-// sums = rows first .. first + M (those below `count`) times the blocks of the list. Blocks are summed over 1 << log_inner
-// elements: larger ones than a stage take several, smaller ones share it.
+// sums = rows first .. first + M (those below `count`) times the blocks of the list. A block is summed over
+// 1 << log_inner elements: one that is larger than a stage takes several, smaller ones share it.
 template <class Tile, class Rows>
 DYN_DEVICE void product(typename Tile::Sums& sums, const Rows& rows, int64_t first, int64_t count,
                         const typename Tile::Element* values, int log_inner, ListedBlocks list,
@@ -155,8 +156,9 @@ DYN_DEVICE void product(typename Tile::Sums& sums, const Rows& rows, int64_t fir
   });
 }
 
-// Writes sums + bias, rounded, to rows first .. first + M below `count`. `out(position)` is where the tile's part of a row
-// starts; `columns` of it are real. Any alignment, though 16 bytes make it fast. bias: of the tile's columns, or null.
+// Writes sums + bias, rounded, to rows first .. first + M below `count`. `out(position)` is where the tile's part of a
+// row starts; `columns` of it are real. Any alignment, though 16 bytes make it fast. bias: of the tile's columns, or
+// null.
 template <class Tile, class Out>
 DYN_DEVICE void store_rows(const typename Tile::Sums& sums, const Out& out, int64_t first, int64_t count, int columns,
                            const typename Tile::Element* bias, unsigned char* shared) {
@@ -177,7 +179,8 @@ DYN_DEVICE void store_rows(const typename Tile::Sums& sums, const Out& out, int6
       DYN_UNROLL
       for (int e = 0; e < 4; e += 2) {
         const Pair<T> pair{{from_float<T>(sums[i][j][e] + add[0]), from_float<T>(sums[i][j][e + 1] + add[1])}};
-        *reinterpret_cast<Pair<T>*>(shared + Staged::at(Tile::m(i, e), n / kPiece) + n % kPiece * int(sizeof(T))) = pair;
+        const int at = Staged::at(Tile::m(i, e), n / kPiece) + n % kPiece * int(sizeof(T));
+        *reinterpret_cast<Pair<T>*>(shared + at) = pair;
       }
   }
   sync_block();

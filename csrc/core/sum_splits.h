@@ -53,11 +53,12 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(128, 1)
 template <class T>
 cudaError_t sum_splits(const Target& target, const LayoutView& view, const SplitSums& sums, const T* values, T* dvalues,
                        float* wg) {
-  return launch(sum_splits_kernel<T>, {unsigned(view.capacity)}, 128, 16, target.stream, view, sums, values, dvalues, wg);
+  return launch(sum_splits_kernel<T>, {unsigned(view.capacity)}, 128, 16, target.stream, view, sums, values, dvalues,
+                wg);
 }
 
-// How many parts a sum of so many steps is cut into, so that few programs still fill the device. Depends on nothing that
-// changes between runs on one device, and neither do the results.
+// How many parts a sum of so many steps is cut into, so that few programs still fill the device. Depends on nothing
+// that changes between runs on one device, and neither do the results.
 inline int splits_for(const Target& target, int64_t programs, int64_t steps) {
   int64_t splits = ceil_div(int64_t(2 * target.sm_count), programs > 0 ? programs : 1);
   if (splits > steps / 4) splits = steps / 4;

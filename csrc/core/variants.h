@@ -34,7 +34,9 @@ cudaError_t with_width(int64_t width, const Body& body) {
 }
 
 // Logarithm to base 2 of one side of a block, -1 of what is none.
-inline int log_of_width(int64_t width) { return width == 16 ? 4 : width == 32 ? 5 : width == 64 ? 6 : width == 128 ? 7 : -1; }
+inline int log_of_width(int64_t width) {
+  return width == 16 ? 4 : width == 32 ? 5 : width == 64 ? 6 : width == 128 ? 7 : -1;
+}
 
 inline LayoutView view_of(const Blocks& blocks) {
   return layout_view(blocks.index, blocks.rows, blocks.columns, blocks.lists, blocks.capacity);

@@ -21,8 +21,8 @@ struct GradientTile : WarpTiles<128, N> {
   static constexpr int kCells = kInputs / 16 * (N / 16);  // of 16 x 16 elements
   static constexpr int kSharedBytes = kStages * kStageBytes;
 
-  // A thread copies pieces of one row per step, kPerRow threads together the whole row: 64 bytes at once at least. Eight
-  // threads write without a bank conflict: where they are of two rows, these differ in the first and third bit.
+  // A thread copies pieces of one row per step, kPerRow threads together the whole row: 64 bytes at once at least.
+  // Eight threads write without a bank conflict: where they are of two rows, these differ in the first and third bit.
   static constexpr int kPerRow = WarpTiles<128, N>::kThreads / kStep;
   static DYN_DEVICE int copied_row() {
     const int row = thread() / kPerRow;
@@ -113,8 +113,8 @@ struct GradientOutput {
   float* wg;        // [rows * columns]
 };
 
-// Writes the blocks of a chunk, each 1 << log_bi inputs high, exact zeros in their padding: beyond rows.real() inputs or
-// `real_outputs` outputs.
+// Writes the blocks of a chunk, each 1 << log_bi inputs high, exact zeros in their padding: beyond rows.real() inputs
+// or `real_outputs` outputs.
 template <class Tile, class Rows>
 DYN_DEVICE void store_blocks(const typename Tile::Sums& sums, const Rows& rows, const LayoutView& view, Chunk chunk,
                              int log_bi, int real_outputs, const GradientOutput<typename Tile::Element>& out,
@@ -202,13 +202,15 @@ DYN_DEVICE void store_squares(const typename Tile::Sums& sums, const LayoutView&
   const int height = blocks.bi / 16, width = blocks.bo / 16;
   for (int b = thread(); b < blocks.count(); b += Tile::kThreads) {
     const int64_t row = blocks.row(b), column = blocks.column(b);
-    const float square = sum_of_cells<Tile>(cells, b % blocks.columns * height, height, b / blocks.columns * width, width);
+    const int first_m = b % blocks.columns * height, first_n = b / blocks.columns * width;
+    const float square = sum_of_cells<Tile>(cells, first_m, height, first_n, width);
     squares[row * view.columns + column] = is_live(view, row, column) ? 0.0f : square;
   }
 }
 
 DYN_DEVICE void store_no_squares(const LayoutView& view, const ProbedBlocks& blocks, float* squares) {
-  for (int b = thread(); b < blocks.count(); b += threads()) squares[blocks.row(b) * view.columns + blocks.column(b)] = 0.0f;
+  for (int b = thread(); b < blocks.count(); b += threads())
+    squares[blocks.row(b) * view.columns + blocks.column(b)] = 0.0f;
 }
 
 }  // namespace dynaprune::cuda

@@ -1,4 +1,5 @@
-// The emulated launchers of core/linear.cu for Python. Activations are [tokens, row stride]; `in` and `out` are a layer's.
+// The emulated launchers of core/linear.cu for Python. Activations are [tokens, row stride]; `in` and `out` are a
+// layer's.
 #include "emulation/module.h"
 
 #include "core/linear.cu"
@@ -38,8 +39,8 @@ Buffer matrix(const py::array& like, int64_t rows, int64_t columns) {
   return Buffer(size_t(rows * columns) * size_of(dtype_of(like)));
 }
 
-py::array forward(const py::array& x, const py::array& values, const py::object& bias, const py::array& index, int64_t in,
-                  int64_t out, const std::string& precision, int processors) {
+py::array forward(const py::array& x, const py::array& values, const py::object& bias, const py::array& index,
+                  int64_t in, int64_t out, const std::string& precision, int processors) {
   const Layer layer(index, values, in, out);
   const Setting setting = setting_of(precision, processors);
   const Buffer a(x), w(values), b = Buffer::optional(bias), y = matrix(x, x.shape(0), out);
@@ -66,12 +67,14 @@ py::tuple wgrad(const py::array& dy, const py::array& x, const py::array& values
   const LinearShape shape = layer.shape(x, dy);
   const int64_t blocks = layer.blocks.rows * layer.blocks.columns;
   const size_t bytes = linear_wgrad_workspace(setting.target, dtype_of(x), shape, layer.blocks);
-  const Buffer left(x), right(dy), w(values), dvalues(size_t(values.nbytes())), wg(size_t(blocks) * 4), workspace(bytes);
+  const Buffer left(x), right(dy), w(values);
+  const Buffer dvalues(size_t(values.nbytes())), wg(size_t(blocks) * 4), workspace(bytes);
   check(linear_wgrad(setting.target, dtype_of(x), setting.precision, shape, layer.blocks, right.data(), left.data(),
                      with_saliency ? w.data() : nullptr, dvalues.data(), with_saliency ? wg.data<float>() : nullptr,
                      bytes > 0 ? workspace.data() : nullptr));
   const py::object sums = with_saliency ? py::object(wg.array(py::dtype::of<float>(), {blocks})) : py::none();
-  return py::make_tuple(dvalues.array(values.dtype(), {values.shape(0), values.shape(1), values.shape(2)}), sums, bytes);
+  const py::array gradient = dvalues.array(values.dtype(), {values.shape(0), values.shape(1), values.shape(2)});
+  return py::make_tuple(gradient, sums, bytes);
 }
 
 py::array probe(const py::array& dy, const py::array& x, int64_t capacity, int64_t bi, int64_t bo, bool wanted,
@@ -94,8 +97,9 @@ PYBIND11_MODULE(emulated_linear, module) {
              py::arg("out"), py::arg("precision") = "ieee", py::arg("processors") = 4);
   module.def("dgrad", &dgrad, py::arg("dy"), py::arg("values"), py::arg("index"), py::arg("in_"), py::arg("out"),
              py::arg("precision") = "ieee", py::arg("processors") = 4);
-  module.def("wgrad", &wgrad, py::arg("dy"), py::arg("x"), py::arg("values"), py::arg("with_saliency"), py::arg("index"),
-             py::arg("in_"), py::arg("out"), py::arg("precision") = "ieee", py::arg("processors") = 4);
+  module.def("wgrad", &wgrad, py::arg("dy"), py::arg("x"), py::arg("values"), py::arg("with_saliency"),
+             py::arg("index"), py::arg("in_"), py::arg("out"), py::arg("precision") = "ieee",
+             py::arg("processors") = 4);
   module.def("probe", &probe, py::arg("dy"), py::arg("x"), py::arg("capacity"), py::arg("bi"), py::arg("bo"),
              py::arg("wanted"), py::arg("index"), py::arg("in_"), py::arg("out"), py::arg("precision") = "ieee",
              py::arg("processors") = 4);
