@@ -23,7 +23,8 @@ namespace py = pybind11;
 class Buffer {
  public:
   Buffer() = default;  // null
-  explicit Buffer(size_t bytes) : bytes_(bytes), memory_(static_cast<unsigned char*>(::operator new(bytes, kAlignment))) {
+  explicit Buffer(size_t bytes)
+      : bytes_(bytes), memory_(static_cast<unsigned char*>(::operator new(bytes, kAlignment))) {
     std::memset(memory_.get(), 0xff, bytes);
   }
   explicit Buffer(const py::array& from) : Buffer(size_t(from.nbytes())) {

@@ -26,7 +26,8 @@ inline To bits_as(From from) {
 inline float to_float(BFloat16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
 
 inline float to_float(Half value) {
-  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, exponent = (value.bits >> 10) & 31, mantissa = value.bits & 1023;
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
+  const uint32_t exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
   if (exponent == 0) return bits_as<float>(sign | bits_as<uint32_t>(float(mantissa) * 0x1p-24f));
   if (exponent == 31) return bits_as<float>(sign | 0x7f800000 | mantissa << 13);
   return bits_as<float>(sign | (exponent + 112) << 23 | mantissa << 13);
@@ -43,7 +44,7 @@ inline uint16_t half_bits(float value) {
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   if (magnitude > 0x7f800000) return 0x7fff;
   if (magnitude >= 0x477ff000) return sign | 0x7c00;  // from 65520 on: infinity
-  if (magnitude < 0x38800000)  // below 2^-14 a half is a multiple of 2^-24, which is the last bit of a float in [0.5, 1)
+  if (magnitude < 0x38800000)  // below 2^-14: a multiple of 2^-24, which is the last bit of a float in [0.5, 1)
     return sign | uint16_t(bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000);
   return sign | uint16_t((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }

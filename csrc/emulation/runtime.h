@@ -3,7 +3,8 @@
 // NaN until then, and ThreadSanitizer sees each missing barrier (see gate.h).
 //
 // Environment, read at each launch: DYN_EMULATION_WITHOUT=sync_block:2 makes the second sync_block of every thread in
-// every thread block do nothing (any name of kWaitNames); DYN_EMULATION_BLOCK_ORDER=reverse runs the last block first.
+// every thread block do nothing, sync_block:2@7 that of thread 7 only (any name of kWaitNames);
+// DYN_EMULATION_BLOCK_ORDER=reverse runs the last block first.
 #pragma once
 
 #include <algorithm>
@@ -131,7 +132,9 @@ class Machine {
   }
 
   // Counts a wait; true where this is the one that the test leaves out.
-  bool left_out(Wait wait) { return ++self->waits[wait] == without_[wait]; }
+  bool left_out(Wait wait) {
+    return ++self->waits[wait] == without_[wait] && (without_thread_ < 0 || without_thread_ == self->index);
+  }
 
   CopyEngine& copy_engine() { return copy_engine_; }
 
@@ -163,7 +166,8 @@ class Machine {
   Block block_;
   Gate round_;  // all threads, before and after each thread block
   bool abandoned_ = false, reverse_ = false;
-  std::array<uint32_t, kWaits> without_{};
+  std::array<uint32_t, kWaits> without_{};  // which of each kind, counted from 1
+  int without_thread_ = -1;                 // all
   std::atomic<bool> stopped_{false};
 };
 
@@ -266,7 +270,8 @@ inline void Machine::begin_block(int64_t number) {
 }
 
 inline void Machine::end_block() try {
-  if (copy_engine_.abandon() > 0 && !stopped_) throw std::logic_error("a block ended before its copies to shared memory");
+  if (copy_engine_.abandon() > 0 && !stopped_)
+    throw std::logic_error("a block ended before its copies to shared memory");
 } catch (...) {
   stop(std::current_exception());
 }
@@ -278,7 +283,8 @@ inline void Machine::read_environment() {
   const char* without = std::getenv("DYN_EMULATION_WITHOUT");
   if (!without || !*without) return;
   const std::string text = without;
-  const size_t colon = text.find(':');
+  const size_t colon = text.find(':'), at = text.find('@');
+  without_thread_ = at == std::string::npos ? -1 : std::stoi(text.substr(at + 1));
   for (int wait = 0; wait < kWaits && colon != std::string::npos; ++wait)
     if (text.substr(0, colon) == kWaitNames[wait]) {
       without_[size_t(wait)] = uint32_t(std::stoul(text.substr(colon + 1)));
