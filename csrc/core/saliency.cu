@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kLargestOfOneWarp = 2048;  // elements of a block
 
 template <class T>
-cudaError_t block_saliency(cudaStream_t stream, const Blocks& blocks, const LayoutView& view, const void* values,
+cudaError_t launch_entries(cudaStream_t stream, const Blocks& blocks, const LayoutView& view, const void* values,
                            const void* gradient, EntrySums sums) {
   constexpr int kWarps = kSaliencyThreads / kWarp;
   const T* w = static_cast<const T*>(values);
@@ -34,9 +34,9 @@ cudaError_t block_saliency(Target target, DType dtype, Blocks blocks, const void
   const LayoutView view = layout_view(blocks.index, blocks.rows, blocks.columns, blocks.lists, blocks.capacity);
   float* statistics = static_cast<float*>(workspace);
   const EntrySums sums{statistics, statistics + blocks.capacity * kStatistics};
-  const auto of_type = dtype == DType::f32   ? block_saliency<float>
-                       : dtype == DType::f16 ? block_saliency<Half>
-                                             : block_saliency<BFloat16>;
+  const auto of_type = dtype == DType::f32   ? launch_entries<float>
+                       : dtype == DType::f16 ? launch_entries<Half>
+                                             : launch_entries<BFloat16>;
   const cudaError_t error = of_type(target.stream, blocks, view, values, gradient, sums);
   if (error != cudaSuccess) return error;
   return launch(&neuron_saliency_kernel, {unsigned(blocks.rows)}, kSaliencyThreads, kSaliencyThreads * sizeof(float),
