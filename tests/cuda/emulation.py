@@ -111,7 +111,7 @@ def run_sanitized(
         "LD_PRELOAD": " ".join(_runtime_library(name) for name in [*libraries, "libstdc++.so"]),
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter keeps memory until the end
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 history_size=4",
+        "TSAN_OPTIONS": "history_size=4",
         "OPENBLAS_NUM_THREADS": "1",
         **(environment or {}),
     }
