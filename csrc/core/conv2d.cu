@@ -80,13 +80,15 @@ cudaError_t launch_product(const Target& target, DType dtype, Precision precisio
                                      row_tiles,
                                      log_inner};
       const auto start = [&](auto rows) {
-        using Tile = ProductTile<T, decltype(rows)::value, decltype(width)::value, decltype(arithmetic)::kProducts, DGRAD>;
+        constexpr int kProducts = decltype(arithmetic)::kProducts;
+        using Tile = ProductTile<T, decltype(rows)::value, decltype(width)::value, kProducts, DGRAD>;
         void (*kernel)(Conv2dProduct<T>) = nullptr;
         if constexpr (DGRAD)
           kernel = conv2d_dgrad_kernel<Tile>;
         else
           kernel = conv2d_forward_kernel<Tile>;
-        return launch(kernel, {unsigned(row_tiles * lists)}, Tile::kThreads, Tile::kSharedBytes, target.stream, product);
+        return launch(kernel, {unsigned(row_tiles * lists)}, Tile::kThreads, Tile::kSharedBytes, target.stream,
+                      product);
       };
       return small ? start(std::integral_constant<int, 64>{}) : start(std::integral_constant<int, 128>{});
     });
@@ -103,7 +105,8 @@ Conv2dGradient<T> gradient_of(const Conv2dShape& shape, const Blocks& blocks, co
 cudaError_t conv2d_forward(Target target, DType dtype, Precision precision, Conv2dShape shape, Blocks blocks,
                            const void* x, const void* values, const void* bias, void* y) {
   if (is_linear(shape))
-    return linear_forward(target, dtype, precision, linear_shape(shape, shape.x_channels, 0), blocks, x, values, bias, y);
+    return linear_forward(target, dtype, precision, linear_shape(shape, shape.x_channels, 0), blocks, x, values, bias,
+                          y);
   const int64_t positions = output_positions(shape);
   if (positions == 0) return cudaSuccess;
   return launch_product<false>(target, dtype, precision, shape, blocks, positions, blocks.rows, x, values, bias, y);
@@ -116,7 +119,8 @@ cudaError_t conv2d_dgrad(Target target, DType dtype, Precision precision, Conv2d
   const int64_t positions = shape.images * ceil_div(shape.in_h, int64_t(shape.stride_h)) *
                             ceil_div(shape.in_w, int64_t(shape.stride_w));
   if (positions == 0) return cudaSuccess;
-  return launch_product<true>(target, dtype, precision, shape, blocks, positions, blocks.lists, dy, values, nullptr, dx);
+  return launch_product<true>(target, dtype, precision, shape, blocks, positions, blocks.lists, dy, values, nullptr,
+                              dx);
 }
 
 size_t conv2d_wgrad_workspace(Target target, DType dtype, Conv2dShape shape, Blocks blocks) {

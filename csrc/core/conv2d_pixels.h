@@ -2,16 +2,17 @@
 //
 // Forward, dgrad, wgrad and probe gather alike: position (image, j, i) of a grid reads pixel (image, j * step + t,
 // i * step + u) of the images, where the shift (t, u) belongs to a tap. For forward, wgrad and probe the grid holds the
-// output pixels. For dgrad it holds the input pixels of one stride phase, first + stride * j, which get tap r from output
-// row (first + stride * j + pad - r * dilation) / stride: exact, because the list of the phase holds just those taps.
+// output pixels. For dgrad it holds the input pixels of one stride phase, first + stride * j, which get tap r from
+// output row (first + stride * j + pad - r * dilation) / stride: exact, because the list of the phase holds just those
+// taps.
 #pragma once
 
 #include "core/device.h"
 
 namespace dynaprune::cuda {
 
-// Quotients of 0 <= n < 2^31 in one multiplication: with 2^log >= value, n * ceil(2^(31 + log) / value) >> (31 + log) is
-// exact. Made by the host.
+// Quotients of 0 <= n < 2^31 in one multiplication: with 2^log >= value, n * ceil(2^(31 + log) / value) >> (31 + log)
+// is exact. Made by the host.
 struct Divisor {
   int value;
   int log;
@@ -80,13 +81,11 @@ struct StridePhase {
 
  private:
   // n modulo the divisor, for n below it and possibly negative.
-  static DYN_DEVICE int modulo(const Divisor& by, int n) {
-    return n + by.quotient(by.value - 1 - n) * by.value;
-  }
+  static DYN_DEVICE int modulo(const Divisor& by, int n) { return n + by.quotient(by.value - 1 - n) * by.value; }
 };
 
-// Rows of the gathered matrix, as product_sm80.h wants them. Pixels are counted in 32 bits, those that images would have
-// with padding included; their channels in 64.
+// Rows of the gathered matrix, as product_sm80.h wants them. Pixels are counted in 32 bits, those that images would
+// have with padding included; their channels in 64.
 template <class T, bool DGRAD>
 struct Pixels {
   const Conv2dSizes& s;
@@ -161,11 +160,9 @@ DYN_DEVICE Pixels<T, false> input_pixels(const Conv2dSizes& s, const T* x, int g
 template <class T>
 DYN_DEVICE Pixels<T, true> output_pixels(const Conv2dSizes& s, const T* dy, const StridePhase& phase,
                                          const int32_t* rows, const int32_t* columns) {
-  return {s,       dy,
-          phase.grid,
-          1,       1,
-          s.by_stride_h.quotient(phase.first_h + s.pad_h), s.by_stride_w.quotient(phase.first_w + s.pad_w),
-          rows,    columns};
+  const int origin_h = s.by_stride_h.quotient(phase.first_h + s.pad_h);
+  const int origin_w = s.by_stride_w.quotient(phase.first_w + s.pad_w);
+  return {s, dy, phase.grid, 1, 1, origin_h, origin_w, rows, columns};
 }
 
 }  // namespace dynaprune::cuda
