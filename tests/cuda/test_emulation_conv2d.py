@@ -31,14 +31,14 @@ CASES = [
     # Phases without any pixel.
     Case(1, 16, 16, (2, 3), (16, 16), stride=(4, 4), padding=(1, 1), mask="live"),
     Case(3, 24, 20, (5, 4), (16, 32), padding=(2, 2), dilation=(2, 2), mask="suspended"),
-    Case(1, 24, 20, (7, 7), (32, 64), (7, 7), (2, 2), (3, 3), dtype="float32"),
+    Case(1, 24, 20, (7, 7), (32, 64), (7, 7), (2, 2), (3, 3)),
     # More padding than the kernel reaches: output pixels that see nothing.
     Case(1, 16, 16, (3, 3), (16, 16), (1, 1), (1, 1), (2, 2), mask="live"),
     Case(1, 32, 16, (3, 3), (16, 16), mask="dead"),
     Case(2, 24, 40, (3, 2), (16, 32), (1, 1), (2, 2), (0, 0), mask="one", dtype="bfloat16"),
     Case(2, 24, 40, (3, 2), (16, 32), (1, 1), (1, 1), (0, 0)),  # runs as a linear layer
     Case(1, 130, 136, (2, 7), (128, 128), (1, 3), padding=(0, 1)),
-    Case(1, 130, 136, (3, 2), (128, 128), (2, 1), padding=(0, 0), mask="cross", dtype="float32"),
+    Case(1, 130, 136, (3, 2), (128, 128), (1, 1), (2, 1), (0, 0), mask="cross", dtype="float32"),
     # Several tiles of pixels; then sums over pixels in two parts.
     Case(2, 24, 16, (13, 11), (16, 16), (3, 1), padding=(1, 0)),
     Case(2, 24, 16, (17, 17), (32, 16), (1, 2), (1, 1), (0, 0), mask="one", dtype="bfloat16", processors=132),
