@@ -20,7 +20,7 @@ namespace dynaprune::cuda::sm90 {
 
 constexpr int kConsumers = 2, kConsumerWarps = kConsumers * kWarpgroup / kWarp;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last warpgroup is the producer's
-constexpr int kSlots = 2;                                // for items
+constexpr int kSlots = 4;                                // for items: several short ones may be under way
 constexpr int kDepth = 64;                               // summed elements per stage: one row of a swizzled panel
 constexpr int kLag = 2;                                  // stages between the consumers
 constexpr int kMostStages = 6;
