@@ -96,7 +96,7 @@ def kernels(library: Path) -> list[Kernel]:
         opcodes = {column: sum(of[opcode] for opcode in group) for column, group in OPCODES.items()}
         memory = taken["STACK"], taken["SHARED"], taken["LOCAL"]
         found.append(Kernel(readable(name), architecture, taken["REG"], *memory, **opcodes))
-    return sorted(found)
+    return sorted(set(found))  # templates that several files use are there more than once
 
 
 def readable(name: str) -> str:
