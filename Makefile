@@ -10,18 +10,21 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*.h csrc/*/*.[ch]* csrc/*/*.inc))
 
-.PHONY: help demo test gpu check bench ext clean
+.PHONY: help demo test sanitize gpu check bench ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "%-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "%-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## train the digits network dense and pruned; writes runs/demo anew
 	rm -rf runs/demo
 	$(BIN)/dynaprune compare digits --out runs/demo
 
 test: $(VENV)/.installed  ## the tests that need no GPU (PYTEST_ARGS adds options)
-	$(BIN)/python -m pytest -q -m "not gpu" --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not gpu and not sanitized" --durations=10 $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.installed  ## the CUDA kernels on host threads under address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m pytest -q -m sanitized --durations=10 $(PYTEST_ARGS)
 
 gpu:  ## tests and kernel benchmarks on an NVIDIA GPU, CSV files in benchmarks/results (needs torch with CUDA)
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/run

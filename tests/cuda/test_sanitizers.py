@@ -29,7 +29,7 @@ LEFT_OUT = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.sanitized
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("file", FILES)
