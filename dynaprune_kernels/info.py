@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dynaprune_kernels import _extension
-from dynaprune_kernels.backends import cuda
+from dynaprune_kernels.backends import cpu, cuda
 from dynaprune_kernels.backends.triton import support
 
 _PACKAGES = ("dynaprune", "torch", "triton", "numpy", "safetensors", "torch-pruning")
@@ -91,7 +91,6 @@ def info() -> dict[str, Any]:
         where it runs, else the reason).
     """
     status = _extension.load()
-    capability = torch.ops.dynaprune_cpu.capability() if status.loaded else None
     of_cuda = _extension.load_cuda()
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -104,7 +103,7 @@ def info() -> dict[str, Any]:
             "path": str(status.path) if status.path else None,
             "reason": status.reason,
             "stale": _stale(status.path, _CPU_SOURCES),
-            "capability": capability,
+            "capability": cpu.capability(),
             "build": _extension.build_facts(),
         },
         "cuda_extension": {

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynaprune_kernels import _extension
 from dynaprune_kernels.geometry import ConvGeometry, ceil_div
 
 _raw = torch.ops.dynaprune_cpu
+
+
+def capability() -> str | None:
+    """What the kernels use: avx512, avx2, neon or generic instructions; None where they are not loaded."""
+    return str(_raw.capability()) if _extension.load().loaded else None
 
 
 def linear_forward(

@@ -157,7 +157,7 @@ def _order(able: list[str]) -> str:
 def _faster_on_cpu(problem: Problem) -> Choice:
     assert problem.block is not None
     crossover = _CPU_CROSSOVER.get(problem.op, 1.0)
-    half_vector = min(problem.block) <= 8 and torch.ops.dynaprune_cpu.capability() == "avx512"
+    half_vector = min(problem.block) <= 8 and cpu.capability() == "avx512"
     if (
         half_vector
         and problem.dtype != torch.float64

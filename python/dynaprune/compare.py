@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynaprune.report import build_report, write_csv_lines, write_json, write_markdown
+from dynaprune.report import OF_A_MACHINE, build_report, write_csv_lines, write_json, write_markdown
 from dynaprune.run_config import RunConfig
 
 __all__ = ["ArmFailed", "Interrupts", "check_empty", "check_settings", "check_unfinished", "compare"]
@@ -97,11 +97,31 @@ def check_unfinished(out: Path, config: RunConfig) -> None:
     check_settings(out, json.loads((out / "config.json").read_text()), config)
 
 
-def _finished_arm(folder: Path) -> dict[str, Any] | None:
-    """The content of ``arm.json`` in ``folder`` if that arm was trained to its end."""
+def _finished_arm(folder: Path, device: str) -> dict[str, Any] | None:
+    """The content of ``arm.json`` in ``folder`` if that arm was trained to its end.
+
+    ValueError where that was on another machine or with other threads than this process has: the times of the
+    two arms could not be compared."""
     path = folder / "arm.json"
     found = json.loads(path.read_text()) if path.is_file() else None
-    return None if found is None or found["result"]["interrupted"] else dict(found)
+    if found is None or found["result"]["interrupted"]:
+        return None
+    import torch
+
+    from dynaprune.metrics import environment
+
+    here = environment(torch.device(device))
+    different = [
+        f"{key} {found['environment'].get(key)}, now {here[key]}"
+        for key in OF_A_MACHINE
+        if found["environment"].get(key) != here[key]
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds an arm that was trained elsewhere ({'; '.join(different)}), whose times cannot "
+            "be set beside this machine's: choose another --out"
+        )
+    return dict(found)
 
 
 def _run_arm(
@@ -169,7 +189,9 @@ def compare(
     epoch null). Started again, it keeps the arms in ``out`` that have finished.
 
     Raises:
-        ValueError: ``out`` holds other settings. ArmFailed: an arm ended without a result."""
+        ValueError: ``out`` holds other settings, or an arm of another machine.
+        ArmFailed: an arm ended without a result.
+    """
     if interrupts is None:
         with Interrupts() as own:
             return compare(config, out, quiet=quiet, pictures=pictures, interrupts=own)
@@ -183,11 +205,11 @@ def compare(
     for arm in ARMS:
         if interrupts.seen:
             break
-        kept = _finished_arm(out / arm)
-        if kept is not None:
-            arms[arm], environment = kept["result"], kept["environment"]
-            continue
         if continued:
+            kept = _finished_arm(out / arm, config.device)
+            if kept is not None:
+                arms[arm], environment = kept["result"], kept["environment"]
+                continue
             shutil.rmtree(out / arm, ignore_errors=True)
         try:
             found = _run_arm(config_path, arm, out, interrupts, quiet)

@@ -161,6 +161,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, threads and commit, as they go into ``report.json``."""
     from importlib.metadata import PackageNotFoundError, version
 
+    from dynaprune_kernels.backends import cpu
+
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("dynaprune", "torch", "numpy", "scikit-learn", "torch-pruning"):
         try:
@@ -172,17 +174,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_kernels": _kernel_capability(),
+        "cpu_kernels": cpu.capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "commit": _commit(),
     }
-
-
-def _kernel_capability() -> str | None:
-    try:
-        return str(torch.ops.dynaprune_cpu.capability())
-    except (AttributeError, RuntimeError):
-        return None

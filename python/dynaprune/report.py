@@ -108,6 +108,10 @@ def ratios(baseline: dict[str, Any] | None, pruned: dict[str, Any] | None) -> di
     return found
 
 
+# Where these differ between environments, times and memory cannot be compared.
+OF_A_MACHINE = ("cpu", "cpu_kernels", "threads", "device", "cuda")
+
+
 def build_report(
     config: dict[str, Any], environment: dict[str, Any], arms: dict[str, dict[str, Any] | None]
 ) -> dict[str, Any]:

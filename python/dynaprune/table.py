@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaprune.repeat import corrected_interval
-from dynaprune.report import METRICS, ratios, shown
+from dynaprune.report import METRICS, OF_A_MACHINE, ratios, shown
 from dynaprune.tasks import task_names
 
 __all__ = ["Figure", "Run", "TaskResults", "read_results", "table_csv", "table_markdown"]
@@ -21,8 +21,6 @@ _RUN_FOLDER = re.compile(r"seed-\d+(-fold-\d+)?")
 _SCORE = re.compile(r"test_[a-z0-9_]{1,40}")
 # Fields of the configuration that tell the runs of one row apart.
 _OF_A_RUN = ("seed", "fold")
-# Where these differ, times and memory do not belong into one mean.
-_OF_A_MACHINE = ("cpu", "cpu_kernels", "threads", "device", "cuda")
 # key, label, kind, how the pruned arm is set beside the baseline (None: it has no counterpart there)
 _FIGURES = (
     ("train_seconds", "training time", "seconds", "ratio"),
@@ -241,7 +239,7 @@ def _same_settings(first: Run, other: Run) -> None:
     settings = sorted({*first.report["config"], *other.report["config"]} - set(_OF_A_RUN))
     for kind, different in (
         ("settings", differing("config", settings)),
-        ("machines", differing("environment", _OF_A_MACHINE)),
+        ("machines", differing("environment", OF_A_MACHINE)),
     ):
         if different:
             raise ValueError(

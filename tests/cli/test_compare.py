@@ -226,6 +226,12 @@ def test_a_comparison_that_was_cut_short_goes_on_with_the_arm_that_is_missing(
     cut["result"]["interrupted"] = True
     (out / "pruned" / "arm.json").write_text(json.dumps(cut))
     (out / "pruned" / "left.txt").touch()
+    baseline = json.loads((out / "baseline" / "arm.json").read_text())
+    elsewhere = baseline | {"environment": baseline["environment"] | {"threads": 64}}
+    (out / "baseline" / "arm.json").write_text(json.dumps(elsewhere))
+    refused = _invoke("compare", "digits", "--out", out, *SHORT)
+    assert refused.exit_code == 2 and "threads 64, now" in " ".join(refused.stderr.split())
+    (out / "baseline" / "arm.json").write_text(json.dumps(baseline))
     kept = (out / "baseline" / "arm.json").stat().st_mtime_ns
     other = _invoke("compare", "digits", "--out", out, *SHORT, "--lr", 0.01)
     assert other.exit_code == 2 and "other settings (lr)" in other.stderr
