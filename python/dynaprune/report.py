@@ -158,11 +158,16 @@ _LABELS = {
 }
 
 
+def _three_digits(value: float) -> str:
+    """At least three digits, and never an exponent for a large number."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _scaled(value: float, steps: list[tuple[float, str]]) -> str:
     for factor, unit in steps:
         if abs(value) >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.3g}"
+            return f"{_three_digits(value / factor)} {unit}"
+    return _three_digits(value)
 
 
 def shown(value: Any, kind: str) -> str:
@@ -176,7 +181,7 @@ def shown(value: Any, kind: str) -> str:
     if kind == "seconds":
         return f"{value:.1f} s"
     if kind == "time":
-        return f"{1e3 * value:.3g} ms"
+        return f"{_three_digits(1e3 * value)} ms"
     if kind == "bytes":
         return _scaled(value, [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")])
     if kind == "flops":

@@ -76,6 +76,8 @@ def test_csv_rows_come_back(tmp_path: Path) -> None:
         (2176010, "count", "2,176,010"),
         (False, "truth", "no"),
         (None, "bytes", "-"),
+        (1000 * 2**20, "bytes", "1000 MiB"),
+        (1.2, "time", "1200 ms"),
     ],
 )
 def test_numbers_for_people(value: object, kind: str, text: str) -> None:
