@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from dynaprune_kernels import _extension
 
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 TABLE = Path(__file__).parent / "resources.csv"
 # Columns of the table by opcode: products of registers and of shared memory (Hopper), asynchronous copies by
 # the threads and by the copy engine, loads and stores of local memory.

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.cuda.resources import NVCC
 from tests.packaging.test_abi import foreign, undefined_symbols
 
 pytestmark = pytest.mark.slow
 
 _ROOT = Path(__file__).resolve().parents[2]
-_NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 _SOURCES = {
     "layout_view.h": "",
     "bindings/library.cpp": """
@@ -109,7 +109,7 @@ def load(checkout: Path) -> str:
     return finished.stdout
 
 
-@pytest.mark.skipif(_NVCC is None, reason="nvcc is not installed")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_with_nvcc_it_is_built_and_loads_without_a_driver(checkout: Path) -> None:
     finished = build(checkout)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -165,7 +165,7 @@ def test_without_nvcc_the_rest_is_built_and_says_why(
 def test_what_cannot_be_built_as_asked_is_an_error(
     checkout: Path, variables: dict[str, str], message: str
 ) -> None:
-    if "TORCH_CUDA_ARCH_LIST" in variables and _NVCC is None:
+    if "TORCH_CUDA_ARCH_LIST" in variables and NVCC is None:
         pytest.skip("nvcc is not installed")
     finished = build(checkout, **variables)
     assert finished.returncode != 0
