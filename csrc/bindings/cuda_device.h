@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <string>
 #include <vector>
 
 #include "core/problem.h"
@@ -58,11 +59,23 @@ inline Target target_of(int32_t device) {
 
 // The device of a tensor is the current one while this lives.
 struct OnDevice {
-  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()), target(target_of(t.get_device_index())) {}
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()), target(target_of(t.get_device_index())) {
+    // The guard leaves a new thread (autograd's) without a context where the device is the current one already, and
+    // the driver, which makes the tensor maps, takes none by itself. This call does since CUDA 12.
+    check_success("cudaSetDevice", cudaSetDevice(t.get_device_index()));
+  }
 
   const torch::stable::accelerator::DeviceGuard guard;
   const Target target;
 };
+
+// "13000 12080": CUDA's version as it was compiled with, and the newest that the driver runs; that one is 0 without
+// a driver.
+inline std::string toolkit_and_driver() {
+  int driver = 0;
+  check_success("cudaDriverGetVersion", cudaDriverGetVersion(&driver));
+  return std::to_string(CUDART_VERSION) + " " + std::to_string(driver);
+}
 
 inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 

@@ -40,6 +40,7 @@ DYN_DEFINE(m) {
       "layout_update(Tensor(a!) mask, Tensor(b!) slot_of_block, Tensor(c!) index, int capacity, int groups, "
       "int[] kernel, int[] stride, int[] dilation, bool release) -> ()");
   m.def("architectures() -> str");
+  m.def("toolkit_and_driver() -> str");
 }
 
 namespace dynaprune::bindings {
@@ -52,4 +53,5 @@ std::string architectures() { return DYNAPRUNE_CUDA_ARCHITECTURES; }
 
 DYN_IMPLEMENT_AS(DYN_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("architectures", TORCH_BOX(&dynaprune::bindings::architectures));
+  m.impl("toolkit_and_driver", TORCH_BOX(&dynaprune::bindings::toolkit_and_driver));
 }

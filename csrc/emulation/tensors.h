@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
+#include <string>
 
 #include "core/device.h"
 #include "core/problem.h"
@@ -17,6 +18,8 @@ namespace dynaprune::bindings {
 
 using cuda::Target;
 using torch::stable::Tensor;
+
+inline std::string toolkit_and_driver() { return "13000 13000"; }
 
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 

@@ -38,6 +38,12 @@ def why_not(
     status = _extension.load_cuda()
     if not status.loaded:
         return status.reason
+    toolkit, driver = toolkit_and_driver()
+    if driver < toolkit:
+        return (
+            f"the cuda kernels were compiled with CUDA {toolkit}, the driver is for CUDA {driver}: update "
+            "the driver, or build them with an older toolkit (CUDA_HOME)"
+        )
     if capability is not None and not runs_on(capability, architectures()):
         return (
             f"the cuda kernels were compiled for {' '.join(architectures())}, this GPU has compute "
@@ -55,6 +61,13 @@ def why_not(
 def architectures() -> tuple[str, ...]:
     """What the loaded library was compiled for, as TORCH_CUDA_ARCH_LIST has it: ``("8.0", "9.0a")``."""
     return tuple(_raw().architectures().split())
+
+
+@functools.cache
+def toolkit_and_driver() -> tuple[int, int]:
+    """CUDA's major version of the compiler, and the newest that the driver runs (0: no driver)."""
+    toolkit, driver = (int(version) // 1000 for version in _raw().toolkit_and_driver().split())
+    return toolkit, driver
 
 
 def runs_on(capability: int, architectures: tuple[str, ...]) -> bool:

@@ -56,6 +56,7 @@ def cuda_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels as compiled for the architectures that setup.py chooses."""
     monkeypatch.setattr(_extension, "load_cuda", lambda: _extension.ExtensionStatus(None, None))
     monkeypatch.setattr(cuda, "architectures", lambda: ("8.0", "9.0a"))
+    monkeypatch.setattr(cuda, "toolkit_and_driver", lambda: (13, 13))
 
 
 @pytest.fixture
@@ -160,6 +161,14 @@ def test_what_cuda_cannot_run(
 ) -> None:
     with pytest.raises(RuntimeError, match=f"DYNAPRUNE_BACKEND=cuda cannot run linear_forward: .*{reason}"):
         dispatch.choose(problem, device_type, "some GPU", capability, "cuda")
+
+
+def test_an_older_driver_is_told(fresh: Path, cuda_built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "toolkit_and_driver", lambda: (13, 12))
+    with pytest.raises(
+        RuntimeError, match=r"compiled with CUDA 13, the driver is for CUDA 12: update the driver"
+    ):
+        dispatch.choose(PROBLEM, "cuda", "some GPU", 90, "cuda")
 
 
 def test_what_is_not_built_says_why(fresh: Path, cuda_missing: None) -> None:
