@@ -15,9 +15,10 @@ struct SplitSums {
   int64_t inner_size, outer_size;  // real inputs (of a group) and outputs
 };
 
-// One thread block per listed block; with `values`, wg gets its sum of weight x gradient.
+// One thread block per listed block; with `values`, wg gets its sum of weight x gradient. Static: the files that use it
+// are compiled for different architectures, and before CUDA 13 the linker would take one file's kernel for all.
 template <class T>
-DYN_GLOBAL void DYN_LAUNCH_BOUNDS(128, 1)
+static DYN_GLOBAL void DYN_LAUNCH_BOUNDS(128, 1)
     sum_splits_kernel(LayoutView view, SplitSums sums, const T* values, T* dvalues, float* wg) {
   struct alignas(4 * sizeof(T)) Four {
     T element[4];
