@@ -53,8 +53,7 @@ cudaError_t layout_update(Target target, LayoutShape shape, bool release, bool* 
   const LayoutView view = layout_view(index, size.rows, size.columns, size.lists, size.capacity);
   uint8_t* mask = reinterpret_cast<uint8_t*>(live);
   const auto warps = [](int64_t items) { return Grid{unsigned(ceil_div<int64_t>(items, kLayoutWarps))}; };
-  const int64_t groups = size.lists / size.channel_blocks;  // and phases
-  const Grid list_tiles{unsigned(groups * ceil_div(size.channel_blocks, kWarp))};
+  const Grid list_tiles{unsigned(shape.groups * size.phases * ceil_div(size.channel_blocks, kWarp))};
   const size_t list_bytes = kListThreads * sizeof(int);
   const int64_t index_size = packed_index_size(size.rows, size.lists, size.capacity);
   const int64_t clearing = ceil_div<int64_t>(index_size, kLayoutThreads), most = 8 * int64_t(target.sm_count);

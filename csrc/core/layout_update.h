@@ -237,7 +237,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kLayoutThreads, 2)
   if (lane() == 0) {
     writable(is_row ? view.row_order : view.col_order)[rank] = number;
     int32_t* pointers = writable(is_row ? view.row_ptr : view.col_ptr);
-    if (number == 0) pointers[0] = 0;
+    if (item == 0) writable(view.row_ptr)[0] = writable(view.col_ptr)[0] = 0;
     pointers[number + 1] = entry + counts[number];
     if (is_row && number == size.rows - 1) writable(view.header)[0] = entry + counts[number];
   }
