@@ -50,12 +50,6 @@ def encode(text: str, characters: Sequence[str]) -> torch.Tensor:
     return torch.tensor(symbols, dtype=torch.int64)
 
 
-def frames_needed(symbols: torch.Tensor) -> int:
-    """The least number of frames that can spell ``symbols``: one each, and a blank between equal
-    neighbours."""
-    return len(symbols) + int((symbols[1:] == symbols[:-1]).sum())
-
-
 def losses_per_symbol(logits: torch.Tensor, frames: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """One CTC loss per clip over its number of symbols, float32 ``[n]`` in nats (Graves et al. 2006).
 
