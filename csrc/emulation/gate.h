@@ -2,8 +2,9 @@
 // barriers, warp barriers, named barriers and mbarriers are gates.
 //
 // ThreadSanitizer must see the order between threads that CUDA promises and no more, or it would overlook a missing
-// barrier. So a gate is one atomic word: arriving releases, passing acquires, and threads sleep in the futex system
-// call, which orders nothing (a mutex would also order threads that only arrive).
+// barrier. So threads sleep in the futex system call, which orders nothing (a mutex would also order threads that only
+// arrive), and a phase has an atomic of its own that arriving releases and passing acquires: with the gate's state in
+// that role, a thread that wakes late would also be ordered behind what the others did up to their next arrival.
 #pragma once
 
 #include <linux/futex.h>
@@ -39,6 +40,8 @@ class Gate {
   uint32_t change(const Edit& edit) {
     compiler_fence<order>();
     uint64_t seen = word_.load(relaxed), next;
+    // The phase lasts at least until this arrival or these bytes are counted.
+    if (kExact && order == Order::memory) arrived_[unpack(seen).phase % 2].fetch_add(1, std::memory_order_release);
     State before, after;
     do {
       before = after = unpack(seen);
@@ -48,7 +51,7 @@ class Gate {
         after.pending = after.expected;
       }
       next = pack(after);
-    } while (!word_.compare_exchange_weak(seen, next, releasing<order>(), relaxed));
+    } while (!word_.compare_exchange_weak(seen, next, kReleasing, relaxed));
     if (after.phase != before.phase) wake_all();
     return before.phase;
   }
@@ -69,31 +72,26 @@ class Gate {
   // Returns when `phase` is over; `pause` runs before each time the thread sleeps and may throw.
   template <Order order, class Pause>
   void wait(uint32_t phase, const Pause& pause) {
-    for (uint64_t seen; unpack(seen = word_.load(acquiring<order>())).phase == phase;) {
+    for (uint64_t seen; unpack(seen = word_.load(kAcquiring)).phase == phase;) {
       pause();
       const timespec longest{0, 50'000'000};  // so that `pause` can notice that the launch is over
       futex(FUTEX_WAIT_PRIVATE, int(uint32_t(seen)), &longest);
     }
+    if (kExact && order == Order::memory) arrived_[phase % 2].load(std::memory_order_acquire);
     compiler_fence<order>();
   }
 
  private:
   static constexpr std::memory_order relaxed = std::memory_order_relaxed;
 
-  // Order::none is without order only where ThreadSanitizer looks; elsewhere the C++ memory model must hold too.
+  // The state orders nothing only where ThreadSanitizer looks; elsewhere the C++ memory model must hold too.
 #ifdef __SANITIZE_THREAD__
   static constexpr bool kExact = true;
 #else
   static constexpr bool kExact = false;
 #endif
-  template <Order order>
-  static constexpr std::memory_order releasing() {
-    return kExact && order == Order::none ? relaxed : std::memory_order_release;
-  }
-  template <Order order>
-  static constexpr std::memory_order acquiring() {
-    return kExact && order == Order::none ? relaxed : std::memory_order_acquire;
-  }
+  static constexpr std::memory_order kReleasing = kExact ? relaxed : std::memory_order_release;
+  static constexpr std::memory_order kAcquiring = kExact ? relaxed : std::memory_order_acquire;
   template <Order order>
   static void compiler_fence() {
     if (order == Order::none) std::atomic_signal_fence(std::memory_order_seq_cst);
@@ -114,6 +112,7 @@ class Gate {
   }
 
   std::atomic<uint64_t> word_{0};
+  std::atomic<uint32_t> arrived_[2] = {};  // by parity of the phase; nobody arrives two phases ahead of who still waits
 };
 
 }  // namespace dynaprune::cuda::emulation

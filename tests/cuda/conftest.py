@@ -15,11 +15,19 @@ from tests.cuda import emulation
 @pytest.fixture(scope="session", autouse=True)
 def built(request: pytest.FixtureRequest) -> None:
     """Every module that the session's tests need, compiled side by side."""
-    files = {item.path.stem for item in request.session.items if item.path.parent.name == "cuda"}
-    ops = sorted(name.removeprefix("test_emulation_") for name in files if name.startswith("test_emulation_"))
-    if len(ops) > 1 and emulation.reason_against() is None:
+    modules = sorted({module for item in request.session.items for module in _modules(item)})
+    if len(modules) > 1 and emulation.reason_against() is None:
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(emulation.build, ops))
+            list(pool.map(lambda module: emulation.build(*module), modules))
+
+
+def _modules(item: pytest.Item) -> list[tuple[str, str]]:
+    """Op and sanitizer of what a test loads, or runs in a process of its own."""
+    name = item.path.stem
+    if item.path.parent.name == "cuda" and name.startswith("test_emulation_"):
+        return [(name.removeprefix("test_emulation_"), "")]
+    chosen = getattr(item, "callspec", None) if name == "test_sanitizers" else None
+    return [] if chosen is None else [(chosen.params["op"], chosen.params.get("sanitizer", "thread"))]
 
 
 @pytest.fixture
