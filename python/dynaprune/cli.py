@@ -251,7 +251,3 @@ def info_command() -> None:
     from dynaprune_kernels import info
 
     sys.exit(info.main())
-
-
-if __name__ == "__main__":
-    app()

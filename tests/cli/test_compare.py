@@ -34,7 +34,7 @@ SHORT = ("--epochs", 4, "--seed", 1, "--target-sparsity", 0.6, "--calibration-sa
 
 def _start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dynaprune.cli", *map(str, arguments)],
+        [sys.executable, "-m", "dynaprune", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
