@@ -48,6 +48,7 @@ PRUNED_METRICS = (
     "removed_passed",
     "removed_forced",
     "removed_untested",
+    "blocks_removed_with_neurons",
     "step_seconds_dense",
 )
 
@@ -155,6 +156,7 @@ _LABELS = {
     "removed_passed": ("units removed after passing a trial", "count"),
     "removed_forced": ("units removed by force (backlog)", "count"),
     "removed_untested": ("units removed untested", "count"),
+    "blocks_removed_with_neurons": ("blocks that went with a neuron of theirs", "count"),
 }
 
 

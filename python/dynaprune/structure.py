@@ -227,7 +227,14 @@ class PrunedStructure(DenseStructure):
     def facts(self) -> dict[str, Any]:
         """Size, sparsity and counts of removed units, now."""
         said = self.pruner.report()
-        names = ("neurons_removed", "blocks_removed", "removed_passed", "removed_forced", "removed_untested")
+        names = (
+            "neurons_removed",
+            "blocks_removed",
+            "removed_passed",
+            "removed_forced",
+            "removed_untested",
+            "blocks_removed_with_neurons",
+        )
         return {
             **super().facts(),
             "sparsity": self.sparsity(),

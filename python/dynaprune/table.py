@@ -306,7 +306,9 @@ def _notes(results: Sequence[TaskResults]) -> list[str]:
         first, versions = environments[0], [e.get("versions") for e in environments]
         torch = sorted({str(v.get("torch")) for v in versions if isinstance(v, dict)})
         where = f"{first.get('cpu')}, device {first.get('device')}, threads {first.get('threads')}"
-        notes.append(f"{each.task}: {where}, torch {', '.join(torch)}.")
+        commits = sorted({str(e["commit"]) for e in environments if e.get("commit")})
+        built = f", commit {', '.join(commits)}" if commits else ""
+        notes.append(f"{each.task}: {where}, torch {', '.join(torch)}{built}.")
         if note := _said_of_data(each, "note"):
             notes.append(f"{each.task}: {note}")
     return [f"- {_cell(note)}" for note in notes]

@@ -19,7 +19,13 @@ from dynaprune.report import build_report, write_json
 from dynaprune.run_config import RunConfig
 from dynaprune.table import read_results, table_csv, table_markdown
 
-ENVIRONMENT = {"cpu": "some | CPU", "threads": 1, "device": "cpu", "versions": {"torch": "2.13.0"}}
+ENVIRONMENT = {
+    "cpu": "some | CPU",
+    "threads": 1,
+    "device": "cpu",
+    "versions": {"torch": "2.13.0"},
+    "commit": "abc",
+}
 SIZES = [60, 20, 40]
 
 
@@ -136,7 +142,7 @@ def test_markdown_has_a_column_for_each_task_and_a_dash_for_what_it_lacks(tmp_pa
     assert "| 500 (no interval)" in cells["active parameters, pruned"]
     assert "+5.00 (no interval)" in cells["test accuracy, difference in points"]
     assert "No interval: a single run says nothing of the spread (titanic)." in text
-    assert "some \\| CPU, device cpu, threads 1, torch 2.13.0" in text
+    assert "some \\| CPU, device cpu, threads 1, torch 2.13.0, commit abc." in text
 
 
 def test_what_is_said_of_the_data_stands_in_the_table(tmp_path: Path) -> None:
