@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one linear and one convolution, few candidates")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--block", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--block", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--density", nargs="+", type=float, default=[0.1, 0.25, 0.5])
     parser.add_argument("--out", type=Path, help="another file than the package's own table")
     options = parser.parse_args(arguments)
