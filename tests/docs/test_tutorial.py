@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from typer.main import get_command
 
+import dynaprune
 from dynaprune.cli import app
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.tasks import task_names
@@ -31,8 +32,9 @@ def blocks(section: str) -> list[tuple[bool, str]]:
 
 def test_every_block_stands_in_a_section_that_is_run() -> None:
     text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
-    run = sum(len(blocks(section)) for section in ("A ResNet in a plain loop", "A transformers Trainer"))
-    assert text.count("```python") == run == 5
+    sections = ("A ResNet in a plain loop", "A transformers Trainer", "Lightning and accelerate")
+    run = sum(len(blocks(section)) for section in sections)
+    assert text.count("```python") == run == 7
 
 
 def test_the_resnet_becomes_sparse_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,11 +81,67 @@ def test_the_trainer_script_prunes_its_model(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "trained" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["experiment.md", "tutorial.md"])
+def test_lightning_and_accelerate_prune_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lightning = pytest.importorskip("lightning")
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+
+    class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return losses(self, batch)[0].mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    def losses(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = batch
+        return nn.functional.cross_entropy(model(x), y, reduction="none"), y
+
+    data = torch.utils.data.TensorDataset(torch.randn(256, 32), torch.randint(4, (256,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=16)
+    config = dynaprune.PruningConfig(target_sparsity=0.5, block_size=16, total_steps=48, batch_size=16)
+    model = Classifier()
+    names: dict[str, Any] = {
+        "dynaprune": dynaprune,
+        "config": config,
+        "losses": losses,
+        "loader": loader,
+        "module": Classifier(),
+        "model": model,
+        "optimizer": torch.optim.Adam(model.parameters(), lr=1e-3),
+        "trial": dynaprune.CalibrationTrial(model, data, losses),
+    }
+    (_, with_lightning), (_, with_accelerate) = blocks("Lightning and accelerate")
+    exec(compile(with_lightning, "tutorial.md", "exec"), names)
+    report = names["pruning"].pruner.report()
+    assert report["target_reached"] and report["trials"]["tested"]
+    exec(compile(with_accelerate, "tutorial.md", "exec"), names)
+    for batch in names["loader"]:
+        names["accelerator"].backward(losses(names["model"], batch)[0].mean())
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+    names["accelerator"].save_state(str(tmp_path / "state"))
+    assert (tmp_path / "state" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", ["experiment.md", "tutorial.md", "../README.md"])
 def test_commands_have_the_options_that_are_written(page: str) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    fenced = re.findall(r"```\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line for block in fenced for line in block.splitlines() if line.startswith("dynaprune ")]
+    fenced = re.findall(r"```(\w*)\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    lines = [
+        line.removeprefix("OMP_NUM_THREADS=1 ")
+        for language, block in fenced
+        if not language
+        for line in block.splitlines()
+        if re.match("(OMP_NUM_THREADS=1 )?dynaprune ", line)
+    ]
     assert lines or page == "tutorial.md"
     for line in lines:
         _, command, *words = shlex.split(line, comments=True)
