@@ -1,4 +1,8 @@
-"""The C++ CPU kernels of ``csrc/cpu``, through their raw ops ``torch.ops.dynaprune_cpu``."""
+"""The C++ CPU kernels of ``csrc/cpu``, through their raw ops ``torch.ops.dynaprune_cpu``.
+
+Every backend has these functions; those of the same names in :mod:`dynaprune_kernels.reference` say what each
+takes and returns.
+"""
 
 from __future__ import annotations
 

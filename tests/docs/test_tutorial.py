@@ -139,7 +139,7 @@ def test_commands_have_the_options_that_are_written(page: str) -> None:
         line.removeprefix("OMP_NUM_THREADS=1 ")
         for language, block in fenced
         if not language
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if re.match("(OMP_NUM_THREADS=1 )?dynaprune ", line)
     ]
     assert lines or page == "tutorial.md"
