@@ -3,6 +3,9 @@
 #include "core/launch.h"
 #include "core/sum_splits.h"
 #include "core/variants.h"
+#ifdef DYNAPRUNE_SM90A
+#include "core/conv2d_sm90_launch.h"
+#endif
 
 namespace dynaprune::cuda {
 namespace {
@@ -16,47 +19,6 @@ LinearShape linear_shape(const Conv2dShape& s, int64_t a_stride, int64_t b_strid
 }
 
 int64_t output_positions(const Conv2dShape& s) { return s.images * s.out_h * s.out_w; }
-
-// Whether pixels, those that images would have with padding included, can be counted in 32 bits.
-bool fits(const Conv2dShape& s) {
-  return fits_int32(s.images * (s.in_h + 2 * s.pad_h) * (s.in_w + 2 * s.pad_w)) && fits_int32(s.x_channels) &&
-         fits_int32(s.dy_channels);
-}
-
-Conv2dSizes sizes_of(const Conv2dShape& s, const Blocks& blocks) {
-  const int64_t group_channels = s.in_channels / s.groups;
-  Conv2dSizes sizes;
-  sizes.images = s.images;
-  sizes.in_h = int(s.in_h);
-  sizes.in_w = int(s.in_w);
-  sizes.in_channels = int(s.in_channels);
-  sizes.out_h = int(s.out_h);
-  sizes.out_w = int(s.out_w);
-  sizes.out_channels = int(s.out_channels);
-  sizes.x_channels = int(s.x_channels);
-  sizes.dy_channels = int(s.dy_channels);
-  sizes.groups = s.groups;
-  sizes.group_channels = int(group_channels);
-  sizes.rows_per_group = int(blocks.rows / s.groups);
-  sizes.bi = int(blocks.bi);
-  sizes.bo = int(blocks.bo);
-  sizes.stride_h = s.stride_h;
-  sizes.stride_w = s.stride_w;
-  sizes.pad_h = s.pad_h;
-  sizes.pad_w = s.pad_w;
-  sizes.dilation_h = s.dilation_h;
-  sizes.dilation_w = s.dilation_w;
-  sizes.output = {divisor(s.out_h), divisor(s.out_w)};
-  for (int up = 0; up < 2; ++up) {
-    sizes.phase_height[up] = divisor(s.in_h / s.stride_h + up);
-    sizes.phase_width[up] = divisor(s.in_w / s.stride_w + up);
-  }
-  sizes.channel_blocks = divisor(ceil_div(group_channels, blocks.bi));
-  sizes.kernel_w = divisor(s.kernel_w);
-  sizes.by_stride_h = divisor(s.stride_h);
-  sizes.by_stride_w = divisor(s.stride_w);
-  return sizes;
-}
 
 // `positions` of the largest grid, for each of `lists`.
 template <bool DGRAD>
@@ -109,6 +71,10 @@ cudaError_t conv2d_forward(Target target, DType dtype, Precision precision, Conv
                           y);
   const int64_t positions = output_positions(shape);
   if (positions == 0) return cudaSuccess;
+#ifdef DYNAPRUNE_SM90A
+  if (runs_sm90(target, dtype, shape, blocks))
+    return conv2d_forward_sm90(target, dtype, shape, blocks, x, values, bias, y);
+#endif
   return launch_product<false>(target, dtype, precision, shape, blocks, positions, blocks.rows, x, values, bias, y);
 }
 
@@ -119,6 +85,9 @@ cudaError_t conv2d_dgrad(Target target, DType dtype, Precision precision, Conv2d
   const int64_t positions = shape.images * ceil_div(shape.in_h, int64_t(shape.stride_h)) *
                             ceil_div(shape.in_w, int64_t(shape.stride_w));
   if (positions == 0) return cudaSuccess;
+#ifdef DYNAPRUNE_SM90A
+  if (runs_sm90(target, dtype, shape, blocks)) return conv2d_dgrad_sm90(target, dtype, shape, blocks, dy, values, dx);
+#endif
   return launch_product<true>(target, dtype, precision, shape, blocks, positions, blocks.lists, dy, values, nullptr,
                               dx);
 }
@@ -126,6 +95,9 @@ cudaError_t conv2d_dgrad(Target target, DType dtype, Precision precision, Conv2d
 size_t conv2d_wgrad_workspace(Target target, DType dtype, Conv2dShape shape, Blocks blocks) {
   if (is_linear(shape))
     return linear_wgrad_workspace(target, dtype, linear_shape(shape, shape.x_channels, shape.dy_channels), blocks);
+#ifdef DYNAPRUNE_SM90A
+  if (runs_sm90(target, dtype, shape, blocks)) return conv2d_wgrad_workspace_sm90(target, dtype, shape, blocks);
+#endif
   return plan_gradient(target, blocks, output_positions(shape)).workspace(blocks);
 }
 
@@ -135,6 +107,10 @@ cudaError_t conv2d_wgrad(Target target, DType dtype, Precision precision, Conv2d
     return linear_wgrad(target, dtype, precision, linear_shape(shape, shape.x_channels, shape.dy_channels), blocks, dy,
                         x, values, dvalues, wg, workspace);
   if (blocks.capacity == 0 && wg == nullptr) return cudaSuccess;
+#ifdef DYNAPRUNE_SM90A
+  if (runs_sm90(target, dtype, shape, blocks))
+    return conv2d_wgrad_sm90(target, dtype, shape, blocks, dy, x, values, dvalues, wg, workspace);
+#endif
   const int log_bi = log_of_width(blocks.bi);
   if (log_bi < 0) return cudaErrorInvalidValue;
   const GradientPlan plan = plan_gradient(target, blocks, output_positions(shape));

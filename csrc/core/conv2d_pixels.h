@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/device.h"
+#include "core/variants.h"
 
 namespace dynaprune::cuda {
 
@@ -63,6 +64,47 @@ struct Conv2dSizes {
     return {line * dilation_h, (number - line * kernel_w.value) * dilation_w, column - number * channel_blocks.value};
   }
 };
+
+// Whether pixels, those that images would have with padding included, can be counted in 32 bits.
+inline bool fits(const Conv2dShape& s) {
+  return fits_int32(s.images * (s.in_h + 2 * s.pad_h) * (s.in_w + 2 * s.pad_w)) && fits_int32(s.x_channels) &&
+         fits_int32(s.dy_channels);
+}
+
+inline Conv2dSizes sizes_of(const Conv2dShape& s, const Blocks& blocks) {
+  const int64_t group_channels = s.in_channels / s.groups;
+  Conv2dSizes sizes;
+  sizes.images = s.images;
+  sizes.in_h = int(s.in_h);
+  sizes.in_w = int(s.in_w);
+  sizes.in_channels = int(s.in_channels);
+  sizes.out_h = int(s.out_h);
+  sizes.out_w = int(s.out_w);
+  sizes.out_channels = int(s.out_channels);
+  sizes.x_channels = int(s.x_channels);
+  sizes.dy_channels = int(s.dy_channels);
+  sizes.groups = s.groups;
+  sizes.group_channels = int(group_channels);
+  sizes.rows_per_group = int(blocks.rows / s.groups);
+  sizes.bi = int(blocks.bi);
+  sizes.bo = int(blocks.bo);
+  sizes.stride_h = s.stride_h;
+  sizes.stride_w = s.stride_w;
+  sizes.pad_h = s.pad_h;
+  sizes.pad_w = s.pad_w;
+  sizes.dilation_h = s.dilation_h;
+  sizes.dilation_w = s.dilation_w;
+  sizes.output = {divisor(s.out_h), divisor(s.out_w)};
+  for (int up = 0; up < 2; ++up) {
+    sizes.phase_height[up] = divisor(s.in_h / s.stride_h + up);
+    sizes.phase_width[up] = divisor(s.in_w / s.stride_w + up);
+  }
+  sizes.channel_blocks = divisor(ceil_div(group_channels, blocks.bi));
+  sizes.kernel_w = divisor(s.kernel_w);
+  sizes.by_stride_h = divisor(s.stride_h);
+  sizes.by_stride_w = divisor(s.stride_w);
+  return sizes;
+}
 
 // One column list: the input pixels of a stride phase, and a block of a group's channels.
 struct StridePhase {

@@ -38,6 +38,9 @@ CONV = [
 HOPPER = [
     Case(130, 200, (64, 64), "random", 70, BFLOAT16),
     Case(128, 256, (128, 128), "suspended", 9, HALF),
+    Case(100, 72, (64, 64), "random", 2, BFLOAT16, ConvGeometry(3, 3, 2, 2, 1, 1), (5, 4)),
+    Case(128, 128, (64, 64), "cross", 1, HALF, ConvGeometry(1, 2, 1, 1, 0, 1, 1, 1, 2), (3, 4)),
+    Case(128, 96, (64, 64), "random", 1, HALF, ConvGeometry(2, 1, groups=2), (3, 4)),  # runs as on 8.0
 ]
 CHECKS = [check_products, check_gradients, check_saliency]
 
