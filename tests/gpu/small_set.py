@@ -18,6 +18,7 @@ CASES = [
     Case(48, 80, (16, 16), "random", 20, torch.float16),
     Case(48, 40, (16, 16), "random", 2, torch.bfloat16, ConvGeometry(3, 3, 2, 2, 1, 1), (7, 9)),
     Case(64, 64, (32, 32), "random", 1, conv=ConvGeometry(3, 3, 1, 1, 1, 1, groups=2), size=(6, 5)),
+    Case(64, 72, (64, 64), "random", 2, torch.bfloat16, ConvGeometry(3, 3, 2, 2, 1, 1), (7, 9)),
 ]
 
 

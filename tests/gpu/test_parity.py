@@ -61,13 +61,21 @@ def test_linear(block: tuple[int, int], dtype: torch.dtype, kernels: ModuleType)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (64, 16)], ids=lambda b: f"{b[0]}x{b[1]}")
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
 def test_conv2d(block: tuple[int, int], dtype: torch.dtype, kernels: ModuleType) -> None:
     for (geometry, size), (out, inputs) in itertools.product(GEOMETRIES, ((128, 128), (192, 80))):
         out = out if geometry.groups == 1 else 2 * block[0]
         case = Case(out, inputs, block, "random", 3, dtype, geometry, size)
         check_products(case, "cuda", kernels=kernels)
         check_gradients(case, "cuda", kernels=kernels)
+
+
+@pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
+def test_more_tiles_than_multiprocessors(conv: ConvGeometry | None, kernels: ModuleType) -> None:
+    rows = 40000 if conv is None else 70
+    case = Case(128, 128, (64, 64), "random", rows, torch.bfloat16, conv, (24, 23))
+    check_products(case, "cuda", kernels=kernels)
+    check_gradients(case, "cuda", kernels=kernels)
 
 
 @pytest.mark.parametrize("conv", [None, CONV._replace(stride_h=2, groups=2)], ids=["linear", "conv2d"])
