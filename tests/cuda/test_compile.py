@@ -54,8 +54,11 @@ def test_products_read_16_bytes_at_a_time_ahead_of_their_use(compiled: list[Kern
 def test_hopper_has_kernels_of_its_own(compiled: list[Kernel]) -> None:
     if not any(k.architecture == "90a" for k in compiled):
         pytest.skip("not compiled for 9.0a")
-    families = {k.name.partition("<")[0] for k in compiled if k.hgmma}
-    assert families == {"sm90::linear_product_sm90_kernel", "sm90::linear_wgrad_sm90_kernel"}
+    families = {re.sub(r"<\w+, sm90::(\w+).*", r" of \1", k.name) for k in compiled if k.hgmma}
+    assert families == {
+        *(f"sm90::product_sm90_kernel of {rows}" for rows in ("Tokens", "OutputPixels", "InputPixels")),
+        *(f"sm90::wgrad_sm90_kernel of {inputs}" for inputs in ("TokenInputs", "SeenInputs")),
+    }
     assert all(k.architecture == "90a" for k in compiled if k.name.startswith("sm90::"))
 
 
