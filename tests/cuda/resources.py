@@ -1,7 +1,8 @@
 """What every compiled CUDA kernel takes; ``python -m tests.cuda.resources`` writes ``resources.csv`` anew.
 
 Read off the extension itself by cuobjdump (triton brings one): registers, stack, static shared and local
-memory, and how many matrix, copy and spilling instructions the machine code has.
+memory, and how many matrix, copy and spilling instructions the machine code has. Dynamic shared memory is
+chosen at the launch: dynamic_shared_memory.h has it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +43,7 @@ class Kernel(NamedTuple):
     registers: int
     stack_bytes: int
     static_shared_bytes: int
+    dynamic_shared_bytes: int
     local_bytes: int
     hmma: int
     hgmma: int
@@ -90,14 +93,35 @@ def kernels(library: Path) -> list[Kernel]:
         counts[architecture, name] = collections.Counter(opcodes)
     usage = list(sections(printed(tool, "--dump-resource-usage", library), "Function"))
     names = printed("c++filt", text="\n".join(name for _, name, _ in usage)).splitlines()
+    names = [readable(name) for name in names]
     found = []
-    for (architecture, mangled, text), name in zip(usage, names, strict=True):
+    for (architecture, mangled, text), name, dynamic in zip(
+        usage, names, dynamic_shared_bytes(names), strict=True
+    ):
         taken = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
         of = counts[architecture, mangled]
         opcodes = {column: sum(of[opcode] for opcode in group) for column, group in OPCODES.items()}
-        memory = taken["STACK"], taken["SHARED"], taken["LOCAL"]
-        found.append(Kernel(readable(name), architecture, taken["REG"], *memory, **opcodes))
+        memory = taken["STACK"], taken["SHARED"], dynamic, taken["LOCAL"]
+        found.append(Kernel(name, architecture, taken["REG"], *memory, **opcodes))
     return sorted(set(found))  # templates that several files use are there more than once
+
+
+def dynamic_shared_bytes(names: list[str]) -> list[int]:
+    """What the kernels of these readable names are launched with, from the constants of csrc/core."""
+    lines = "".join(f'  std::printf("%zu\\n", size_t({name}));\n' for name in names)
+    source = f"""#include <cstdio>
+#include "{Path(__file__).parent / "dynamic_shared_memory.h"}"
+namespace launched_with {{
+void print() {{
+{lines}}}
+}}  // namespace launched_with
+int main() {{ launched_with::print(); }}
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "print"
+        flags = ["-std=c++20", "-DDYN_EMULATION", f"-I{Path(__file__).parents[2] / 'csrc'}"]
+        printed("g++", "-x", "c++", *flags, "-o", program, "-", text=source)
+        return [int(line) for line in printed(program).splitlines()]
 
 
 def readable(name: str) -> str:
