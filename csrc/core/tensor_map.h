@@ -115,7 +115,7 @@ inline cudaError_t make_tensor_map(TensorMap& map, DType dtype, const Matrices& 
       encode_tiled()(&map, map_type(dtype), 3, const_cast<void*>(m.base), sizes, strides, box, every,
                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<cudaError_t>(result);  // the same numbers; may tell of work that failed before
 }
 
 // Columns of `pixels` times 64 channels. Every array starts with the axis that is next in memory.
@@ -131,7 +131,7 @@ inline cudaError_t make_im2col_map(Im2colMap& map, DType dtype, const Images& i,
       encode_im2col()(&map, map_type(dtype), 4, const_cast<void*>(i.base), sizes, strides, lower, upper, 64,
                       cuuint32_t(pixels), steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<cudaError_t>(result);  // the same numbers; may tell of work that failed before
 }
 
 #endif
