@@ -52,11 +52,13 @@ class CopyEngine {
     news_.arrive<Order::none>();
   }
 
-  bool has_work() {
-    std::lock_guard lock(mutex_);
+  // Whether nothing is being copied and nothing that waits is due.
+  bool idle() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return false;  // held while it copies
     for (const Job& job : jobs_)
-      if (due(job)) return true;
-    return false;
+      if (due(job)) return false;
+    return true;
   }
 
   // At the end of a thread block: forgets the copies that nobody waited for and says how many there were.

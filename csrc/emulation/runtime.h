@@ -148,6 +148,8 @@ class Machine {
   void end_block();
   void read_environment();
   void stop(std::exception_ptr error);
+  using Sleep = std::pair<const Gate*, uint32_t>;  // at a gate, until its phase is over
+  std::vector<Sleep> all_asleep() const;
   bool deadlocked();
 
   std::mutex launching_;  // one launch at a time
@@ -202,7 +204,7 @@ inline void Machine::run(std::array<int, 3> grid, int threads, size_t shared_byt
   }
   begin_.notify_all();
   while (!end_.wait_for(lock, std::chrono::milliseconds(200), [this] { return unfinished_ == 0; })) {
-    if (stopped_ || !deadlocked() || !deadlocked()) continue;
+    if (stopped_ || !deadlocked()) continue;
     lock.unlock();
     stop(std::make_exception_ptr(std::runtime_error("deadlock: every thread waits at a barrier")));
     lock.lock();
@@ -299,18 +301,26 @@ inline void Machine::stop(std::exception_ptr error) {
   stopped_.store(true, std::memory_order_relaxed);
 }
 
-// Whether all threads inside the kernel sleep at gates that are still closed. Called with the mutex held.
-inline bool Machine::deadlocked() {
-  int asleep = 0;
+// Where the threads inside the kernel sleep if all of them do, at gates that are still closed; else nothing.
+inline std::vector<Machine::Sleep> Machine::all_asleep() const {
+  std::vector<Sleep> asleep;
   for (int index = 0; index < block_.threads; ++index) {
     const Thread& thread = threads_[size_t(index)];
     const Gate* gate = thread.asleep_at.load(std::memory_order_relaxed);
     if (!gate) continue;
-    if (gate->state().phase != thread.asleep_for.load(std::memory_order_relaxed)) return false;
-    ++asleep;
+    asleep.emplace_back(gate, thread.asleep_for.load(std::memory_order_relaxed));
+    if (gate->state().phase != asleep.back().second) return {};
   }
   const int arrived = block_.threads - int(round_.state().pending);  // at the end of the block, or its beginning
-  return asleep > 0 && asleep + arrived == block_.threads && !copy_engine_.has_work();
+  if (int(asleep.size()) + arrived != block_.threads) return {};
+  return asleep;
+}
+
+// Whether nobody can go on. One look is not enough, since threads move and copies are carried out while it looks: but
+// who sleeps in the same phase before and after has not moved. Called with the mutex held.
+inline bool Machine::deadlocked() {
+  const std::vector<Sleep> before = all_asleep();
+  return !before.empty() && copy_engine_.idle() && before == all_asleep();
 }
 
 inline void sync_block() {
