@@ -48,7 +48,14 @@ class CopyEngine {
   }
 
   void want(MBarrier& mbarrier, uint32_t phase) {
-    mbarrier.wanted.store(phase + 1, std::memory_order_relaxed);
+    // A thread that is slow to say what it wants must not hide the next phase, which others may already wait for.
+    const auto is_older = [phase](uint32_t wanted) {
+      return wanted == 0 || (wanted - (phase + 1)) % Gate::kPhases > Gate::kPhases / 2;
+    };
+    uint32_t seen = mbarrier.wanted.load(std::memory_order_relaxed);
+    while (is_older(seen) &&
+           !mbarrier.wanted.compare_exchange_weak(seen, phase + 1, std::memory_order_relaxed)) {
+    }
     news_.arrive<Order::none>();
   }
 
