@@ -13,7 +13,9 @@ from typing import Any, BinaryIO
 
 __all__ = [
     "METRICS",
+    "OF_A_MACHINE",
     "PRUNED_METRICS",
+    "REMOVALS",
     "build_report",
     "ratios",
     "write_bytes",
@@ -40,17 +42,16 @@ METRICS = (
     "flops_per_step_last",
     "flops_total",
 )
-PRUNED_METRICS = (
-    "sparsity",
-    "target_reached",
+# What went, and why it was allowed to.
+REMOVALS = (
     "neurons_removed",
     "blocks_removed",
     "removed_passed",
     "removed_forced",
     "removed_untested",
     "blocks_removed_with_neurons",
-    "step_seconds_dense",
 )
+PRUNED_METRICS = ("sparsity", "target_reached", *REMOVALS, "step_seconds_dense")
 
 
 def write_text(path: Path, text: str) -> None:

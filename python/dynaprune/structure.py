@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dynaprune.metrics import flops_of
-from dynaprune.report import write_bytes, write_csv, write_json
+from dynaprune.report import REMOVALS, write_bytes, write_csv, write_json
 from dynaprune.steps import to_device
 from dynaprune.tasks.data import batches, batches_per_epoch, training_batches
 
@@ -227,19 +227,11 @@ class PrunedStructure(DenseStructure):
     def facts(self) -> dict[str, Any]:
         """Size, sparsity and counts of removed units, now."""
         said = self.pruner.report()
-        names = (
-            "neurons_removed",
-            "blocks_removed",
-            "removed_passed",
-            "removed_forced",
-            "removed_untested",
-            "blocks_removed_with_neurons",
-        )
         return {
             **super().facts(),
             "sparsity": self.sparsity(),
             "target_reached": self.target_reached(),
-            **{name: said[name] for name in names},
+            **{name: said[name] for name in REMOVALS},
             "density_by_layer": self.pruner.density(),
         }
 
