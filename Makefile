@@ -9,19 +9,28 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*.h csrc/*/*.[ch]* csrc/*/*.inc))
+CUDA_LIBRARY := dynaprune_kernels/_C_cuda.abi3.so
+NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+# A step's output goes to a log, and to the terminal where the step fails.
+QUIETLY = > $(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log >&2; exit 1; }
+DEV_PACKAGES = 'import importlib.metadata as m; \
+	print(*(r.split(";")[0] for r in m.requires("dynaprune") if r.endswith("extra == \"dev\"")))'
 
-.PHONY: help demo test sanitize gpu check bench ext clean
+.PHONY: help demo test test-gpu-offline sanitize gpu check bench ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "%-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "%-17s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## train the digits network dense and pruned; writes runs/demo anew
-	rm -rf runs/demo
+	@rm -rf runs/demo
 	$(BIN)/dynaprune compare digits --out runs/demo
 
 test: $(VENV)/.installed  ## the tests that need no GPU (PYTEST_ARGS adds options)
-	$(BIN)/python -m pytest -q -m "not gpu and not sanitized" --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not gpu and not gpu_offline and not sanitized" --durations=10 $(PYTEST_ARGS)
+
+test-gpu-offline: $(VENV)/.installed $(if $(NVCC),$(CUDA_LIBRARY))  ## GPU kernels without a GPU: compiled, and run on host threads
+	$(BIN)/python -m pytest -q -m "gpu_offline and not sanitized" --durations=10 $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.installed  ## the CUDA kernels on host threads under address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest -q -m sanitized --durations=10 $(PYTEST_ARGS)
@@ -46,6 +55,7 @@ clean:  ## remove what was built, but not the virtual environment
 	rm -f $(VENV)/.installed
 
 $(VENV)/bin/python:
+	@echo "dynaprune: making a virtual environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "dynaprune needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
@@ -53,15 +63,24 @@ $(VENV)/bin/python:
 		"(Debian, Ubuntu: apt install python3-venv) or name another interpreter with PYTHON=..." >&2; exit 1; }
 
 $(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel packaging ninja
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || echo "dynaprune: installing $(TORCH), the longest download"
+	@$(BIN)/python -m pip install --upgrade "setuptools>=77" wheel packaging ninja $(QUIETLY)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH) $(QUIETLY)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test]'
+	@echo "dynaprune: compiling the kernels and installing the packages they are used with"
+	@$(BIN)/python -m pip install --no-build-isolation -e '.[test]' $(QUIETLY)
 	@$(BIN)/python -m dynaprune_kernels.info
 	@touch $@
 
 $(VENV)/.checkers: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test,dev]'
+	@echo "dynaprune: installing the checkers"
+	@$(BIN)/python -m pip install $$($(BIN)/python -c $(DEV_PACKAGES)) $(QUIETLY)
+	@touch $@
+
+# For tests of GPU kernels without a GPU: the CUDA part even where torch has no CUDA.
+$(CUDA_LIBRARY): $(SOURCES) | $(VENV)/.installed
+	@echo "dynaprune: compiling the CUDA kernels"
+	@FORCE_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace $(QUIETLY)
 	@touch $@

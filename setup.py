@@ -3,9 +3,10 @@ with nvcc also `_C_cuda.abi3.so`.
 
 Everything that is not about the compiled extensions is in pyproject.toml. Environment variables:
 DYNAPRUNE_NO_EXT=1 leaves both extensions out, CXX names the compiler, MAX_JOBS limits parallel compilation,
-DEBUG=1 compiles without optimisation and with debug information. Of the CUDA part, which needs neither a GPU
-nor a torch with CUDA: DYNAPRUNE_NO_CUDA=1 leaves it out, FORCE_CUDA=1 makes it an error that it cannot be
-built, CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the architectures ("8.0;9.0a").
+DEBUG=1 compiles without optimisation and with debug information. The CUDA part needs no GPU. It is built
+for a torch with CUDA. DYNAPRUNE_NO_CUDA=1 leaves it out; FORCE_CUDA=1 builds it for any torch and makes it
+an error that it cannot be built; CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the architectures
+("8.0;9.0a").
 """
 
 import concurrent.futures
@@ -97,6 +98,8 @@ def cuda_toolkit() -> Toolkit | str:
     """The toolkit to build the CUDA part with, or why it cannot or shall not be built here."""
     if wanted("DYNAPRUNE_NO_CUDA"):
         return "DYNAPRUNE_NO_CUDA was set during the installation"
+    if torch.version.cuda is None and not wanted("FORCE_CUDA"):
+        return "the torch found during the installation has no CUDA (FORCE_CUDA=1 builds them all the same)"
     if not sources_of("core/*.cu"):
         return "the source tree has no csrc/core/*.cu"
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -199,7 +202,7 @@ def compile_cuda(toolkit: Toolkit, architectures: list[str], folder: Path) -> li
         newest = max(headers, (ROOT / source).stat().st_mtime)
         fresh = target.is_file() and target.stat().st_mtime > newest
         if not (fresh and made_by.is_file() and made_by.read_text() == " ".join(command)):
-            print(" ".join(command), flush=True)
+            print(f"nvcc {source}", flush=True)
             made_by.unlink(missing_ok=True)
             subprocess.run(command, cwd=ROOT, check=True)
             made_by.write_text(" ".join(command))

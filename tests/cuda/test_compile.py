@@ -12,7 +12,7 @@ from dynaprune_kernels import _extension, info
 from tests.cuda import resources
 from tests.cuda.resources import Kernel
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.gpu_offline, pytest.mark.timeout(600), pytest.mark.slow]
 
 WITH_PRODUCT = re.compile("forward|dgrad|wgrad|product|probe")  # in a kernel's name
 

@@ -19,7 +19,7 @@ from tests.triton.parity import (
     operands,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.gpu_offline, pytest.mark.slow]
 
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
 LINEAR = [

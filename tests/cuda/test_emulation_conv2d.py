@@ -13,6 +13,8 @@ from tests.cuda import conv2d_cases as exact
 from tests.cuda.conv2d_cases import Case, Operands, operands
 from tests.cuda.linear_cases import assert_close
 
+pytestmark = pytest.mark.gpu_offline
+
 Emulated = Callable[[str], ModuleType]
 
 CASES = [

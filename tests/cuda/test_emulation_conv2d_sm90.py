@@ -14,6 +14,8 @@ from tests.cuda.conv2d_cases import Case, Operands, operands
 from tests.cuda.emulation import as_dtype, as_float64
 from tests.cuda.linear_cases import assert_close
 
+pytestmark = pytest.mark.gpu_offline
+
 Emulated = Callable[[str], ModuleType]
 
 BF16, F16 = "bfloat16", "float16"

@@ -11,6 +11,8 @@ import pytest
 
 from tests.kernels.packed_index import packed_index, updated_slots
 
+pytestmark = pytest.mark.gpu_offline
+
 Emulated = Callable[[str], ModuleType]
 
 

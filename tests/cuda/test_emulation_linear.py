@@ -16,6 +16,8 @@ from tests.cuda.emulation import CHOSEN
 from tests.cuda.linear_cases import Array, Case, Operands, assert_close, by_block, by_slot, operands
 from tests.kernels.packed_index import packed_index
 
+pytestmark = pytest.mark.gpu_offline
+
 Emulated = Callable[[str], ModuleType]
 
 TYPES = {

@@ -13,6 +13,8 @@ import pytest
 from tests.cuda.emulation import CHOSEN, as_float64
 from tests.cuda.linear_cases import Array, Case, Operands, assert_close, by_block, by_slot, operands
 
+pytestmark = pytest.mark.gpu_offline
+
 Emulated = Callable[[str], ModuleType]
 
 # Ragged on every side; lists longer than the ring of stages; empty rows and columns; suspended, free slots.

@@ -11,6 +11,8 @@ import pytest
 
 from tests.cuda.emulation import CHOSEN, bfloat16_bits
 
+pytestmark = pytest.mark.gpu_offline
+
 Emulated = Callable[[str], ModuleType]
 
 

@@ -12,6 +12,8 @@ import pytest
 from tests.cuda.emulation import as_dtype, as_float64
 from tests.kernels.packed_index import packed_index
 
+pytestmark = pytest.mark.gpu_offline
+
 Emulated = Callable[[str], ModuleType]
 
 

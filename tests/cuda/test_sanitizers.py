@@ -1,7 +1,7 @@
 """Every emulation test again under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
 And the proof that ThreadSanitizer sees what it should: with one barrier left out it reports a race. The proof
-on the layout update is part of every test run; the rest, minutes of compiling, is `make sanitize`, for CI.
+on the layout update is part of `make test-gpu-offline`; the rest, minutes of compiling, is `make sanitize`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 from tests.cuda.emulation import SANITIZERS, build, run_sanitized
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.gpu_offline, pytest.mark.timeout(900)]
 
 OPS = sorted(
     path.stem.removeprefix("test_emulation_") for path in Path(__file__).parent.glob("test_emulation_*.py")

@@ -13,7 +13,7 @@ from packaging.version import Version
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed", allow_module_level=True)
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.gpu_offline, pytest.mark.timeout(900), pytest.mark.slow]
 
 import triton  # noqa: E402
 
