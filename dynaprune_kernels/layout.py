@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +19,11 @@ from dynaprune_kernels.index import (
     index_size,
     sections,
 )
+from dynaprune_kernels.placement import moved
 
 LADDER_RATIO = 0.75
+_TENSORS = ("mask", "slot_of_block", "index")
+_IN_STATE_DICT: WeakKeyDictionary[nn.Module, tuple[str, ref[Tensor]]] = WeakKeyDictionary()
 
 
 class BlockLayout(nn.Module):
@@ -75,10 +82,69 @@ class BlockLayout(nn.Module):
         if capacity is None:
             capacity = max(int(mask.sum()), 1)
         self._check_capacity(capacity)
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("slot_of_block", torch.full_like(mask, -1, dtype=torch.int32))
-        self.register_buffer("index", self._new_index(capacity), persistent=False)
+        self.mask = mask
+        self.slot_of_block = torch.full_like(mask, -1, dtype=torch.int32)
+        self.index = self._new_index(capacity)
+        self._off_meta: tuple[Tensor, ...] | None = None
         self._rebuild(release=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLayout:
+        super()._apply(fn, recurse)
+        before = tuple(getattr(self, name) for name in _TENSORS)
+        after = tuple(moved(tensor, fn) for tensor in before)
+        for name, tensor in zip(_TENSORS, after, strict=True):
+            setattr(self, name, tensor)
+        if self.mask.is_meta and not before[0].is_meta:
+            self._off_meta = tuple(tensor.cpu() for tensor in before)
+        elif before[0].is_meta and not self.mask.is_meta:
+            self._leave_meta()
+        return self
+
+    def _leave_meta(self) -> None:
+        if self._off_meta is not None:
+            for tensor, kept in zip((self.mask, self.slot_of_block, self.index), self._off_meta, strict=True):
+                tensor.copy_(kept)
+            self._off_meta = None
+            return
+        self.mask.zero_()
+        self.slot_of_block.fill_(-1)
+        self.index.zero_()
+        self._rebuild(release=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in set(_TENSORS) & set(self._buffers):  # pickled when they were buffers
+            self.__dict__[name] = self._buffers.pop(name)
+            self._non_persistent_buffers_set.discard(name)
+        self.__dict__.setdefault("_off_meta", None)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write a copy of ``slot_of_block``: one per state dict, also where it has the layout twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        first, written = _IN_STATE_DICT.get(self, ("", None))
+        copy = written() if written is not None else None
+        if copy is None or destination.get(first) is not copy:
+            copy = (self.slot_of_block if self._off_meta is None else self._off_meta[1]).clone()
+            _IN_STATE_DICT[self] = (f"{prefix}slot_of_block", ref(copy))
+        destination[f"{prefix}slot_of_block"] = copy
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        key = f"{prefix}slot_of_block"
+        slots = state_dict.get(key)
+        if isinstance(slots, Tensor):
+            self.restore_(slots, self.capacity)
+        elif strict:
+            missing_keys.append(key)
+        others = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, *args)
 
     def _new_index(self, capacity: int) -> Tensor:
         size = index_size(self.rows, column_lists(self.columns, self.conv), capacity)
@@ -264,10 +330,27 @@ class BlockLayout(nn.Module):
                 f"expected -1, or each slot once and below the capacity {capacity}, "
                 f"got {slot_of_block.flatten().tolist()[:20]}"
             )
+        if self.mask.is_meta:
+            self.index = self._new_index(capacity)
+            self._off_meta = self._on_host(slot_of_block.cpu(), capacity)
+            return
         self.slot_of_block.copy_(slot_of_block)
         self.mask.copy_(self.slot_of_block >= 0)
         self.index = self._new_index(capacity)
         self._rebuild(release=False)
+
+    def _on_host(self, slots: Tensor, capacity: int) -> tuple[Tensor, ...]:
+        other = BlockLayout(
+            self.out_features,
+            self.in_features,
+            self.block,
+            conv=self.conv,
+            mask=slots >= 0,
+            capacity=capacity,
+            device="cpu",
+        )
+        other.restore_(slots, capacity)
+        return other.mask, other.slot_of_block, other.index
 
     def extra_repr(self) -> str:
         kind = "" if self.conv is None else f", kernel={self.conv[0:2]}"

@@ -167,11 +167,3 @@ def test_a_copy_that_does_not_run_stays_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="did not follow"):
         cut_copy(twin, report.plan, example)
     assert all(torch.equal(before[k], v) for k, v in twin.state_dict().items())
-
-
-def test_averages_of_buffers_are_refused() -> None:
-    model = network()
-    optimizer = torch.optim.Adam(model.parameters())
-    pruner = dynaprune.attach(model, optimizer, dynaprune.PruningConfig(block_size=16, total_steps=10))
-    with pytest.raises(ValueError, match="use_buffers"):
-        pruner.follow(AveragedModel(model, use_buffers=True))

@@ -117,6 +117,8 @@ class StructureLoader(HfQuantizer):
             apply_structure(model, structure)
         for layer in _sparse_layers(model):
             layer.__class__ = _while_loading(type(layer))
+            slots = layer.layout.__dict__.pop("slot_of_block")
+            layer.layout.register_buffer("slot_of_block", slots)  # the loader fills Parameters and buffers
         carried = [rf"^{re.escape(key)}$" for key in guarded_weights(model)]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *carried, rf"^{CARRIED_PREFIX}"}
@@ -144,7 +146,7 @@ def _while_loading(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _restore_layout(layer: Any) -> None:
-    """Make the index lists anew from the slots that were read; the loader fills persistent tensors only."""
+    """Make a layout, whose slots are no buffer, from the slots that were read."""
     old, values = layer.layout, layer.values
     rows_columns = old.slot_of_block.shape
     layer.layout = BlockLayout(

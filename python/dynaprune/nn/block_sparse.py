@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune_kernels import BlockLayout
+from dynaprune_kernels.placement import moved
 from dynaprune_kernels.reference import dense_to_blocks, dense_weight
 
 
@@ -35,9 +37,23 @@ class BlockSparseLayer(nn.Module):
         self.values = values
         self.bias = bias
         self.tap: Tensor | None = None
-        self.register_buffer(
-            "probe", torch.zeros((), dtype=torch.bool, device=values.device), persistent=False
-        )
+        self.probe = torch.zeros((), dtype=torch.bool, device=values.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLayer:
+        super()._apply(fn, recurse)
+        was_meta = self.probe.is_meta
+        self.probe = moved(self.probe, fn)
+        if was_meta and not self.probe.is_meta:
+            self.probe.zero_()
+        if self.tap is not None and (self.tap.device, self.tap.dtype) != self._tap_kind():
+            self.enable_tap_()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "probe" in self._buffers:  # pickled when it was a buffer
+            self.__dict__["probe"] = self._buffers.pop("probe")
+            self._non_persistent_buffers_set.discard("probe")
 
     @property
     def weight(self) -> Tensor:
@@ -81,11 +97,13 @@ class BlockSparseLayer(nn.Module):
 
     def enable_tap_(self) -> Tensor:
         """Create the leaf that collects block statistics in backward and return it; see ``tap``."""
-        dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
-        self.tap = torch.zeros(
-            2, self.layout.blocks, dtype=dtype, device=self.values.device, requires_grad=True
-        )
+        device, dtype = self._tap_kind()
+        self.tap = torch.zeros(2, self.layout.blocks, dtype=dtype, device=device, requires_grad=True)
         return self.tap
+
+    def _tap_kind(self) -> tuple[torch.device, torch.dtype]:
+        dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32
+        return self.values.device, dtype
 
     def disable_tap_(self) -> None:
         """Stop collecting block statistics."""
@@ -104,22 +122,39 @@ class BlockSparseLayer(nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
     ) -> None:
         """Resize to the structure found in ``state_dict`` before its tensors are copied."""
         values = state_dict.get(f"{prefix}values")
         slots = state_dict.get(f"{prefix}layout.slot_of_block")
-        if isinstance(values, Tensor) and isinstance(slots, Tensor):
+        if isinstance(values, Tensor):
             if values.dim() != 3 or values.shape[1:] != self.values.shape[1:]:
                 raise ValueError(
                     f"expected {prefix}values of shape (slots, {self.values.shape[1]}, "
                     f"{self.values.shape[2]}), got {tuple(values.shape)}: "
                     f"the checkpoint was made with another block size"
                 )
-            self.layout.restore_(slots.to(self.values.device), values.shape[0])
-            if values.shape != self.values.shape:
-                replace_parameter_data_(self.values, self.values.new_empty(values.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            if isinstance(slots, Tensor):
+                self._take_structure(slots, values, assign=local_metadata.get("assign_to_params_buffers"))
+            elif values.shape != self.values.shape:
+                raise ValueError(
+                    f"expected {prefix}values with the {self.layout.capacity} slots that the layer has now, "
+                    f"got {values.shape[0]}, and no {prefix}layout.slot_of_block that says of which blocks: "
+                    "a copy of the weights that fell behind; let it follow (pruner.follow) once made"
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _take_structure(self, slots: Tensor, values: Tensor, *, assign: bool | None) -> None:
+        if assign and self.values.device != values.device:
+            self.layout.to_empty(device=values.device)
+            self.probe = torch.zeros_like(self.probe, device=values.device)
+        self.layout.restore_(slots, values.shape[0])
+        if values.shape != self.values.shape:
+            replace_parameter_data_(self.values, self.values.new_empty(values.shape))
 
 
 def take_over_weight(weight: nn.Parameter, layout: BlockLayout) -> None:

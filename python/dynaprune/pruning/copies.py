@@ -46,17 +46,3 @@ def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
             if not isinstance(error, Exception):
                 raise
             raise RuntimeError(f"a copy did not follow a cut of the model's neurons: {error}") from error
-
-
-def refuse_averaged_buffers(copy: nn.Module) -> None:
-    """Refuse an ``AveragedModel`` that averages buffers: averages of slot numbers and masks mean nothing.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    if getattr(copy, "use_buffers", False):
-        raise ValueError(
-            "expected an average of parameters only, got AveragedModel(use_buffers=True), which would "
-            "average the slot numbers of block-sparse layers: leave use_buffers False, and call "
-            "torch.optim.swa_utils.update_bn at the end"
-        )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.swap import SPARSE_TYPES, _replace
-from dynaprune.pruning.copies import refuse_averaged_buffers
 
 
 class CopyWatch:
@@ -70,7 +69,6 @@ class Followers:
         """
         if not isinstance(copy, nn.Module):
             raise TypeError(f"expected the copy as an nn.Module, got {type(copy).__name__}")
-        refuse_averaged_buffers(copy)
         modules = dict(copy.named_modules())
         prefix = next(
             (p for p in ("", "module.", "_orig_mod.") if all(p + n in modules for n in layers)), None
