@@ -16,7 +16,7 @@ QUIETLY = > $(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log >&2; exit 1; }
 DEV_PACKAGES = 'import importlib.metadata as m; \
 	print(*(r.split(";")[0] for r in m.requires("dynaprune") if r.endswith("extra == \"dev\"")))'
 
-.PHONY: help demo test test-gpu-offline sanitize gpu check bench ext clean
+.PHONY: help demo test test-gpu-offline sanitize fuzz fuzz-files gpu check bench ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,6 +34,11 @@ test-gpu-offline: $(VENV)/.installed $(if $(NVCC),$(CUDA_LIBRARY))  ## GPU kerne
 
 sanitize: $(VENV)/.installed  ## the CUDA kernels on host threads under address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest -q -m sanitized --durations=10 $(PYTEST_ARGS)
+
+fuzz: fuzz-files  ## all that is fuzzed, minutes
+
+fuzz-files: $(VENV)/.installed  ## 10,000 mutated checkpoint files: refused, or loaded as they were saved
+	$(BIN)/python -m tests.fuzz.files
 
 gpu:  ## tests and kernel benchmarks on an NVIDIA GPU, CSV files in benchmarks/results (needs torch with CUDA)
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/run

@@ -74,7 +74,7 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch: 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("dynaprune.checkpoint.save_file", fail)
+    monkeypatch.setattr("dynaprune.durable.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save(pruned(), tmp_path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from dynaprune.checkpoint import load, save
 from dynaprune.manifest import METADATA_KEY
+from dynaprune.tensor_file import write_tensors
 from tests.checkpoint_cases import Tied, network, pruned, swapped
 
 
 def corrupted(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> Path:
+    """With a checksum that agrees."""
     with safe_open(str(path), "pt") as file:
         manifest = json.loads(file.metadata()[METADATA_KEY])
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     text = change(manifest, tensors)
-    metadata = {METADATA_KEY: text if isinstance(text, str) else json.dumps(manifest)}
-    save_file(tensors, str(path), metadata)
+    write_tensors(path, tensors, {METADATA_KEY: text if isinstance(text, str) else json.dumps(manifest)})
     return path
 
 
@@ -60,6 +61,15 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "a list": lambda m, t: "[]",
     "another format": top("format", "other"),
     "a later version": top("version", 2),
+    "a version that is true": top("version", True),
+    "a version that is a float": top("version", 1.0),
+    "a version that is text": top("version", "1"),
+    "a later file": top("file", 3),
+    "a file's version that is a float": top("file", 2.0),
+    "an older file": top("file", 1),
+    "no version of the file": lambda m, t: m.pop("file"),
+    "no shapes of weights": lambda m, t: m.pop("weights"),
+    "shapes of weights as text": top("weights", "[]"),
     "layers as a list": top("layers", []),
     "no layers": top("layers", {}),
     "aliases of nothing": top("aliases", {"x": "y"}),
@@ -83,6 +93,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "no block": setting("7", "block", None),
     "capacity of zero": setting("7", "capacity", 0),
     "capacity beyond": setting("7", "capacity", 10**6),
+    "a width inside a ragged block": setting("9", "in", 47),
+    "another kernel of the same size": lambda m, t: m["weights"]["3"].__setitem__(slice(2, 4), [1, 9]),
     "groups": setting("3", "groups", 2),
     "groups that do not divide": setting("3", "groups", 7),
     "missing tensor": tensor("7.bias", lambda t: None),

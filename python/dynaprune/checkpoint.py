@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
-from dynaprune.manifest import METADATA_KEY, apply_structure, check_state, own_state, structure_manifest
+from dynaprune.manifest import (
+    METADATA_KEY,
+    apply_structure,
+    check_state,
+    own_state,
+    read_manifest,
+    structure_manifest,
+)
 from dynaprune.nn import BlockSparseLayer
+from dynaprune.tensor_file import TensorFile, read_tensors, unique_names, write_tensors
 
 __all__ = ["load", "save"]
 
 FILE_NAME = "model.safetensors"
-_MAX_JSON = 64 * 2**20
+# Of the file, beside the version of the structure: 1 had no checksum.
+_FILE_VERSION = 2
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write weights, buffers and structure of ``model`` into one safetensors file, all at once or not at all.
+
+    The file is on the disk when the function returns, and carries a checksum of all its bytes. Equal models
+    give equal bytes. Its mode is what the umask leaves of 0666.
 
     Args:
         path: the file; in an existing directory, ``model.safetensors``.
@@ -33,6 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         TypeError: not a module. ValueError: state that is no tensor, or tensors without data.
+        OSError: a folder that does not exist, a disk that is full or read-only; an older file stays as it is.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected the model as an nn.Module, got {type(model).__name__}")
@@ -46,16 +58,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             key = f"{name}.values" if name else "values"
             free = (layer.layout.lists.block_of_slot < 0).view(-1, 1, 1)
             tensors[key] = tensors[key].masked_fill(free, 0)
-    manifest = {**structure_manifest(model), "aliases": aliases}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(manifest)}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    manifest = {
+        **structure_manifest(model),
+        "aliases": aliases,
+        "file": _FILE_VERSION,
+        "weights": _weight_shapes(model, structure_manifest(model)),
+    }
+    write_tensors(target, tensors, {METADATA_KEY: json.dumps(manifest, sort_keys=True), "format": "pt"})
     return target
 
 
@@ -63,7 +72,8 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
     """Give ``model`` the structure and the weights of a file written by :func:`save`, in place.
 
     Dense layers become block-sparse where the file's are, and the reverse; widths follow the file. Parameters
-    stay the same objects, on their devices and in their dtypes.
+    stay the same objects, on their devices and in their dtypes. A warning names tensors that hold NaN,
+    infinite parameters and negative variances.
 
     Args:
         model: freshly built, or of any structure pruned from the same network; or a function that builds it.
@@ -85,13 +95,16 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
                 f"expected a function that builds an nn.Module, got one that returns {type(model).__name__}"
             )
     manifest, state = _read(_file(path))
-    aliases = manifest.pop("aliases", {})
+    aliases, weights = manifest.pop("aliases", {}), manifest.pop("weights", None)
     state.update({alias: state[key] for alias, key in _checked_aliases(aliases, state).items()})
     check_state(model, manifest, state)
     _check_ties(model, aliases)
     _check_kinds(model, state)
+    if weights is not None:
+        _check_weight_shapes(model, manifest, weights)
     model = apply_structure(model, manifest)
     model.load_state_dict(state)
+    _warn_of_values(model, state)
     return model
 
 
@@ -113,39 +126,55 @@ def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             first[id(value)] = key
             tensors[key] = value.detach()
-    return _without_shared_memory(tensors), aliases
-
-
-def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that lie in one storage; all but the first become copies."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr() if not tensor.is_meta else 0
-        result[key] = tensor.clone() if pointer and pointer in seen else tensor
-        seen.add(pointer)
-    return result
+    return tensors, aliases
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            if text is None or len(text) > _MAX_JSON:
-                raise ValueError(
-                    f"expected a file written by dynaprune.save, got one without a manifest: {path}"
-                )
-            manifest = json.loads(text)
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"expected a safetensors file written by dynaprune.save, got {path}: {error}"
-        ) from error
+        found = read_tensors(path)
+        manifest = _manifest_of(found)
+    except ValueError as error:
+        raise ValueError(f"expected a file written by dynaprune.save, got {path}: {error}") from error
+    return manifest, found.tensors
+
+
+def _manifest_of(found: TensorFile) -> dict[str, Any]:
+    text = found.metadata.get(METADATA_KEY)
+    if text is None or not set(found.metadata) <= {METADATA_KEY, "format"}:
+        raise ValueError(f"its metadata are {sorted(found.metadata)[:5]}, a manifest is missing")
+    try:
+        manifest = json.loads(text, object_pairs_hook=unique_names)
+    except RecursionError as error:
+        raise ValueError("its manifest is nested too deeply") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"expected a manifest with named entries, got {type(manifest).__name__}")
-    return manifest, state
+    version = manifest.pop("file", 1)
+    if type(version) is not int or version not in (1, _FILE_VERSION):
+        raise ValueError(f"expected a file of version 1 or {_FILE_VERSION}, got {str(version)[:40]!r}")
+    if found.sealed != (version == _FILE_VERSION) or found.sealed != ("weights" in manifest):
+        raise ValueError("its manifest and its checksum are of different versions of the format")
+    return manifest
+
+
+def _weight_shapes(model: nn.Module, manifest: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shape that each layer's weight has, or would have if the layer were dense."""
+    shapes = {}
+    for name, shape in read_manifest(manifest).items():
+        kernel = getattr(model.get_submodule(name), "kernel_size", ())
+        shapes[name] = [shape.out, shape.in_ // shape.groups, *kernel] if shape.in_ else [shape.out]
+    return shapes
+
+
+def _check_weight_shapes(model: nn.Module, manifest: Mapping[str, Any], weights: Any) -> None:
+    """Widths inside a ragged block show in no tensor's shape, kernels of equal size in none either."""
+    expected = _weight_shapes(model, manifest)
+    if json.dumps(weights, sort_keys=True) != json.dumps(expected, sort_keys=True):  # True is not 1 there
+        raise ValueError(
+            "expected weights of the shapes that the structure and this model give, "
+            f"{str(expected)[:200]}, got {str(weights)[:200]}"
+        )
 
 
 def _checked_aliases(aliases: Any, state: dict[str, Tensor]) -> dict[str, str]:
@@ -170,8 +199,33 @@ def _check_ties(model: nn.Module, aliases: dict[str, str]) -> None:
 def _check_kinds(model: nn.Module, state: dict[str, Tensor]) -> None:
     mine = model.state_dict(keep_vars=True)
     for key, value in state.items():
-        floating = mine[key].is_floating_point() if key in mine else not key.endswith("slot_of_block")
-        if value.is_floating_point() != floating:
-            raise ValueError(
-                f"expected {key} in {'floating point' if floating else 'integers'}, got {value.dtype}"
-            )
+        wanted = _kind(mine[key]) if isinstance(mine.get(key), Tensor) else None
+        if wanted is None:
+            wanted = "integers" if key.endswith("slot_of_block") else "floating point"
+        if _kind(value) != wanted:
+            raise ValueError(f"expected {key} in {wanted}, got {value.dtype}")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating point"
+    if tensor.is_complex():
+        return "complex numbers"
+    return "truth values" if tensor.dtype == torch.bool else "integers"
+
+
+def _warn_of_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, list[str]] = {}
+    for key, value in state.items():
+        if not (value.is_floating_point() or value.is_complex()):
+            continue
+        if bool(value.isnan().any()):
+            found.setdefault("NaN in", []).append(key)
+        elif key in parameters and bool(value.isinf().any()):
+            found.setdefault("infinite values in", []).append(key)
+        if key.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
+            found.setdefault("negative variances in", []).append(key)
+    for what, keys in found.items():
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        warnings.warn(f"loaded a model with {what} {', '.join(keys[:5])}{more}", stacklevel=3)

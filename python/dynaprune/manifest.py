@@ -108,8 +108,9 @@ def read_manifest(manifest: Any) -> dict[str, LayerShape]:
     """
     if not isinstance(manifest, Mapping) or manifest.get("format") != FORMAT:
         raise ValueError(f"expected a structure manifest of format {FORMAT!r}, got {str(manifest)[:80]}")
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"expected a manifest of version {VERSION}, got {manifest.get('version')!r}")
+    version = manifest.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"expected a manifest of version {VERSION}, got {str(version)[:40]!r}")
     layers = manifest.get("layers")
     if not isinstance(layers, Mapping) or len(layers) > _MAX_LAYERS:
         raise ValueError(f"expected at most {_MAX_LAYERS} layers by name, got {type(layers).__name__}")

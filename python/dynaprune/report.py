@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from dynaprune.durable import write_file
 
 __all__ = [
     "METRICS",
@@ -18,7 +18,6 @@ __all__ = [
     "REMOVALS",
     "build_report",
     "ratios",
-    "write_bytes",
     "write_csv",
     "write_csv_lines",
     "write_json",
@@ -54,19 +53,9 @@ REMOVALS = (
 PRUNED_METRICS = ("sparsity", "target_reached", *REMOVALS, "step_seconds_dense")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     """Write ``text`` so that ``path`` holds either the old or the whole new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_bytes(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let ``write`` fill a temporary file, then give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-    os.replace(temporary, path)
+    write_file(path, lambda file: file.write(text.encode("utf-8")), sync=sync)
 
 
 def _plain(value: Any) -> Any:
@@ -85,13 +74,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``rows`` (dictionaries with the keys of the first) with a header line."""
+    """Write ``rows`` (dictionaries with the keys of the first) with a header line.
+
+    Histories are written in every epoch: the disk is not waited for."""
     buffer = io.StringIO()
     if rows:
         writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+    write_text(path, buffer.getvalue(), sync=False)
 
 
 def ratios(baseline: dict[str, Any] | None, pruned: dict[str, Any] | None) -> dict[str, float]:

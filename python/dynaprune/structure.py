@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dynaprune.durable import write_file
 from dynaprune.metrics import flops_of
-from dynaprune.report import REMOVALS, write_bytes, write_csv, write_json
+from dynaprune.report import REMOVALS, write_csv, write_json
 from dynaprune.steps import to_device
 from dynaprune.tasks.data import batches, batches_per_epoch, training_batches
 
@@ -266,7 +267,7 @@ class PrunedStructure(DenseStructure):
             index.append({"step": frame.step, "sparsity": frame.sparsity, "layers": layers})
         shapes = {name: list(shape) for name, shape in self._shapes.items()}
         write_json(out / "masks.json", {"shapes": shapes, "frames": index})
-        write_bytes(out / "masks.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+        write_file(out / "masks.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def _matrix_shape(layer: BlockSparseLayer) -> tuple[int, int]:

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from dynaprune import metrics
 from dynaprune.early_stopping import EarlyStopping
 from dynaprune.progress import EpochProgress
-from dynaprune.report import write_bytes, write_csv, write_json
+from dynaprune.report import write_csv, write_json
 from dynaprune.run_config import RunConfig
 from dynaprune.steps import (
     Arm,
@@ -40,6 +39,7 @@ from dynaprune.steps import (
 from dynaprune.structure import DenseStructure, PrunedStructure
 from dynaprune.tasks import Task, TaskData, get_task
 from dynaprune.tasks.data import batches_per_epoch, training_batches
+from dynaprune.tensor_file import read_tensors, write_tensors
 
 __all__ = ["ARMS", "CannotStart", "main", "run_arm"]
 
@@ -215,10 +215,12 @@ def _pretrained(
         begun = now(device)
         said = task.pretrain(model, data, config, device)
         said["pretrain_seconds"] = now(device) - begun
-        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        write_bytes(file, lambda target: target.write(safetensors.torch.save(tensors)))
+        write_tensors(file, model.state_dict(), {})
         write_json(notes, said)
-    model.load_state_dict(safetensors.torch.load_file(file))
+    try:
+        model.load_state_dict(read_tensors(file).tensors)
+    except (ValueError, RuntimeError) as error:
+        raise CannotStart(f"expected the weights of a pretraining in {file}: {error}") from error
     torch.manual_seed(config.model_seed)
     return dict(json.loads(notes.read_text()))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynaprune import report as reporting
+from dynaprune import durable
 from dynaprune.report import build_report, ratios, shown, write_csv, write_json, write_markdown
 from dynaprune.run_config import RunConfig, resolve
 
@@ -54,7 +54,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     def cut(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reporting.os, "replace", cut)
+    monkeypatch.setattr(durable.os, "replace", cut)
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == {"a": None, "b": [1, None]}

@@ -1,0 +1,52 @@
+"""Files that are there whole or not at all: written aside, brought to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["write_file"]
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], Any], *, sync: bool = True) -> None:
+    """Let ``write`` fill a new file beside ``path``, then give it that name.
+
+    ``path`` holds the old content or the whole new one at any moment. Its mode is what the umask leaves of
+    0666. Nothing is left behind where ``write`` raises.
+
+    Args:
+        sync: wait until the content and the name are on the disk, so that a power cut loses neither.
+
+    Raises:
+        OSError: a disk that is full or read-only, a folder that does not exist. ``filename`` is ``path``.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with open(handle, "wb") as file:
+                write(file)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        if sync:
+            _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
