@@ -1,0 +1,98 @@
+"""``python -m benchmarks.families``: which architectures train, shrink, save, load and compile.
+
+Every family runs in a process of its own with a time limit: attach, 30 steps with pruning events and
+cuts of neurons, outputs compared with dense references at each stage, save and load, deep copy,
+``torch.compile``. The result is a CSV file. The exit status is 1 where an output is wrong, a process
+hangs or dies, or an error comes that is no refusal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.family_models import families
+
+RESULTS = Path(__file__).parent / "results" / "families.csv"
+COLUMNS = ("family", "library", "verdict", "swapped", "sparsity", "neurons", "reason", "not_cut", "seconds")
+
+
+def examined(name: str, limit: float) -> dict[str, object]:
+    """One row: the family's outcome in a process of its own."""
+    started = time.monotonic()
+    # Blocks of 8 would go to the dense library: the kernels are what is tried here.
+    environment = {"DYNAPRUNE_BACKEND": "cpu", **os.environ}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.families", "--one", name],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        row: dict[str, object] = {"verdict": "hangs", "reason": f"still running after {limit:.0f} s"}
+    else:
+        last = done.stdout.strip().splitlines()[-1:] or [""]
+        if done.returncode == 0 and last[0].startswith("{"):
+            row = json.loads(last[0])
+        else:
+            row = {"verdict": "died", "reason": f"exit status {done.returncode}: {done.stderr[-300:]}"}
+    return {**row, "seconds": round(time.monotonic() - started, 1)}
+
+
+def one(name: str) -> None:
+    """Print a family's outcome as JSON."""
+    import torch
+
+    from benchmarks.family_checks import quietly
+
+    torch.set_num_threads(1)
+    family = next(each for each in families() if each.name == name)
+    print(json.dumps(quietly(family)._asdict()))
+
+
+def main() -> int:
+    """Run the families named, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="families; all by default")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=300, help="seconds per family")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
+    chosen = parser.parse_args()
+    if chosen.one:
+        one(chosen.one)
+        return 0
+    known = {family.name: family for family in families()}
+    if unknown := set(chosen.names) - set(known):
+        parser.error(f"expected families among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    rows = []
+    for name in chosen.names or known:
+        row = {"family": name, "library": known[name].library, **examined(name, chosen.limit)}
+        rows.append(row)
+        figures = (
+            f"{row['swapped']:.0%} swapped, {row['sparsity']:.0%} sparse, {row['neurons']} neurons cut"
+            if row["verdict"] == "works"
+            else str(row["reason"])[:160]
+        )
+        print(f"{name:30} {row['verdict']:8} {row['seconds']:6} s  {figures}", flush=True)
+    versions = {lib: importlib.metadata.version(lib) for lib in ("torch", *{row["library"] for row in rows})}
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    with chosen.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    verdicts = [row["verdict"] for row in rows]
+    print(", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))), "with", versions)
+    return int(any(verdict not in ("works", "refused") for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""What one family goes through in ``benchmarks.families``: every step compared with a dense reference."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import dynaprune
+from benchmarks.family_models import Family
+from dynaprune.nn import BlockSparseLayer, swap_back
+from dynaprune.pruning import events
+
+BATCH, CALIBRATION, STEPS, TWIN_STEPS = 8, 32, 30, 12
+TARGET, BLOCK = 0.6, 8
+# Relative to the norm of the outputs, or of a weight's change in training. float32 networks of a few
+# layers differ by a few 1e-6 where only the order of sums changes, and by more after some steps.
+SAME_FUNCTION, SAME_TRAINING = 1e-4, 2e-2
+NO_CHANGE = 1e-5
+
+
+class Outcome(NamedTuple):
+    """What became of a family; ``reason`` of a refusal or of what went wrong."""
+
+    verdict: str
+    reason: str
+    swapped: float
+    sparsity: float
+    neurons: int
+    not_cut: str
+
+
+class Rows(Dataset[tuple[dict[str, Tensor], Tensor]]):
+    """Fixed random inputs, and targets of the shape of the model's outputs."""
+
+    def __init__(self, family: Family, model: nn.Module, count: int) -> None:
+        self.inputs = family.inputs(count)
+        with torch.no_grad():
+            shape = outputs(model, {key: value[:2] for key, value in self.inputs.items()}).shape[1:]
+        self.targets = torch.randn(count, *shape)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+        return {key: value[index] for key, value in self.inputs.items()}, self.targets[index]
+
+    def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """``BATCH`` rows, others at each step."""
+        rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(self)
+        return {key: value[rows] for key, value in self.inputs.items()}, self.targets[rows]
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The first tensor of what the model returns: the logits."""
+    found = model(**inputs)
+    if isinstance(found, Tensor):
+        return found
+    return found["logits"] if "logits" in found else next(iter(found.values()))
+
+
+def losses(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+    """One loss per sample."""
+    inputs, targets = batch
+    return (outputs(model, inputs) - targets).square().flatten(1).mean(1)
+
+
+def evaluated(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Outputs in evaluation mode; the mode stays as it was."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = outputs(model, inputs)
+    model.train(training)
+    return found
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected; infinite where one is not finite."""
+    error = (found - expected).double().norm() / expected.double().norm().clamp_min(1e-30)
+    return float(error) if bool(torch.isfinite(error)) else float("inf")
+
+
+def settings(**changes: Any) -> dynaprune.PruningConfig:
+    chosen: dict[str, Any] = {
+        "target_sparsity": TARGET,
+        "block_size": BLOCK,
+        "total_steps": STEPS,
+        "interval": 3,
+        "end": 0.6,
+        "observe_every": 1,
+        "absolute_tolerance": 1.0,
+        "allowance": 100.0,
+        "classes": 2,
+    }
+    return dynaprune.PruningConfig(**{**chosen, **changes})
+
+
+class Wrong(Exception):
+    """An output that differs from the reference."""
+
+
+def check(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raise :class:`Wrong` where two outputs are further apart than ``tolerance``."""
+    if found.shape != expected.shape or not distance(found, expected) <= tolerance:
+        apart = "shapes" if found.shape != expected.shape else f"{distance(found, expected):.1e} apart"
+        raise Wrong(f"{what}: {apart}")
+
+
+def examine(family: Family) -> Outcome:
+    """Attach, train with events, compare, save, load, copy and compile."""
+    torch.manual_seed(0)
+    model = family.build().train()
+    rows = Rows(family, model, CALIBRATION)
+    dense = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    trial = dynaprune.CalibrationTrial(model, rows, losses, samples=CALIBRATION, seed=1)
+    example = rows.batch(0)[0]
+    before = evaluated(model, example)
+    try:
+        pruner = dynaprune.attach(model, optimizer, settings(), trial=trial)
+    except (TypeError, ValueError) as error:
+        return Outcome("refused", str(error), 0.0, 0.0, 0, "")
+    check("outputs after attach", evaluated(model, example), before, SAME_FUNCTION)
+    swapped = swapped_share(model, dense)
+    with cuts_compared(model, example):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            losses(model, rows.batch(step)).mean().backward()
+            optimizer.step()
+    pruner.detach()
+    after_training(family, model, example)
+    follows_masked_twin(dense, rows)
+    removals = pruner.removals
+    not_cut = "; ".join(sorted({f"{reason}" for reason in removals.neurons_refused.values()}))
+    return Outcome("works", "", swapped, pruner.sparsity, removals.neurons, not_cut)
+
+
+def swapped_share(model: nn.Module, dense: nn.Module) -> float:
+    """Weights in block-sparse layers over all weights of at least two dimensions but embeddings."""
+    sparse = sum(
+        m.layout.out_features * m.weight.shape[1:].numel()
+        for m in model.modules()
+        if isinstance(m, BlockSparseLayer)
+    )
+    embedded = {id(m.weight) for m in dense.modules() if isinstance(m, nn.Embedding)}
+    weights = sum(p.numel() for p in dense.parameters() if p.dim() > 1 and id(p) not in embedded)
+    return sparse / weights
+
+
+@contextmanager
+def cuts_compared(model: nn.Module, example: dict[str, Tensor]) -> Iterator[None]:
+    """While inside: every cut of neurons leaves the outputs as they were."""
+    original: Callable[..., Any] = events.cut_neurons
+
+    def compared(*arguments: Any) -> Any:
+        before = evaluated(model, example)
+        result = original(*arguments)
+        check("outputs after a cut of neurons", evaluated(model, example), before, SAME_FUNCTION)
+        return result
+
+    events.cut_neurons = compared
+    try:
+        yield
+    finally:
+        events.cut_neurons = original
+
+
+def after_training(family: Family, model: nn.Module, example: dict[str, Tensor]) -> None:
+    """Copies, the plain form, a saved and loaded model and a compiled one compute the same."""
+    expected = evaluated(model, example)
+    twin = copy.deepcopy(model)
+    check("a deep copy", evaluated(twin, example), expected, SAME_FUNCTION)
+    check("plain layers", evaluated(swap_back(twin), example), expected, SAME_FUNCTION)
+    with tempfile.TemporaryDirectory() as folder:
+        dynaprune.save(model, Path(folder) / "model.safetensors")
+        loaded = dynaprune.load(family.build, Path(folder) / "model.safetensors")
+    check("save and load", evaluated(loaded, example), expected, SAME_FUNCTION)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    check("torch.compile", evaluated(compiled, example), expected, SAME_FUNCTION)
+
+
+def follows_masked_twin(dense: nn.Module, rows: Rows) -> None:
+    """Without cuts: training with live masks is training the dense network with masks multiplied in."""
+    model, twin = copy.deepcopy(dense), copy.deepcopy(dense)
+    optimizer, other = torch.optim.SGD(model.parameters(), 1e-2), torch.optim.SGD(twin.parameters(), 1e-2)
+    pruner = dynaprune.attach(model, optimizer, settings(neurons=False, total_steps=TWIN_STEPS, interval=2))
+    for step in range(TWIN_STEPS):
+        for network, stepping in ((model, optimizer), (twin, other)):
+            stepping.zero_grad()
+            losses(network, rows.batch(step)).mean().backward()
+            stepping.step()
+        with torch.no_grad():
+            for name, layer in pruner.layers.items():
+                live = layer.to_dense_shape(torch.ones_like(layer.values))
+                twin.get_submodule(name).weight.mul_(live)  # type: ignore[operator, union-attr]
+    pruner.detach()
+    example = rows.batch(0)[0]
+    check("outputs of the masked twin", evaluated(model, example), evaluated(twin, example), SAME_TRAINING)
+    for name, layer in pruner.layers.items():
+        live = layer.to_dense_shape(torch.ones_like(layer.values))
+        start = dense.get_submodule(name).weight.detach() * live  # type: ignore[operator, union-attr]
+        mine = layer.to_dense_shape(layer.values) - start
+        theirs = twin.get_submodule(name).weight.detach() - start  # type: ignore[operator, union-attr]
+        if max(mine.norm(), theirs.norm()) > NO_CHANGE * start.norm():
+            check(f"the change of {name} and of the masked twin's", mine, theirs, SAME_TRAINING)
+
+
+def quietly(family: Family) -> Outcome:
+    """:func:`examine` with everything that goes wrong as an outcome."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return examine(family)
+        except Wrong as error:
+            return Outcome("wrong", str(error), 0.0, 0.0, 0, "")
+        except Exception as error:
+            return Outcome("error", f"{type(error).__name__}: {error}", 0.0, 0.0, 0, "")
