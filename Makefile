@@ -13,10 +13,11 @@ CUDA_LIBRARY := dynaprune_kernels/_C_cuda.abi3.so
 NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 # A step's output goes to a log, and to the terminal where the step fails.
 QUIETLY = > $(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log >&2; exit 1; }
-DEV_PACKAGES = 'import importlib.metadata as m; \
-	print(*(r.split(";")[0] for r in m.requires("dynaprune") if r.endswith("extra == \"dev\"")))'
+# The packages of an extra, for pip: installing `.[extra]` again would compile the extensions again.
+extra = $$($(BIN)/python -c 'import importlib.metadata as m; \
+	print(*(r.split(";")[0] for r in m.requires("dynaprune") if r.endswith("extra == \"$(1)\"")))')
 
-.PHONY: help demo test test-gpu-offline sanitize fuzz fuzz-files gpu check bench ext clean
+.PHONY: help demo test test-gpu-offline sanitize fuzz fuzz-files gpu check bench families ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -52,6 +53,16 @@ bench: $(VENV)/.installed  ## time the CPU kernels beside the best dense library
 	$(BIN)/python -m benchmarks.cpu_linear
 	$(BIN)/python -m benchmarks.cpu_conv2d
 
+# torchvision wants a torch of its own, so the sweep has an environment of its own: about 6 GB.
+families:  ## train tiny networks of over 50 architectures sparse, beside dense references; writes benchmarks/results/families.csv
+	$(MAKE) VENV=.venv-families TORCH="torch==2.14.1 torchvision==0.29.1" .venv-families/.families
+	.venv-families/bin/python -m benchmarks.families
+
+$(VENV)/.families: $(VENV)/.installed
+	@echo "dynaprune: installing the networks' libraries"
+	@$(BIN)/python -m pip install $(call extra,families) $(QUIETLY)
+	@touch $@
+
 ext: $(VENV)/.torch  ## compile the extensions in place, after a change in csrc/
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
@@ -81,7 +92,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.checkers: $(VENV)/.installed
 	@echo "dynaprune: installing the checkers"
-	@$(BIN)/python -m pip install $$($(BIN)/python -c $(DEV_PACKAGES)) $(QUIETLY)
+	@$(BIN)/python -m pip install $(call extra,dev) $(QUIETLY)
 	@touch $@
 
 # For tests of GPU kernels without a GPU: the CUDA part even where torch has no CUDA.
