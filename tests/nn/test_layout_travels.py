@@ -263,7 +263,7 @@ def test_loading_says_what_is_missing_or_wrong() -> None:
     with pytest.raises(ValueError, match=r"no 3\.layout\.slot_of_block.*pruner\.follow"):
         model.load_state_dict(short, strict=False)
     with pytest.raises(TypeError, match="int32"):
-        model.load_state_dict({**state, "3.layout.slot_of_block": state["3.layout.slot_of_block"] * 1.0})
+        model.load_state_dict({**state, "3.layout.slot_of_block": state["3.layout.slot_of_block"].long()})
     assert_same_structure(model, network())
 
 
@@ -273,3 +273,18 @@ def test_a_layout_loads_by_itself() -> None:
     layout.load_state_dict(state)
     assert torch.equal(layout.mask, state["slot_of_block"] >= 0)
     assert layout.live_count() == int(layout.mask.sum())
+
+
+def test_averages_of_equal_slots_load_and_of_different_ones_are_refused() -> None:
+    model, other = network(), network()
+    slots = model.state_dict()["3.layout.slot_of_block"]
+    average = slots * (1 + 6e-4)
+    other.load_state_dict({**model.state_dict(), "3.layout.slot_of_block": average})
+    assert_same_structure(other, model)
+    changed = slots.flip(0)
+    with pytest.raises(ValueError, match="averages of different"):
+        other.load_state_dict({**model.state_dict(), "3.layout.slot_of_block": 0.9 * slots + 0.1 * changed})
+    whole = {**model.state_dict(), "3.layout.slot_of_block": changed.float()}
+    other.load_state_dict(whole)
+    assert torch.equal(other[3].layout.slot_of_block, changed)
+    assert_same_structure(network(), model)

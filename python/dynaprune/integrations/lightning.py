@@ -95,6 +95,8 @@ class DynaPruneLightningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the layers (to fit), and let the module take the structure of what it loads."""
         add_structure_hooks(pl_module)
+        for average in _averages(trainer):
+            add_structure_hooks(average)
         sparse = any(isinstance(module, BlockSparseLayer) for module in pl_module.modules())
         if stage == "fit" and not sparse:
             entries = swap_layers(
@@ -120,6 +122,8 @@ class DynaPruneLightningCallback(Callback):
         self.pruner.exempt.update(
             {name: reason for name, reason in self._exempt.items() if name in self.pruner.exempt}
         )
+        for average in _averages(trainer):
+            self.pruner.follow(average)
         self._standing = 0
         if self._saved is not None:
             self.pruner.load_state_dict(self._saved["pruner"])
@@ -171,6 +175,12 @@ class DynaPruneLightningCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved state until training starts."""
         self._saved = state_dict or None
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averages of weights (EMA, SWA) that the trainer's callbacks keep."""
+    found = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
+    return [average for average in found if isinstance(average, nn.Module)]
 
 
 def _total_steps(trainer: Trainer) -> int:

@@ -25,11 +25,14 @@ class BlockSparseLayer(nn.Module):
         tap: None, or the leaf whose gradient collects block statistics in backward (see
         ``dynaprune_kernels.ops``).
         probe: bool scalar; while true, ``tap`` also gets gradient norms of blocks that are not live.
+        copy_watch: None, or what a pruner left here to notice copies of the layer; it has ``arrived(layer)``,
+            ``updated(layer)`` and ``note(layer)``.
     """
 
     values: nn.Parameter
     bias: nn.Parameter | None
     probe: Tensor
+    copy_watch: Any = None
 
     def __init__(self, layout: BlockLayout, values: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -40,7 +43,11 @@ class BlockSparseLayer(nn.Module):
         self.probe = torch.zeros((), dtype=torch.bool, device=values.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLayer:
+        watch = self.copy_watch
+        untouched = watch is not None and not watch.updated(self)
         super()._apply(fn, recurse)
+        if untouched:
+            watch.note(self)
         was_meta = self.probe.is_meta
         self.probe = moved(self.probe, fn)
         if was_meta and not self.probe.is_meta:
@@ -54,6 +61,8 @@ class BlockSparseLayer(nn.Module):
         if "probe" in self._buffers:  # pickled when it was a buffer
             self.__dict__["probe"] = self._buffers.pop("probe")
             self._non_persistent_buffers_set.discard("probe")
+        if self.copy_watch is not None:
+            self.copy_watch.arrived(self)
 
     @property
     def weight(self) -> Tensor:
@@ -152,7 +161,7 @@ class BlockSparseLayer(nn.Module):
         if assign and self.values.device != values.device:
             self.layout.to_empty(device=values.device)
             self.probe = torch.zeros_like(self.probe, device=values.device)
-        self.layout.restore_(slots, values.shape[0])
+        self.layout.load_slots_(slots, values.shape[0])
         if values.shape != self.values.shape:
             replace_parameter_data_(self.values, self.values.new_empty(values.shape))
 

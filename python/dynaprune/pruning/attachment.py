@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dynaprune.nn import BlockSparseLayer, swap_back, swap_layers
 from dynaprune.pruning import refusals
 from dynaprune.pruning.config import PruningConfig
-from dynaprune.pruning.following import CopyWatch
 from dynaprune.pruning.optimizer_state import refuse_unsliceable, sliced_state
 from dynaprune.pruning.pruner import Pruner, Trial
+from dynaprune.pruning.stale_copies import CopyWatch
 
 _NOT_HELD = "no optimizer given holds its weight"
 _CAME_DENSE = "the model came with block-sparse layers, and this one was dense"

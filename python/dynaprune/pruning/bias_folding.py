@@ -127,4 +127,4 @@ def contribution(reader: nn.Module, observed: Observation, name: str, index: Ten
     """What constant inputs ``index`` add to every output of ``reader``: ``[out]`` float64."""
     weight = reader.weight.detach()  # type: ignore[operator]
     chosen = weight.index_select(1, index.to(weight.device)).double()
-    return chosen.reshape(*chosen.shape[:2], -1).sum(2) @ constants(observed, name, index)
+    return chosen.reshape(*chosen.shape[:2], -1).sum(2) @ constants(observed, name, index).to(chosen.device)

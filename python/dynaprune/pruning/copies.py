@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 
@@ -12,7 +14,9 @@ from dynaprune.pruning.neurons import CutPlan, execute
 from dynaprune.pruning.surgery import Surgery
 
 
-def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
+def cut_copy(
+    copy: nn.Module, plan: CutPlan, example: ExampleInputs, *, like: nn.Module | None = None
+) -> None:
     """Cut from ``copy`` what :func:`~dynaprune.pruning.neurons.cut_dead_neurons` cut from the model.
 
     Constants that move into biases are the copy's own: its biases differ from the model's.
@@ -22,6 +26,7 @@ def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
             that the model had just before the cut.
         plan: ``report.plan`` of the cut.
         example: what the model's cut was checked with.
+        like: the model; a copy in another dtype or on another device is run as a copy in the model's.
 
     Raises:
         RuntimeError: the copy is stale, or does not run after the cut; it is then as it was.
@@ -39,10 +44,26 @@ def cut_copy(copy: nn.Module, plan: CutPlan, example: ExampleInputs) -> None:
     surgery = Surgery()
     with torch.no_grad():
         try:
-            execute(copy, plan, observe(copy, example, plan.folds), surgery)
-            observe(copy, example)
+            execute(copy, plan, observe(_placed(copy, like), example, plan.folds), surgery)
+            observe(_placed(copy, like), example)
         except BaseException as error:
             surgery.undo()
             if not isinstance(error, Exception):
                 raise
             raise RuntimeError(f"a copy did not follow a cut of the model's neurons: {error}") from error
+
+
+def _placed(copy: nn.Module, like: nn.Module | None) -> nn.Module:
+    """``copy``, or a deep copy of it with the dtypes and on the devices of ``like``."""
+    if like is None:
+        return copy
+    mine, theirs = ([(t.dtype, t.device) for t in (*m.parameters(), *m.buffers())] for m in (copy, like))
+    if mine == theirs:
+        return copy
+    placed = deepcopy(copy)
+    devices = {device for _, device in theirs}
+    if len(devices) == 1:
+        placed = placed.to(devices.pop())
+    for tensor, (dtype, _) in zip((*placed.parameters(), *placed.buffers()), theirs, strict=True):
+        tensor.data = tensor.data.to(dtype)
+    return placed

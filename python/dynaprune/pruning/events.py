@@ -21,6 +21,7 @@ from dynaprune.pruning.neuron_order import whole_neurons_first
 from dynaprune.pruning.neurons import cut_dead_neurons
 from dynaprune.pruning.optimizer_state import seed_slots, zero_slots
 from dynaprune.pruning.regrowth import growth_fraction, select_growth
+from dynaprune.pruning.stale_copies import refuse_stale
 from dynaprune.pruning.trial import Evaluation, TrialEvent, candidate_sizes, run_event
 
 if TYPE_CHECKING:
@@ -69,17 +70,18 @@ def run_pruning_event(pruner: Pruner) -> None:
     wish = pruner.pace.wish(step, total, live)
     growing = min(round(_growth_share(pruner) * wish), _growable(pruner))
     asked = min(wish + growing, live)
-    pruner.followers.refuse_stale(pruner.layers)
+    refuse_stale(pruner.layers)
     pruner.check_state()
     before = pruner.structure_version
-    if asked > 0:
-        removed = _remove(pruner, asked, total, live)
-        if growing:
-            _regrow(pruner, min(growing, removed), step)
-    if config.neurons and pruner.structure_version != before:
-        cut_neurons(pruner)
-    if config.compact:
-        compact(pruner)
+    with pruner.followers.in_step(pruner.model, pruner.layers):
+        if asked > 0:
+            removed = _remove(pruner, asked, total, live)
+            if growing:
+                _regrow(pruner, min(growing, removed), step)
+        if config.neurons and pruner.structure_version != before:
+            cut_neurons(pruner)
+        if config.compact:
+            compact(pruner)
     if pruner.structure_version != before:
         pruner.record_structure()
 
@@ -270,7 +272,7 @@ def cut_neurons(pruner: Pruner) -> None:
         pruner.score.keep(name, *kept)
         pruner.protection.keep(name, kept.rows, kept.columns)
     for copy in pruner.followers.models():
-        cut_copy(copy, report.plan, example)
+        cut_copy(copy, report.plan, example, like=pruner.model)
     removals.neurons += sum(report.neurons.values())
     removals.with_neurons += report.blocks
     pruner.structure_version += 1

@@ -1,142 +1,144 @@
-"""Copies of the model (averages, teachers): kept in step with the pruned model, or found out to be stale."""
+"""Copies of the model (averages, teachers) that are kept in step with the pruned model's structure."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.swap import SPARSE_TYPES, _replace
+from dynaprune.pruning.shadows import Shadow
+from dynaprune.pruning.stale_copies import CopyWatch, same_structure
+from dynaprune_kernels import BlockLayout
 
-
-class CopyWatch:
-    """Sits on a layer and learns of its deep copies, so that one that goes on being updated can be found.
-
-    Attributes:
-        copies: weak references to deep copies of the layer that are alive.
-        version: the copy's own weights' version when it was last loaded as a whole.
-        owned: whether a pruner is attached to the layer.
-    """
-
-    def __init__(self, layer: BlockSparseLayer | None = None) -> None:
-        self._layer = weakref.ref(layer) if layer is not None else None
-        self.copies: list[weakref.ref[Any]] = []
-        self.version = 0
-        self.owned = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CopyWatch:
-        layer = self._layer() if self._layer is not None else None
-        twin = memo.get(id(layer)) if layer is not None else None
-        if twin is not None:
-            self.copies.append(weakref.ref(twin))
-        return CopyWatch(twin)
-
-    def __reduce__(self) -> Any:
-        return CopyWatch, ()
-
-
-def _note_load(module: nn.Module, _: Any) -> None:
-    watch = getattr(module, "copy_watch", None)
-    if isinstance(watch, CopyWatch):
-        watch.version = module.values._version
-
-
-def watch_copies(layers: Mapping[str, BlockSparseLayer]) -> None:
-    """Start to notice deep copies of the layers."""
-    for layer in layers.values():
-        watch = CopyWatch(layer)
-        watch.owned = True
-        layer.copy_watch = watch  # type: ignore[assignment]
-        layer.register_load_state_dict_post_hook(_note_load)
+Copy = nn.Module | MutableMapping[Any, Any] | Sequence[Any]
+_PREFIXES = ("", "module.", "_orig_mod.")
 
 
 class Followers:
-    """The copies that follow, by layer name; held weakly."""
+    """The copies that follow, by layer name. Modules are held weakly, dicts and lists until the end."""
 
     def __init__(self) -> None:
         self._copies: list[dict[str, weakref.ref[BlockSparseLayer]]] = []
         self._roots: list[weakref.ref[nn.Module]] = []
+        self._shadows: list[Shadow] = []
 
-    def add(self, copy: nn.Module, layers: Mapping[str, BlockSparseLayer]) -> None:
-        """Let ``copy`` follow: a deep copy of the model or an ``AveragedModel``, from before or after attach.
+    def add(self, copy: Copy, model: nn.Module, layers: Mapping[str, BlockSparseLayer]) -> None:
+        """Let ``copy`` follow, from before or after attach: every deep copy of the model in a module, or
+        tensors.
+
+        Args:
+            copy: a deep copy of the model, a module that holds some (``AveragedModel``), a dict of tensors by
+                the names of parameters or by Parameters, a list in the order of parameters.
+            model: that is pruned.
+            layers: its block-sparse layers.
 
         Raises:
-            TypeError: not a module. ValueError: a layer that is missing or has another structure.
+            TypeError: neither a module nor tensors. ValueError: a layer that is missing or has another
+                structure, or the model itself.
         """
+        if isinstance(copy, (MutableMapping, list, tuple)):
+            self._shadows.append(Shadow(copy, model, layers))
+            return
         if not isinstance(copy, nn.Module):
-            raise TypeError(f"expected the copy as an nn.Module, got {type(copy).__name__}")
-        modules = dict(copy.named_modules())
-        prefix = next(
-            (p for p in ("", "module.", "_orig_mod.") if all(p + n in modules for n in layers)), None
-        )
-        if prefix is None:
-            missing = next(n for n in layers if n not in modules)
-            raise ValueError(
-                f"expected a copy of the model with a layer {missing!r}, got {type(copy).__name__} without it"
+            raise TypeError(
+                f"expected the copy as an nn.Module, a dict or a list of tensors, got {type(copy).__name__}"
             )
-        for name, layer in layers.items():
-            _check_like(name, modules[prefix + name], layer)
-        followed: dict[str, weakref.ref[BlockSparseLayer]] = {}
-        for name, layer in layers.items():
-            twin = modules[prefix + name]
-            if not isinstance(twin, BlockSparseLayer):
-                twin = _swapped(copy, twin, layer)
-            followed[name] = weakref.ref(twin)
-        self._copies.append(followed)
-        self._roots.append(weakref.ref(copy.get_submodule(prefix.removesuffix("."))))
+        roots = _roots(copy, model, layers)
+        for root in roots:
+            for name, layer in layers.items():
+                _check_like(name, root.get_submodule(name), layer)
+        for root in roots:
+            followed: dict[str, weakref.ref[BlockSparseLayer]] = {}
+            for name, layer in layers.items():
+                twin: Any = root.get_submodule(name)
+                if not isinstance(twin, BlockSparseLayer):
+                    twin = _swapped(root, twin, layer)
+                if isinstance(twin.copy_watch, CopyWatch):
+                    twin.copy_watch.follows = True
+                followed[name] = weakref.ref(twin)
+            self._copies.append(followed)
+            self._roots.append(weakref.ref(root))
 
     def of(self, name: str) -> list[BlockSparseLayer]:
         """The living followers of one layer."""
         found = [followed[name]() for followed in self._copies if name in followed]
-        return [layer for layer in found if layer is not None]
+        return [
+            *(layer for layer in found if layer is not None),
+            *(shadow.layer(name) for shadow in self._shadows),
+        ]
 
     def models(self) -> list[nn.Module]:
         """The living followers: for an ``AveragedModel`` the module in it."""
-        return [copy for root in self._roots if (copy := root()) is not None]
+        modules = [copy for root in self._roots if (copy := root()) is not None]
+        return [*modules, *(shadow.stand_in for shadow in self._shadows)]
 
-    def swap_back(self) -> None:
-        """Give every follower plain dense layers again."""
-        for copy in self.models():
-            swap_back(copy)
-        self._copies, self._roots = [], []
+    @contextmanager
+    def in_step(self, model: nn.Module, layers: Mapping[str, BlockSparseLayer]) -> Iterator[None]:
+        """While the structure of ``model`` changes: tensors that follow are where :meth:`of` finds them.
 
-    def refuse_stale(self, layers: Mapping[str, BlockSparseLayer]) -> None:
-        """Raise RuntimeError where a deep copy is being updated (it is an average) but does not follow.
-
-        A copy that was only kept, loaded as a whole, or trains with gradients of its own is none of our
-        business.
+        Raises:
+            RuntimeError: tensors of another shape than the model's.
         """
-        for name, layer in layers.items():
-            watch = layer.copy_watch
-            if not isinstance(watch, CopyWatch):
-                continue
-            watch.copies = [ref for ref in watch.copies if ref() is not None]
-            followed = {id(each) for each in self.of(name)}
-            for ref in watch.copies:
-                twin = ref()
-                if twin is None or id(twin) in followed or twin.values.grad is not None:
-                    continue
-                if twin.values._version > twin.copy_watch.version:
-                    raise RuntimeError(
-                        "a copy of the model is being updated without following its structure (layer "
-                        f"{name}): an average of weights would mix blocks; call pruner.follow(copy) once, "
-                        "right after making the copy"
-                    )
+        for shadow in self._shadows:
+            try:
+                shadow.take_in(model, layers)
+            except ValueError as error:
+                raise RuntimeError(f"a copy of the model is stale: {error}") from error
+        try:
+            yield
+        finally:
+            for shadow in self._shadows:
+                shadow.give_back()
+
+    def swap_back(self, model: nn.Module, layers: Mapping[str, BlockSparseLayer]) -> None:
+        """Give every follower plain dense layers again; ``model`` still has block-sparse ones."""
+        for root in self._roots:
+            if (copy := root()) is not None:
+                swap_back(copy)
+        for shadow in self._shadows:
+            shadow.swap_back(model, layers)
+        self._copies, self._roots, self._shadows = [], [], []
+
+
+def _roots(copy: nn.Module, model: nn.Module, layers: Mapping[str, BlockSparseLayer]) -> list[nn.Module]:
+    """The deep copies of ``model`` in ``copy``: modules with its parts, or else what has its layers."""
+    names, modules = _parts(model), dict(copy.named_modules())
+    alike = [
+        module
+        for module in modules.values()
+        if type(module) is type(model) and module is not model and _parts(module) == names
+    ]
+    if alike:
+        return alike
+    prefix = next((p for p in _PREFIXES if all(p + n in modules for n in layers)), None)
+    if prefix is None:
+        missing = next(n for n in layers if n not in modules)
+        raise ValueError(
+            f"expected a copy of the model with a layer {missing!r}, got {type(copy).__name__} without it"
+        )
+    return [copy.get_submodule(prefix.removesuffix("."))]
+
+
+def _parts(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if not isinstance(module, BlockLayout)}
 
 
 def _check_like(name: str, twin: nn.Module, layer: BlockSparseLayer) -> None:
+    if twin is layer or (isinstance(twin, BlockSparseLayer) and twin.values is layer.values):
+        raise ValueError(f"expected a copy of the model, got the model itself: {name} has the same weights")
     if isinstance(twin, BlockSparseLayer):
         mine, other = layer.layout, twin.layout
         if other.block != mine.block or other.slot_of_block.shape != mine.slot_of_block.shape:
             raise ValueError(
                 f"expected {name} of the copy with the blocks of the model, got {other} for {mine}"
             )
-        same: Tensor = other.slot_of_block.to(mine.slot_of_block.device) == mine.slot_of_block
-        if other.capacity != mine.capacity or not bool(same.all()):
+        if not same_structure(twin, layer):
             raise ValueError(
                 f"expected {name} of the copy with the structure that the model has now, got another: let a "
                 "copy follow right after making it"

@@ -15,7 +15,7 @@ from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
 from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
-from dynaprune.pruning.following import Followers, watch_copies
+from dynaprune.pruning.following import Copy, Followers
 from dynaprune.pruning.neuron_groups import NeuronMap
 from dynaprune.pruning.observe import (
     Observed,
@@ -30,6 +30,7 @@ from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced
 from dynaprune.pruning.regrowth import Protection
 from dynaprune.pruning.reporting import load_pruner_state, pruner_state, report
 from dynaprune.pruning.score import make_score
+from dynaprune.pruning.stale_copies import watch_copies
 from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState, minimum_interval
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
@@ -278,13 +279,21 @@ class Pruner:
         """Whether no event will change anything any more: then nothing needs to be observed either."""
         return self.pace.ended(self.steps) and (self.target_reached or self.config.target_sparsity is None)
 
-    def follow(self, copy: nn.Module) -> None:
-        """Keep ``copy`` (a deep copy, an ``AveragedModel``) in step with the model's structure from now on.
+    def follow(self, copy: Copy) -> None:
+        """Keep a copy of the weights in step with the model's structure from now on: averages, teachers.
+
+        Call it once, right after making the copy (before or after attach), for every copy that goes on being
+        updated.
+
+        Args:
+            copy: a deep copy of the model, or a module that holds one (``AveragedModel``); a dict of tensors
+                by parameters' names, by names of the state dict or by Parameters; a list of tensors in the
+                order of ``model.parameters()``. Tensors keep their places and may be replaced.
 
         Raises:
             TypeError, ValueError: not a copy of this model, or one whose structure has fallen behind already.
         """
-        self.followers.add(copy, self.layers)
+        self.followers.add(copy, self.model, self.layers)
 
     def report(self) -> dict[str, Any]:
         """What was removed, why, how it was tested and what it cost: plain values, fit for JSON."""
@@ -318,7 +327,7 @@ class Pruner:
         for layer in self.layers.values():
             layer.disable_tap_()
             layer.probe.fill_(False)
-            layer.copy_watch.owned = False  # type: ignore[union-attr]
+            layer.copy_watch.owned = False
 
     def finalize(self) -> nn.Module:
         """Detach, give the model plain layers again (smaller where neurons were cut), and return it.
@@ -331,7 +340,7 @@ class Pruner:
         with torch.no_grad():
             for layer in self.layers.values():
                 rewrite_state(self.optimizers, layer.values, layer.to_dense_shape)
-            self.followers.swap_back()
+            self.followers.swap_back(self.model, self.layers)
             swap_back(self.model)
         return self._given
 
