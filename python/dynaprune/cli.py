@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dynaprune.durable import cannot_write
 from dynaprune.tasks import task_names
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(message: object) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {' '.join(str(message).split())}", err=True)
     raise typer.Exit(2)
 
 
@@ -181,9 +182,13 @@ def compare_command(
             print_report(report, out)
     except ValueError as error:
         _fail(error)
+    except OSError as error:
+        typer.echo(f"error: {cannot_write(error)}", err=True)
+        raise typer.Exit(1) from None
     except comparison.ArmFailed as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.code if error.code == 2 else 1) from None
+        if not error.explained:
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if error.code == comparison.CANNOT_START else 1) from None
     if interrupted:
         raise typer.Exit(130)
 
@@ -210,7 +215,7 @@ def train_command(
     except ValueError as error:
         _fail(error)
     code = exit_code(lambda: run_arm(config, arm, out, quiet=quiet))
-    if code != 2:
+    if code in (0, 130):
         typer.echo(f"wrote {out / 'arm.json'}")
     if code:
         raise typer.Exit(code)
@@ -241,7 +246,11 @@ def table_command(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        write_text(out, text)
+        try:
+            write_text(out, text)
+        except OSError as error:
+            typer.echo(f"error: {cannot_write(error)}", err=True)
+            raise typer.Exit(1) from None
         typer.echo(f"wrote {out}")
 
 

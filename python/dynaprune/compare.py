@@ -5,6 +5,7 @@ finished is kept."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,19 +20,25 @@ from typing import Any
 
 from dynaprune.report import OF_A_MACHINE, build_report, write_csv_lines, write_json, write_markdown
 from dynaprune.run_config import RunConfig
+from dynaprune.saved_results import read_arm, read_json, read_report
+from dynaprune.sole_writer import LOCK_NAME, FolderInUse, note_writer, sole_writer
 
 __all__ = ["ArmFailed", "Interrupts", "check_empty", "check_settings", "check_unfinished", "compare"]
 
 ARMS = ("baseline", "pruned")
+CANNOT_START, CANNOT_WRITE = 2, 3
 
 
 class ArmFailed(RuntimeError):
-    """An arm's process ended without a result. ``code`` is its exit code (2: wrong input, already explained
-    on stderr)."""
+    """An arm's process ended without a result. ``code`` is its exit code.
+
+    ``explained``: it has said why in one line on stderr (2: wrong input, 3: files that cannot be written)."""
 
     def __init__(self, arm: str, code: int) -> None:
-        super().__init__(f"the {arm} arm ended with exit code {code}; what it said stands above")
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        super().__init__(f"the {arm} arm {how}; what it said stands above")
         self.code = code
+        self.explained = code in (CANNOT_START, CANNOT_WRITE)
 
 
 @dataclass
@@ -70,7 +77,7 @@ def check_empty(out: Path) -> None:
     """ValueError unless ``out`` is a folder with nothing in it or does not exist."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(each.name != LOCK_NAME for each in out.iterdir()):
         raise ValueError(
             f"--out must be new or empty, and {out} holds files: choose another folder or remove it"
         )
@@ -92,19 +99,18 @@ def check_unfinished(out: Path, config: RunConfig) -> None:
         check_empty(out)
         return
     report = out / "report.json"
-    if report.is_file() and not json.loads(report.read_text())["interrupted"]:
+    if report.is_file() and read_report(report) is not None:
         check_empty(out)
-    check_settings(out, json.loads((out / "config.json").read_text()), config)
+    check_settings(out, read_json(out / "config.json"), config)
 
 
-def _finished_arm(folder: Path, device: str) -> dict[str, Any] | None:
+def _finished_arm(folder: Path, arm: str, device: str) -> dict[str, Any] | None:
     """The content of ``arm.json`` in ``folder`` if that arm was trained to its end.
 
-    ValueError where that was on another machine or with other threads than this process has: the times of the
-    two arms could not be compared."""
-    path = folder / "arm.json"
-    found = json.loads(path.read_text()) if path.is_file() else None
-    if found is None or found["result"]["interrupted"]:
+    ValueError where its files are damaged, or where it was trained on another machine or with other threads
+    than this process has: the times of the two arms could not be compared."""
+    found = read_arm(folder, arm)
+    if found is None:
         return None
     import torch
 
@@ -125,7 +131,7 @@ def _finished_arm(folder: Path, device: str) -> dict[str, Any] | None:
 
 
 def _run_arm(
-    config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool
+    config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool, lock: int
 ) -> dict[str, Any] | None:
     """The content of the arm's ``arm.json``; None where an interrupt ended it before it could write one."""
     command = [
@@ -139,12 +145,18 @@ def _run_arm(
         str(out / arm),
         "--pretrained",
         str(out / "pretrained.safetensors"),
+        "--parent",
+        str(os.getpid()),
     ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()
     process = subprocess.Popen(
-        command + (["--quiet"] if quiet else []), env=environment, start_new_session=True
+        command + (["--quiet"] if quiet else []),
+        env=environment,
+        start_new_session=True,
+        pass_fds=(lock,),
     )
+    note_writer(lock, process.pid, f"the {arm} arm of it")
     interrupts.child = process
     if interrupts.seen:
         process.send_signal(signal.SIGTERM)
@@ -157,7 +169,7 @@ def _run_arm(
             process.wait()
     result = out / arm / "arm.json"
     if result.is_file() and code in (0, 130):
-        found = dict(json.loads(result.read_text()))
+        found = read_json(result)
         found["result"]["process_seconds"] = time.perf_counter() - started
         write_json(result, found)
         return found
@@ -168,7 +180,8 @@ def _run_arm(
 
 def _forget(out: Path, config_path: Path, arm: str) -> None:
     """Remove what an arm that could not start has left, so that the same command can be given again."""
-    shutil.rmtree(out / arm, ignore_errors=True)
+    with contextlib.suppress(FolderInUse), sole_writer(out / arm):
+        shutil.rmtree(out / arm, ignore_errors=True)
     if not any((out / other).exists() for other in ARMS):
         for left in (config_path, *out.glob("pretrained.*")):
             left.unlink(missing_ok=True)
@@ -189,32 +202,42 @@ def compare(
     epoch null). Started again, it keeps the arms in ``out`` that have finished.
 
     Raises:
-        ValueError: ``out`` holds other settings, or an arm of another machine.
-        ArmFailed: an arm ended without a result.
+        ValueError: another process writes ``out``; it holds other settings, damaged files, or an arm of
+            another machine.
+        ArmFailed: an arm ended without a result. OSError: ``out`` cannot be written.
     """
     if interrupts is None:
         with Interrupts() as own:
             return compare(config, out, quiet=quiet, pictures=pictures, interrupts=own)
-    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out) as lock:
+        return _compare(config, out, quiet, pictures, interrupts, lock)
+
+
+def _compare(
+    config: RunConfig, out: Path, quiet: bool, pictures: bool, interrupts: Interrupts, lock: int
+) -> dict[str, Any]:
     config_path = out / "config.json"
-    if continued := config_path.is_file():
-        check_settings(out, json.loads(config_path.read_text()), config)
-    write_json(config_path, config.to_json())
     arms: dict[str, dict[str, Any] | None] = dict.fromkeys(ARMS)
     environment: dict[str, Any] = {}
+    if continued := config_path.is_file():
+        check_settings(out, read_json(config_path), config)
+        for arm in ARMS:  # all of them before any is trained
+            kept = _finished_arm(out / arm, arm, config.device)
+            if kept is not None:
+                arms[arm], environment = kept["result"], kept["environment"]
+    write_json(config_path, config.to_json())
     for arm in ARMS:
         if interrupts.seen:
             break
+        if arms[arm] is not None:
+            continue
         if continued:
-            kept = _finished_arm(out / arm, config.device)
-            if kept is not None:
-                arms[arm], environment = kept["result"], kept["environment"]
-                continue
-            shutil.rmtree(out / arm, ignore_errors=True)
+            with sole_writer(out / arm):  # `dynaprune train` may be writing there
+                shutil.rmtree(out / arm, ignore_errors=True)
         try:
-            found = _run_arm(config_path, arm, out, interrupts, quiet)
+            found = _run_arm(config_path, arm, out, interrupts, quiet, lock)
         except ArmFailed as error:
-            if error.code == 2:
+            if error.code == CANNOT_START:
                 _forget(out, config_path, arm)
             raise
         if found is not None:

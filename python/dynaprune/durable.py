@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["write_file"]
+__all__ = ["cannot_write", "write_file"]
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any], *, sync: bool = True) -> None:
@@ -50,3 +50,9 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cannot_write(error: OSError) -> str:
+    """One line for people on a file that could not be written."""
+    said = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"cannot write {error.filename}: {said}" if error.filename is not None else f"cannot write: {said}"

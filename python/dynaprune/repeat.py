@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import replace
@@ -12,6 +11,8 @@ from typing import Any
 from dynaprune.compare import Interrupts, check_settings, compare
 from dynaprune.report import data_of, on_copy, shown, write_json, write_text
 from dynaprune.run_config import RunConfig
+from dynaprune.saved_results import read_json, read_report
+from dynaprune.sole_writer import sole_writer
 
 __all__ = ["corrected_interval", "plan", "repeat", "summarise", "summary_markdown"]
 
@@ -77,13 +78,14 @@ def plan(config: RunConfig, seeds: list[int], folds: int | None) -> list[tuple[s
 
 
 def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The report in ``folder`` if that run is complete; ValueError if it was made with other settings."""
+    """The report in ``folder`` if that run is complete; ValueError if it was made with other settings or is
+    damaged."""
     path = folder / "report.json"
     if not path.is_file():
         return None
-    report = json.loads(path.read_text())
-    check_settings(folder, report["config"], config)
-    return None if report["interrupted"] else dict(report)
+    report = read_report(path)
+    check_settings(folder, (report or read_json(path))["config"], config)
+    return report
 
 
 def summarise(reports: dict[str, dict[str, Any]], planned: int) -> dict[str, Any]:
@@ -208,6 +210,10 @@ def repeat(
     kept.
 
     Writes ``summary.json`` and ``summary.md`` after every run. Returns (the summary or None, interrupted).
+
+    Raises:
+        ValueError: another process writes ``out``; reports in it that are damaged or have other settings.
+        ArmFailed: an arm ended without a result. OSError: ``out`` cannot be written.
     """
     runs = plan(config, seeds, folds)
     reports = {}
@@ -215,11 +221,10 @@ def repeat(
         found = _finished(out / name, each)
         if found is not None:
             reports[name] = found
-    out.mkdir(parents=True, exist_ok=True)
     if reports and not quiet:
         print(f"{len(reports)} of {len(runs)} runs are there already", file=sys.stderr)
     summary = None
-    with Interrupts() as interrupts:
+    with sole_writer(out), Interrupts() as interrupts:
         for number, (name, each) in enumerate(runs, 1):
             if name not in reports:
                 report = compare(each, out / name, quiet=True, pictures=pictures, interrupts=interrupts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -84,8 +83,19 @@ class RunConfig:
 
     @classmethod
     def read(cls, path: Path) -> RunConfig:
-        """The configuration written to ``path`` as JSON."""
-        return cls(**json.loads(path.read_text()))
+        """The configuration written to ``path`` as JSON.
+
+        ValueError, with the file's name, for one that is damaged."""
+        from dynaprune.saved_results import read_json
+
+        found = read_json(path)
+        unknown = sorted(found.keys() - {f.name for f in fields(cls)})
+        if unknown or "task" not in found:
+            raise ValueError(f"{path}: expected the settings of a run, got unknown ones {unknown} or no task")
+        try:
+            return check(cls(**found))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 # The experiment's literal settings, whatever a task's defaults are.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dynaprune.repeat import corrected_interval
-from dynaprune.report import METRICS, OF_A_MACHINE, ratios, shown
-from dynaprune.tasks import task_names
+from dynaprune.report import OF_A_MACHINE, ratios, shown
+from dynaprune.saved_results import OF_A_RUN, SCORES, check_report, is_number, read_json
 
 __all__ = ["Figure", "Run", "TaskResults", "read_results", "table_csv", "table_markdown"]
 
 _RUN_FOLDER = re.compile(r"seed-\d+(-fold-\d+)?")
 _SCORE = re.compile(r"test_[a-z0-9_]{1,40}")
-# Fields of the configuration that tell the runs of one row apart.
-_OF_A_RUN = ("seed", "fold")
 # key, label, kind, how the pruned arm is set beside the baseline (None: it has no counterpart there)
 _FIGURES = (
     ("train_seconds", "training time", "seconds", "ratio"),
@@ -33,7 +30,6 @@ _FIGURES = (
     ("step_seconds_last", "step time", "time", "ratio"),
     ("sparsity", "sparsity of the prunable weights", "share", None),
 )
-_SCORES = ("test_accuracy", "test_f1")
 _SCORE_LABELS = {
     "test_accuracy": "test accuracy",
     "test_f1": "test F1",
@@ -110,7 +106,7 @@ class TaskResults:
     def _scores(self) -> list[str]:
         """The test scores of both arms, accuracy and F1 first; the loss is no score."""
         keys = {key for key in self.runs[0].report["baseline"] if _SCORE.fullmatch(key)}
-        return [*_SCORES, *sorted(keys - {*_SCORES, "test_loss"})]
+        return [*SCORES, *sorted(keys - {*SCORES, "test_loss"})]
 
     def _add(self, found: list[Figure], label: str, kind: str, key: str, compared: str | None) -> None:
         if compared is not None:
@@ -125,19 +121,14 @@ class TaskResults:
         self, found: list[Figure], label: str, of: str, kind: str, value: Callable[[dict[str, Any]], Any]
     ) -> None:
         values = [value(run.report) for run in self.runs]
-        if all(_is_number(v) for v in values):
+        if all(is_number(v) for v in values):
             train, test = self.rows
             found.append(Figure(label, of, kind, corrected_interval([float(v) for v in values], test, train)))
 
 
 def _difference(report: dict[str, Any], key: str) -> float | None:
     baseline, pruned = report["baseline"].get(key), report["pruned"].get(key)
-    return pruned - baseline if _is_number(pruned) and _is_number(baseline) else None
-
-
-def _is_number(value: Any) -> bool:
-    """Whether ``value`` is a number that can be squared and summed: finite, and within 1e60."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e60
+    return pruned - baseline if is_number(pruned) and is_number(baseline) else None
 
 
 def _number(value: float | None, kind: str) -> str:
@@ -149,52 +140,11 @@ def _number(value: float | None, kind: str) -> str:
     return shown(round(value) if kind == "count" else value, kind)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {type(error).__name__}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _check_report(path: Path, report: dict[str, Any]) -> None:
-    """ValueError that names the file and the key, unless ``report`` has what the table reads."""
-
-    def wrong(key: str, expected: str, got: Any) -> ValueError:
-        return ValueError(f"{path}: expected {key} to be {expected}, got {str(got)[:60]!r}")
-
-    if report.get("task") not in task_names():
-        raise wrong("task", f"one of {', '.join(task_names())}", report.get("task"))
-    for key in ("config", "environment", "baseline", "pruned"):
-        if not isinstance(report.get(key), dict):
-            raise wrong(key, "an object", report.get(key))
-    config = report["config"]
-    for key in _OF_A_RUN:
-        value = config.get(key)
-        if not (type(value) is int or (key == "fold" and value is None)):
-            raise wrong(f"config.{key}", "a whole number", value)
-    for arm in ("baseline", "pruned"):
-        for key in (*_SCORES, "train_seconds", "parameters_active"):
-            if not _is_number(report[arm].get(key)):
-                raise wrong(f"{arm}.{key}", "a number", report[arm].get(key))
-        for key in (*METRICS, "sparsity", "step_seconds_dense"):
-            if report[arm].get(key) is not None and not _is_number(report[arm][key]):
-                raise wrong(f"{arm}.{key}", "a number or null", report[arm][key])
-        data = report[arm].get("data")
-        sizes = data.get("sizes") if isinstance(data, dict) else None
-        if not (isinstance(sizes, list) and len(sizes) == 3 and all(type(n) is int and n > 0 for n in sizes)):
-            raise wrong(f"{arm}.data.sizes", "the rows of train, validation and test", sizes)
-    if report["baseline"]["data"]["sizes"] != report["pruned"]["data"]["sizes"]:
-        raise wrong("pruned.data.sizes", "those of the baseline", report["pruned"]["data"]["sizes"])
-
-
 def _unfinished(path: Path) -> str | None:
     """Why the run in folder ``path`` is not finished; None where it is."""
     if not (path / "report.json").is_file():
         return "no report.json"
-    report = _read_json(path / "report.json")
+    report = read_json(path / "report.json")
     if report.get("interrupted") is not False:
         return "interrupted"
     return None
@@ -210,7 +160,7 @@ def _runs_of(folder: Path) -> list[Path]:
         runs = sorted(p for p in folder.iterdir() if p.is_dir() and _RUN_FOLDER.fullmatch(p.name))
         planned = len(runs)
         if (folder / "summary.json").is_file():
-            stated = _read_json(folder / "summary.json").get("runs_planned")
+            stated = read_json(folder / "summary.json").get("runs_planned")
             if type(stated) is not int or stated < 1:
                 raise ValueError(f"{folder / 'summary.json'}: expected runs_planned to be a whole number")
             planned = stated
@@ -236,7 +186,7 @@ def _same_settings(first: Run, other: Run) -> None:
         a, b = first.report[part], other.report[part]
         return [f"{k} {a.get(k)!r} and {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
-    settings = sorted({*first.report["config"], *other.report["config"]} - set(_OF_A_RUN))
+    settings = sorted({*first.report["config"], *other.report["config"]} - set(OF_A_RUN))
     for kind, different in (
         ("settings", differing("config", settings)),
         ("machines", differing("environment", OF_A_MACHINE)),
@@ -260,8 +210,8 @@ def read_results(folders: Sequence[Path]) -> list[TaskResults]:
     found: dict[str, dict[tuple[int, int | None], Run]] = {}
     for folder in folders:
         for path in _runs_of(Path(folder)):
-            report = _read_json(path / "report.json")
-            _check_report(path / "report.json", report)
+            report = read_json(path / "report.json")
+            check_report(path / "report.json", report, (*SCORES, "train_seconds", "parameters_active"))
             run = Run(path, report)
             runs = found.setdefault(report["task"], {})
             if runs:
@@ -286,7 +236,7 @@ def _described(results: TaskResults) -> list[tuple[str, str]]:
     return [
         ("runs", count),
         ("rows: training, test", f"{train:,.0f}, {test:,.0f}"),
-        ("target sparsity", "self-paced" if not _is_number(target) else f"{target:g}, reached in {reached}"),
+        ("target sparsity", "self-paced" if not is_number(target) else f"{target:g}, reached in {reached}"),
     ]
 
 

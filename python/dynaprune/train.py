@@ -21,10 +21,12 @@ import torch
 from torch import nn
 
 from dynaprune import metrics
+from dynaprune.durable import cannot_write
 from dynaprune.early_stopping import EarlyStopping
 from dynaprune.progress import EpochProgress
 from dynaprune.report import write_csv, write_json
 from dynaprune.run_config import RunConfig
+from dynaprune.sole_writer import FolderInUse, end_with_parent, sole_writer
 from dynaprune.steps import (
     Arm,
     closing_steps,
@@ -236,11 +238,12 @@ def run_arm(
     ``interrupted`` true.
 
     Raises:
-        ValueError: an unknown arm.
+        ValueError: an unknown arm, or another process writes ``out``.
+        OSError: ``out`` cannot be written.
         CannotStart: data that cannot be read, settings that the pruner refuses for this model."""
     if arm_name not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm_name!r}")
-    with _Stop() as stop, _denormals_flushed():
+    with sole_writer(out), _Stop() as stop, _denormals_flushed():
         file = pretrained if pretrained is not None else out / "pretrained.safetensors"
         return _run(config, arm_name, out, quiet, stop, file)
 
@@ -260,7 +263,6 @@ def _denormals_flushed() -> Iterator[None]:
 def _run(
     config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop, pretrained_file: Path
 ) -> dict[str, Any]:
-    out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
     task = get_task(config.task)
     try:
@@ -309,12 +311,16 @@ def _run(
 
 
 def exit_code(run: Callable[[], dict[str, Any]]) -> int:
-    """Run an arm: 0, or 2 where it cannot start (said on stderr), or 130 after an interrupt."""
+    """Run an arm: 0, or 2 where it cannot start, 3 where it cannot write its files (both said in one line on
+    stderr), or 130 after an interrupt."""
     try:
         result = run()
-    except CannotStart as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (CannotStart, FolderInUse) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {cannot_write(error)}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         return 130
     return 130 if result["interrupted"] else 0
@@ -328,8 +334,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--pretrained", type=Path, help="weights of a pretraining: kept or taken here")
+    parser.add_argument("--parent", type=int, help="end with this process, the parent")
     given = parser.parse_args(arguments)
-    config = RunConfig.read(given.config)
+    if given.parent is not None:
+        end_with_parent(given.parent)
+    try:
+        config = RunConfig.read(given.config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return exit_code(
         lambda: run_arm(config, given.arm, given.out, quiet=given.quiet, pretrained=given.pretrained)
     )
