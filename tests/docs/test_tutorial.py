@@ -131,7 +131,7 @@ def test_lightning_and_accelerate_prune_too(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "state" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["experiment.md", "tutorial.md", "../README.md"])
+@pytest.mark.parametrize("page", ["experiment.md", "tutorial.md"])
 def test_commands_have_the_options_that_are_written(page: str) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     fenced = re.findall(r"```(\w*)\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
