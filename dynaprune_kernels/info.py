@@ -15,7 +15,7 @@ from dynaprune_kernels import _extension
 from dynaprune_kernels.backends import cpu, cuda
 from dynaprune_kernels.backends.triton import support
 
-_PACKAGES = ("dynaprune", "torch", "triton", "numpy", "safetensors", "torch-pruning")
+_PACKAGES = ("dynaprune", "torch", "triton", "numpy", "safetensors")
 _SWITCHES = ("DYNAPRUNE_DISABLE_EXT", "DYNAPRUNE_CPU_CAPABILITY", "DYNAPRUNE_BACKEND", "OMP_NUM_THREADS")
 
 

@@ -164,7 +164,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     from dynaprune_kernels.backends import cpu
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("dynaprune", "torch", "numpy", "scikit-learn", "torch-pruning"):
+    for package in ("dynaprune", "torch", "numpy", "scikit-learn"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -1,42 +1,30 @@
 """Which neurons hang together: groups that can be cut out of a network without splitting a block.
 
-Torch-Pruning's dependency graph (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023) follows
-a neuron from the layer that makes it through norms, activations, skip connections, splits and flattenings to
-all layers that read it. The graph is asked once and dropped (it holds an autograd graph); plain data is kept.
+One forward pass is followed (``dependency_graph``) from every layer's outputs through norms, activations,
+skip connections, gates, splits, reshapes and attention to all layers that read them. Plain data is kept.
 
 A block-sparse layer loses whole block rows or block columns only, so neurons are merged until every block of
 every layer is wholly inside or outside a group: with ``bo = 32`` before ``bi = 64`` a group is 64 neurons.
 
-The outputs of an attention's projections are merged into whole heads (``attention_heads``): the graph takes
-attention for an element-wise product, and part of a head cannot go.
+What attention computes ties the outputs of its projections together into whole heads: part of a head cannot
+go. With grouped queries a key and value head goes with all its query heads.
+
+What cannot be followed costs the groups that touch it, and only those; ``NeuronMap`` says what and why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch_pruning import ops
 
 from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.pruning.attention_heads import Attention, find_attentions
-from dynaprune.pruning.dependency_graph import trace
+from dynaprune.pruning.channel_sets import DisjointSets
+from dynaprune.pruning.dependency_graph import DependencyGraph, Layer, trace
 from dynaprune.pruning.example_inputs import ExampleInputs
-from dynaprune.pruning.surgery import cannot_cut, is_channelwise
-
-_PASSIVE = {
-    ops.OPTYPE.CONCAT,
-    ops.OPTYPE.SPLIT,
-    ops.OPTYPE.ELEMENTWISE,
-    ops.OPTYPE.RESHAPE,
-    ops.OPTYPE.UNBIND,
-    ops.OPTYPE.EXPAND,
-    ops.OPTYPE.SLICE,
-}
 
 
 @dataclass(frozen=True)
@@ -88,12 +76,16 @@ class NeuronGroup:
 class NeuronMap:
     """All groups of a model, and for every layer without any the reason.
 
-    ``widths``: outputs and inputs of every layer when the model was traced.
+    ``widths``: outputs and inputs of every layer when the model was traced. ``work``: label elements that
+    finding the groups looked at. ``unknown``: operations that could not be followed and met neurons, with the
+    module that they ran in.
     """
 
     groups: list[NeuronGroup]
     refused: dict[str, str]
     widths: dict[str, tuple[int, int]]
+    work: int = 0
+    unknown: dict[str, str] = field(default_factory=dict)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the widths of ``model`` are still those that were traced, so that the groups hold."""
@@ -105,7 +97,7 @@ class NeuronMap:
 
 
 def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
-    """Trace one forward pass and find every group of neurons that some block-sparse layer makes or reads.
+    """Follow one forward pass and find every group of neurons that some block-sparse layer makes or reads.
 
     Weights, gradients, buffers, modes and random states stay as they were.
 
@@ -113,39 +105,23 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
         Groups, in the order of the layers; in ``refused`` layers whose outputs must not be cut: they are the
         model's outputs, meet something that cannot be cut, or their blocks do not line up.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    tied = _tied_modules(model)
     graph = trace(model, example)
-    attentions = {each.value: each for each in find_attentions(model)}
-    aside = {layer for each in attentions.values() for layer in (each.query, each.key)}
     groups: list[NeuronGroup] = []
     refused: dict[str, str] = {}
-    seen: set[str] = set()
-    for name, module in model.named_modules():
-        if name in seen | aside or module not in graph.module2node or not _makes_neurons(module):
+    for makers in _families(graph):
+        parts = _parts_of(graph, makers)
+        if not any(isinstance(part.layer.module, BlockSparseLayer) for part in parts):
             continue
-        items = _group_items(graph, module)
-        makers = [names[id(m)] for m, outputs, _ in items if id(m) in names and outputs and _makes_neurons(m)]
-        attention = attentions.get(name)
-        if attention is not None:
-            makers = list(attention.projections)
-        seen.update(makers)
-        if not any(isinstance(m, BlockSparseLayer) for m, _, _ in items):
-            continue
-        if reason := _cannot_cut_any(items, names, tied):
-            refused.update(dict.fromkeys(makers, reason))
-            continue
-        if attention is None:
-            found, reason = _aligned_groups(items, names)
-        else:
-            found, reason = _head_groups(model, attention, {names[id(m)] for m, _, _ in items})
+        found, reason = _aligned_groups(graph, parts)
         groups.extend(found)
         if not found:
-            refused.update(dict.fromkeys(makers, reason))
+            refused.update(dict.fromkeys((layer.name for layer in makers), reason))
     for name, module in model.named_modules():
-        if isinstance(module, BlockSparseLayer) and name not in seen:
+        if isinstance(module, BlockSparseLayer) and not (name in graph.layers and graph.layers[name].called):
             refused[name] = "the traced forward pass does not reach it"
-    return NeuronMap(groups, refused, widths_of(model))
+    order = {name: place for place, name in enumerate(graph.layers)}
+    groups.sort(key=lambda group: (order[group.name], int(group.neurons[0])))
+    return NeuronMap(groups, refused, widths_of(model), graph.sets.work, graph.unknown)
 
 
 def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -154,131 +130,112 @@ def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (shape.out, shape.in_) for name, shape in shapes if shape is not None}
 
 
-_Item = tuple[Any, bool, Tensor]
+@dataclass(frozen=True)
+class _Part:
+    """Outputs or inputs of one layer that belong to a family: ``index`` in the layer, number of their set."""
+
+    layer: Layer
+    outputs: bool
+    along: bool
+    index: Tensor
+    set: Tensor
 
 
-def _makes_neurons(module: nn.Module) -> bool:
-    convolution = isinstance(module, nn.modules.conv._ConvNd) and not is_channelwise(module)
-    return isinstance(module, (BlockSparseLayer, nn.Linear)) or convolution
+def _families(graph: DependencyGraph) -> list[list[Layer]]:
+    """Layers that make neurons, in sets whose neurons hang together, in the model's order."""
+    makers = [layer for layer in graph.layers.values() if layer.called and not layer.channelwise]
+    families = DisjointSets(len(makers))
+    owner = torch.full((graph.sets.count,), -1)
+    for place, maker in enumerate(makers):
+        roots = graph.sets.roots(maker.outputs).unique()
+        others = owner[roots]
+        families.unite(others[others >= 0], torch.full_like(others[others >= 0], place))
+        owner[roots] = place
+    found: dict[int, list[Layer]] = {}
+    for maker, family in zip(makers, families.roots(torch.arange(len(makers))).tolist(), strict=True):
+        found.setdefault(family, []).append(maker)
+    return list(found.values())
 
 
-def _tied_modules(model: nn.Module) -> set[int]:
-    """Modules with a Parameter that another module holds too."""
-    holders: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), set()).add(id(module))
-    return {module for held in holders.values() if len(held) > 1 for module in held}
+def _parts_of(graph: DependencyGraph, makers: list[Layer]) -> list[_Part]:
+    """Everything that hangs on the outputs of ``makers``: makers, then what goes along, then readers."""
+    sets = graph.sets
+    wanted = torch.zeros(sets.count, dtype=torch.bool)
+    for maker in makers:
+        wanted[sets.roots(maker.outputs)] = True
+    parts: list[_Part] = []
+    for layer in graph.layers.values():
+        for outputs, channels in ((True, layer.outputs), (False, layer.inputs)):
+            roots = sets.roots(channels)
+            for along in (False, True):
+                aside = sets.along[channels] if outputs and not layer.channelwise else layer.channelwise
+                index = (wanted[roots] & (aside == along)).nonzero().squeeze(1)
+                if layer.called and index.numel():
+                    parts.append(_Part(layer, outputs, along, index, roots[index]))
+    parts.sort(key=lambda part: (not part.outputs, part.along))
+    return parts
 
 
-def _group_items(graph: Any, module: nn.Module) -> list[_Item]:
-    """``(module, whether its outputs, which)`` for everything that all outputs of ``module`` touch.
+def _aligned_groups(graph: DependencyGraph, parts: list[_Part]) -> tuple[list[NeuronGroup], str]:
+    """Merge sets into the smallest groups that split no block; also a reason where some stay."""
+    sets = graph.sets
+    known = torch.cat([part.set for part in parts]).unique()
+    place = torch.full((sets.count,), -1).index_put_((known,), torch.arange(len(known)))
+    closed: dict[int, str] = {}
+    made, read = torch.zeros(len(known), dtype=torch.bool), torch.zeros(len(known), dtype=torch.bool)
+    for part in parts:
+        if not part.along:
+            (made if part.outputs else read)[place[part.set]] = True
+    blocked = ""
+    for number, root in enumerate(known.tolist()):
+        if reason := sets.reason(root):
+            closed[number] = reason
+            blocked = blocked or reason
+        elif not read[number]:
+            closed[number] = "no layer reads its outputs"
+        elif not made[number]:
+            closed[number] = "they act through the weights of an attention only"
+    merged = DisjointSets(len(known))
+    for first, numbers, split in _blocks(parts, place):
+        merged.unite(first.expand_as(numbers), numbers)
+        if split:
+            closed.setdefault(int(first), split)
+    shut = {int(merged.roots(torch.tensor(number))) for number in closed}
+    reason = blocked or next(iter(closed.values()), "")
+    members: dict[int, list[Member]] = {}
+    averaged: set[int] = set()
+    for part in parts:
+        groups = merged.roots(place[part.set])
+        order = groups.argsort(stable=True)
+        leaders, sizes = groups[order].unique_consecutive(return_counts=True)
+        for leader, index in zip(leaders.tolist(), part.index[order].split(sizes.tolist()), strict=True):
+            if leader in shut:
+                continue
+            if part.along and not part.layer.channelwise:
+                averaged.add(leader)
+            members.setdefault(leader, []).append(
+                Member(part.layer.name, part.outputs, part.along, index.sort().values)
+            )
+    return [NeuronGroup(tuple(each), leader in averaged) for leader, each in members.items()], reason
 
-    ``which`` is int64 ``[2, n]``: the index in that module, and the output of ``module`` that it belongs to.
-    """
-    pruner = graph.get_pruner_of_module(module)
-    width = pruner.get_out_channels(module)
-    group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
-    items: list[_Item] = []
-    for item in group:
-        outputs = graph.is_out_channel_pruning_fn(item.dep.handler)
-        target = item.dep.target
-        if target.type in _PASSIVE:
-            continue
-        items.append((target.module, outputs, torch.tensor([item.idxs, item.root_idxs], dtype=torch.int64)))
-    return items
 
-
-def _cannot_cut_any(items: list[_Item], names: Mapping[int, str], tied: set[int]) -> str:
-    for module, outputs, (index, _) in items:
-        if isinstance(module, ops._OutputOp):
-            return "its outputs are outputs of the model"
-        if isinstance(module, nn.Parameter):
-            return "its outputs meet a parameter that is no layer's"
-        if id(module) in tied:
-            return f"{names[id(module)]!r} shares a weight with another layer"
-        if why := cannot_cut(module):
-            return f"{names.get(id(module), type(module).__name__)!r} is in the way: {why}"
-        shape = layer_shape(module)
-        width = 0 if shape is None else shape.out if outputs or not shape.in_ else shape.in_
-        if int(index.max()) >= width:
-            return f"it could not be traced to {names[id(module)]!r}, which is {width} wide"
-    if not any(not outputs and not is_channelwise(module) for module, outputs, _ in items):
-        return "no layer reads its outputs"
-    return ""
-
-
-def _blocks_of(module: nn.Module, outputs: bool) -> tuple[int, int]:
-    """Elements per block and elements in all, along the outputs or inputs of a block-sparse layer."""
-    layout: Any = module.layout
-    return (layout.block[0], layout.out_features) if outputs else (layout.block[1], layout.in_features)
-
-
-def _aligned_groups(items: list[_Item], names: Mapping[int, str]) -> tuple[list[NeuronGroup], str]:
-    """Merge the neurons of the first item's module into the smallest sets that split no layer's block."""
-    width = int(items[0][2].shape[1])
-    parent = list(range(width))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    split: dict[int, str] = {}
-    for module, outputs, (index, root) in items:
-        if not isinstance(module, BlockSparseLayer):
-            continue
-        block, size = _blocks_of(module, outputs)
-        for number, neurons in _by_block(index, root, block).items():
-            first = find(neurons[0])
-            for other in neurons[1:]:
-                parent[find(other)] = first
-            covered = int((index // block == number).sum())
-            if covered < min(block, size - number * block):
+def _blocks(parts: list[_Part], place: Tensor) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """For every block of every block-sparse layer: its first set, all its sets, and what splits it."""
+    sides: dict[tuple[str, bool], list[_Part]] = {}
+    for part in parts:
+        if isinstance(part.layer.module, BlockSparseLayer):
+            sides.setdefault((part.layer.name, part.outputs), []).append(part)
+    for (name, outputs), sharing in sides.items():
+        layout = sharing[0].layer.module.layout
+        block = layout.block[0 if outputs else 1]
+        width = layout.out_features if outputs else layout.in_features
+        index = torch.cat([part.index for part in sharing])
+        order = index.argsort()
+        numbers, sizes = (index[order] // block).unique_consecutive(return_counts=True)
+        sets = place[torch.cat([part.set for part in sharing])[order]]
+        for number, inside in zip(numbers.tolist(), sets.split(sizes.tolist()), strict=True):
+            split = ""
+            if len(inside) < min(block, width - number * block):
                 kind = "row" if outputs else "column"
-                split[neurons[0]] = f"block {kind} {number} of {names[id(module)]!r} also holds other neurons"
-    closed = {find(i): why for i, why in split.items()}
-    roots = torch.tensor([find(i) for i in range(width)])
-    groups = []
-    for leader in roots.unique(sorted=False).tolist() if len(closed) < width else []:
-        if leader in closed:
-            continue
-        members = []
-        for module, outputs, (index, root) in items:
-            chosen = index[roots[root] == leader].sort().values
-            if chosen.numel():
-                members.append(Member(names[id(module)], outputs, is_channelwise(module), chosen))
-        groups.append(NeuronGroup(_once(members)))
-    groups.sort(key=lambda g: int(g.neurons[0]))
-    return groups, next(iter(closed.values()), "")
-
-
-def _head_groups(model: nn.Module, attention: Attention, met: set[str]) -> tuple[list[NeuronGroup], str]:
-    """Whole heads of ``attention``; ``met``: the layers that the traced graph finds on both sides of it."""
-    if others := met - {*attention.projections, attention.output}:
-        return [], f"the heads of {attention.name!r} also meet {', '.join(sorted(others))}"
-    groups = []
-    for span in attention.spans(model):
-        makers = [Member(each, True, each != attention.value, span) for each in attention.projections]
-        groups.append(NeuronGroup((*makers, Member(attention.output, False, False, span)), averaged=True))
-    return groups, ""
-
-
-def _by_block(index: Tensor, root: Tensor, block: int) -> dict[int, list[int]]:
-    """Neurons by the block that they are in."""
-    found: dict[int, list[int]] = {}
-    for number, neuron in zip((index // block).tolist(), root.tolist(), strict=True):
-        found.setdefault(number, []).append(neuron)
-    return found
-
-
-def _once(members: list[Member]) -> tuple[Member, ...]:
-    """A channel-wise layer appears as maker and as reader of the same channels; keep it once."""
-    kept: list[Member] = []
-    for member in members:
-        same = (m for m in kept if m.name == member.name)
-        if not (member.along and any(torch.equal(m.index, member.index) for m in same)):
-            kept.append(member)
-    return tuple(kept)
+                split = f"block {kind} {number} of {name!r} also holds other neurons"
+            yield inside[0], inside, split

@@ -151,8 +151,8 @@ def cut_dead_neurons(
     if not 0 <= floor < 1:
         raise ValueError(f"expected a floor in [0, 1), got {floor}")
     optimizers = list(optimizers)
-    report = CutReport()
     dead = _Dead(model)
+    report = CutReport(refused={n: why for n, why in neuron_map.refused.items() if dead.any_output(n)})
     candidates = [c for g in neuron_map.groups if (c := dead.candidate(g)) is not None]
     candidates = _above_floor(model, candidates, floor, report.refused)
     if not candidates:
@@ -165,14 +165,15 @@ def cut_dead_neurons(
     fit = []
     for candidate in candidates:
         if reason := _why_not(model, candidate, before, batch):
-            report.refused[candidate.group.name] = reason
+            dead.refuse(report, candidate.group, reason)
         else:
             fit.append(candidate)
     if fit and not _cut(model, fit, example, before, optimizers, report):
         return report
-    fit = _passing_alone(model, fit, example, before, optimizers, report)
+    fit = _passing_alone(model, fit, example, before, optimizers, report, dead)
     if fit and (reason := _cut(model, fit, example, before, optimizers, report)):
-        report.refused.update({c.group.name: f"together with others: {reason}" for c in fit})
+        for candidate in fit:
+            dead.refuse(report, candidate.group, f"together with others: {reason}")
     return report
 
 
@@ -237,6 +238,16 @@ class _Dead:
     def _member(self, member: Member) -> bool:
         dead = self._of.get((member.name, member.outputs))
         return dead is not None and bool(dead[member.index].all())
+
+    def refuse(self, report: CutReport, group: NeuronGroup, reason: str) -> None:
+        """Enter why ``group`` stays, at every layer that has dead outputs in it."""
+        makers = (m.name for m in group.members if m.outputs and self._member(m))
+        report.refused.update(dict.fromkeys((group.name, *makers), reason))
+
+    def any_output(self, name: str) -> bool:
+        """Whether the layer ``name`` has a dead output."""
+        dead = self._of.get((name, True))
+        return dead is not None and bool(dead.any())
 
     def candidate(self, group: NeuronGroup) -> _Candidate | None:
         live = tuple(m for m in group.readers if not self._member(m))
@@ -359,16 +370,18 @@ def _passing_alone(
     before: Observation,
     optimizers: Iterable[torch.optim.Optimizer],
     report: CutReport,
+    dead: _Dead,
 ) -> list[_Candidate]:
     """The candidates of those layers whose cut, tried alone and taken back, keeps the outputs."""
     by_layer: dict[str, list[_Candidate]] = {}
     for candidate in candidates:
         by_layer.setdefault(candidate.group.name, []).append(candidate)
     passing = []
-    for name, group in by_layer.items():
+    for group in by_layer.values():
         surgery = Surgery(optimizers)
         if reason := _try(model, _plan(model, group), example, before, surgery):
-            report.refused[name] = reason
+            for candidate in group:
+                dead.refuse(report, candidate.group, reason)
         else:
             surgery.undo()
             passing.extend(group)
