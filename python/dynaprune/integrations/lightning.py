@@ -12,13 +12,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
+from dynaprune.integrations.carried import carry_structure
 from dynaprune.integrations.figures import figures
 from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.pruning.attachment import attach
 from dynaprune.pruning.calibration import CalibrationTrial, Losses
 from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.following import swapped_copies
 from dynaprune.pruning.pruner import Pruner, Trial
+
+_AVERAGE = "_average_model"
 
 
 class DynaPruneLightningCallback(Callback):
@@ -95,8 +99,8 @@ class DynaPruneLightningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the layers (to fit), and let the module take the structure of what it loads."""
         add_structure_hooks(pl_module)
-        for average in _averages(trainer):
-            add_structure_hooks(average)
+        if any(hasattr(callback, _AVERAGE) for callback in getattr(trainer, "callbacks", ())):
+            carry_structure(pl_module)  # callbacks that average drop the metadata of state dicts
         sparse = any(isinstance(module, BlockSparseLayer) for module in pl_module.modules())
         if stage == "fit" and not sparse:
             entries = swap_layers(
@@ -107,6 +111,7 @@ class DynaPruneLightningCallback(Callback):
                 exclude=self.config.exclude,
             )
             self._exempt = {entry.name: entry.reason for entry in entries if not entry.swapped}
+            _swap_averages(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the pruner to the module's optimizers, and go on where a checkpoint left off."""
@@ -179,8 +184,18 @@ class DynaPruneLightningCallback(Callback):
 
 def _averages(trainer: Trainer) -> list[nn.Module]:
     """The averages of weights (EMA, SWA) that the trainer's callbacks keep."""
-    found = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
+    found = [getattr(callback, _AVERAGE, None) for callback in getattr(trainer, "callbacks", ())]
     return [average for average in found if isinstance(average, nn.Module)]
+
+
+def _swap_averages(trainer: Trainer, module: nn.Module) -> None:
+    """Swap the layers of averages that were made of the module before its layers were swapped."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, BlockSparseLayer)}
+    for average in _averages(trainer):
+        if not any(isinstance(part, BlockSparseLayer) for part in average.modules()):
+            for copy in swapped_copies(average, module, layers):
+                add_structure_hooks(copy)
+                carry_structure(copy)
 
 
 def _total_steps(trainer: Trainer) -> int:

@@ -70,7 +70,7 @@ def run_pruning_event(pruner: Pruner) -> None:
     wish = pruner.pace.wish(step, total, live)
     growing = min(round(_growth_share(pruner) * wish), _growable(pruner))
     asked = min(wish + growing, live)
-    refuse_stale(pruner.layers)
+    refuse_stale(pruner.layers, final=pruner.nothing_left())
     pruner.check_state()
     before = pruner.structure_version
     with pruner.followers.in_step(pruner.model, pruner.layers):

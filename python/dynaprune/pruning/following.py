@@ -49,16 +49,10 @@ class Followers:
             raise TypeError(
                 f"expected the copy as an nn.Module, a dict or a list of tensors, got {type(copy).__name__}"
             )
-        roots = _roots(copy, model, layers)
-        for root in roots:
-            for name, layer in layers.items():
-                _check_like(name, root.get_submodule(name), layer)
-        for root in roots:
+        for root in swapped_copies(copy, model, layers):
             followed: dict[str, weakref.ref[BlockSparseLayer]] = {}
-            for name, layer in layers.items():
+            for name in layers:
                 twin: Any = root.get_submodule(name)
-                if not isinstance(twin, BlockSparseLayer):
-                    twin = _swapped(root, twin, layer)
                 if isinstance(twin.copy_watch, CopyWatch):
                     twin.copy_watch.follows = True
                 followed[name] = weakref.ref(twin)
@@ -104,6 +98,26 @@ class Followers:
         for shadow in self._shadows:
             shadow.swap_back(model, layers)
         self._copies, self._roots, self._shadows = [], [], []
+
+
+def swapped_copies(
+    copy: nn.Module, model: nn.Module, layers: Mapping[str, BlockSparseLayer]
+) -> list[nn.Module]:
+    """The deep copies of ``model`` in ``copy``, with block-sparse layers where the model has them.
+
+    Raises:
+        ValueError: as :meth:`Followers.add`.
+    """
+    roots = _roots(copy, model, layers)
+    for root in roots:
+        for name, layer in layers.items():
+            _check_like(name, root.get_submodule(name), layer)
+    for root in roots:
+        for name, layer in layers.items():
+            twin = root.get_submodule(name)
+            if not isinstance(twin, BlockSparseLayer):
+                _swapped(root, twin, layer)
+    return roots
 
 
 def _roots(copy: nn.Module, model: nn.Module, layers: Mapping[str, BlockSparseLayer]) -> list[nn.Module]:

@@ -88,22 +88,28 @@ class RowCounter:
     def __init__(self, layers: Mapping[str, BlockSparseLayer]) -> None:
         self.rows: dict[str, int] = {}
         self._handles = [
-            layer.register_forward_hook(self._hook(name, layer.layout.out_features))
+            layer.register_forward_hook(_CountRows(self.rows, name, layer.layout.out_features))
             for name, layer in layers.items()
         ]
-
-    def _hook(self, name: str, width: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
-                self.rows[name] = self.rows.get(name, 0) + output.numel() // width
-
-        return hook
 
     def stop(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+@dataclass
+class _CountRows:
+    """The hook of one layer. A copy of the layer counts into a dict of its own."""
+
+    rows: dict[str, int]
+    name: str
+    width: int
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
+            self.rows[self.name] = self.rows.get(self.name, 0) + output.numel() // self.width
 
 
 def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str, int], interval: int) -> int:

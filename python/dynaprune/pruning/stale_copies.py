@@ -67,7 +67,7 @@ class CopyWatch:
         if _refuse_stale_forward not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_refuse_stale_forward)
         if layer.values.requires_grad:
-            layer.values.register_post_accumulate_grad_hook(_Trains(self))
+            layer.values.register_hook(_Trains(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopyWatch:
         layer = self._layer() if self._layer is not None else None
@@ -105,10 +105,11 @@ def watch_copies(layers: Mapping[str, BlockSparseLayer]) -> None:
         layer.register_load_state_dict_post_hook(_note_load)
 
 
-def refuse_stale(layers: Mapping[str, BlockSparseLayer]) -> None:
+def refuse_stale(layers: Mapping[str, BlockSparseLayer], *, final: bool = False) -> None:
     """Raise RuntimeError where a deep copy was updated (it is an average) but does not follow. Syncs.
 
-    A copy that was only kept, loaded as a whole, or trains with gradients of its own is none of our business.
+    With ``final``, the structure changes no more: copies that have it need not follow. A copy that was only
+    kept, loaded as a whole, or trains with gradients of its own is none of our business.
     """
     for name, layer in layers.items():
         watch = layer.copy_watch
@@ -116,8 +117,12 @@ def refuse_stale(layers: Mapping[str, BlockSparseLayer]) -> None:
             continue
         twins = [twin for ref in watch.copies if isinstance(twin := ref(), BlockSparseLayer)]
         watch.copies = [weakref.ref(twin) for twin in twins]
-        if any(isinstance(t.copy_watch, CopyWatch) and t.copy_watch.must_follow(t) for t in twins):
-            raise RuntimeError(_stale(f"layer {name}"))
+        for twin in twins:
+            theirs = twin.copy_watch
+            if not isinstance(theirs, CopyWatch) or (final and same_structure(twin, layer)):
+                continue
+            if theirs.must_follow(twin):
+                raise RuntimeError(_stale(f"layer {name}"))
 
 
 def same_structure(one: BlockSparseLayer, other: BlockSparseLayer) -> bool:
