@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.nn.parameter import replace_parameter_data_
-from dynaprune.nn.swap import SPARSE_TYPES, _replace
+from dynaprune.nn.swap import SPARSE_TYPES
 from dynaprune.pruning.attention_heads import find_attentions
 from dynaprune_kernels import BlockLayout
 from dynaprune_kernels.geometry import MAX_BLOCK, MIN_BLOCK, conv_grid, linear_grid
@@ -279,7 +279,7 @@ def apply_structure(model: nn.Module, manifest: Any) -> nn.Module:
     (and no gradient) until the state dict is loaded; optimizer state that they had has to be loaded too.
 
     Returns:
-        The model, or its successor where the model itself is a layer that changes its kind.
+        The model.
 
     Raises:
         ValueError: see :func:`expected_shapes`; the model is then as it was.
@@ -290,21 +290,17 @@ def apply_structure(model: nn.Module, manifest: Any) -> nn.Module:
         module = model.get_submodule(name)
         if layer_shape(module) == shape:
             continue
-        successor = _reshaped(module, shape)
-        if module is model:
-            model = successor
-        elif successor is not module:
-            _replace(model, module, successor)
+        _reshape_(module, shape)
     for attention in attentions:
         attention.set_counts(model)
     return model
 
 
-def _reshaped(module: Any, shape: LayerShape) -> nn.Module:
+def _reshape_(module: Any, shape: LayerShape) -> None:
     type_ = SHAPED_TYPES[shape.type]
     shapes = _tensor_shapes("", module, shape)
     if type_ is not type(module):
-        module = _other_kind(module, shape)
+        _change_kind_(module, shape)
     for key, size in shapes.items():
         tensor = getattr(module, key, None)
         if isinstance(tensor, nn.Parameter) and tuple(tensor.shape) != size:
@@ -328,7 +324,6 @@ def _reshaped(module: Any, shape: LayerShape) -> nn.Module:
         module.in_channels, module.out_channels, module.groups = shape.in_, shape.out, shape.groups
     else:
         setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", shape.out)
-    return module
 
 
 def _empty_layout(shape: LayerShape, conv: Any, device: torch.device) -> BlockLayout:
@@ -344,18 +339,18 @@ def _empty_layout(shape: LayerShape, conv: Any, device: torch.device) -> BlockLa
     )
 
 
-def _other_kind(module: Any, shape: LayerShape) -> Any:
-    """The block-sparse layer for a plain one, or the reverse, around the same Parameters."""
+def _change_kind_(module: Any, shape: LayerShape) -> None:
+    """Make a plain layer block-sparse, or the reverse: the same object, around the same Parameters."""
     if isinstance(module, BlockSparseLayer):
-        return module.to_dense()
+        module.to_dense()
+        return
     sparse: Any = SPARSE_TYPES[type(module)]
     if sparse is BlockSparseLinear:
-        layer = sparse(_empty_layout(shape, None, module.weight.device), module.weight, module.bias)
+        layout = _empty_layout(shape, None, module.weight.device)
     else:
-        geometry, plain = sparse.settings_of(module)
+        geometry, _ = sparse.settings_of(module)
         layout = _empty_layout(shape, geometry._replace(groups=shape.groups), module.weight.device)
-        layer = sparse(layout, module.weight, module.bias, plain)
-    return layer.train(module.training)
+    sparse.in_place_of(module, layout)
 
 
 def add_structure_hooks(model: nn.Module) -> list[Any]:
@@ -383,5 +378,4 @@ def _follow_manifest(
     if manifest is None or manifest == structure_manifest(module):
         return
     check_state(module, manifest, state, prefix)
-    if apply_structure(module, manifest) is not module:
-        raise ValueError("expected a model whose block-sparse layers are parts of it, got a single layer")
+    apply_structure(module, manifest)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynaprune.nn.dense_view import DenseView, WeightReads, dense_view
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune_kernels import BlockLayout
 from dynaprune_kernels.placement import moved
 from dynaprune_kernels.reference import dense_to_blocks, dense_weight
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_OWN_ATTRIBUTES = ("tap", "probe", "reads", "copy_watch", "_plain", "pad_before")
+_NO_OTHER_WEIGHT = (
+    "the weight of a block-sparse layer cannot be replaced, parametrized, normed or masked by another one: "
+    "change it in place, or exclude the layer from pruning (or make it dense: dynaprune.swap_back)"
+)
+
+
+class _Parameters(dict[str, Any]):
+    """A layer's parameters; says why there is no ``weight`` among them to whoever wants to take it out."""
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(f"{name}: {_NO_OTHER_WEIGHT}" if name == "weight" else name)
+
+    def __delitem__(self, name: str) -> None:
+        if name == "weight":
+            self[name]
+        super().__delitem__(name)
 
 
 class BlockSparseLayer(nn.Module):
@@ -27,6 +48,7 @@ class BlockSparseLayer(nn.Module):
         probe: bool scalar; while true, ``tap`` also gets gradient norms of blocks that are not live.
         copy_watch: None, or what a pruner left here to notice copies of the layer; it has ``arrived(layer)``,
             ``updated(layer)`` and ``note(layer)``.
+        reads: notices that the dense weight is built in every step.
     """
 
     values: nn.Parameter
@@ -34,13 +56,32 @@ class BlockSparseLayer(nn.Module):
     probe: Tensor
     copy_watch: Any = None
 
+    _dense_type: Any
+
     def __init__(self, layout: BlockLayout, values: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
+        self._parameters = _Parameters(values=values, bias=bias)
+        self._set_up(layout)
+
+    def _set_up(self, layout: BlockLayout) -> None:
         self.layout = layout
-        self.values = values
-        self.bias = bias
         self.tap: Tensor | None = None
-        self.probe = torch.zeros((), dtype=torch.bool, device=values.device)
+        self.probe = torch.zeros((), dtype=torch.bool, device=self.values.device)
+        self.reads = WeightReads()
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module, layout: BlockLayout) -> Any:
+        """Turn a plain layer into this class: the same object, with its hooks and attributes.
+
+        The data of ``weight``, which becomes ``values``, is the caller's to bring into the layout's form.
+        """
+        parameters = layer._parameters
+        weight, bias = parameters.pop("weight"), parameters.pop("bias")
+        layer.__class__ = cls
+        assert isinstance(layer, BlockSparseLayer)
+        layer._parameters = _Parameters(parameters, values=weight, bias=bias)
+        layer._set_up(layout)
+        return layer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLayer:
         watch = self.copy_watch
@@ -63,21 +104,32 @@ class BlockSparseLayer(nn.Module):
             self._non_persistent_buffers_set.discard("probe")
         if self.copy_watch is not None:
             self.copy_watch.arrived(self)
+        self.__dict__.setdefault("reads", WeightReads())
 
     @property
     def weight(self) -> Tensor:
-        """Dense view of the live blocks, a detached copy: for code that peeks. Train ``values``."""
-        return self.to_dense_shape(self.values)
+        """The dense weight of the live blocks; gradients and in-place changes reach ``values``.
+
+        It is built when an op needs it, not by its shape, dtype, device or ``requires_grad``. Under
+        ``torch.compile`` and ``torch.func`` it is the dense tensor itself, for reading.
+        """
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._dense(self.values)
+        return dense_view(self)
 
     @weight.setter
     def weight(self, _: Any) -> None:
-        raise AttributeError(
-            "the dense weight of a block-sparse layer is read-only: change `values`, or swap back"
-        )
+        raise AttributeError(_NO_OTHER_WEIGHT)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``'s, but the weight cannot be replaced or wrapped by another one."""
+        if name.split("_")[0] == "weight" or isinstance(param, DenseView):
+            raise AttributeError(_NO_OTHER_WEIGHT)
+        super().register_parameter(name, param)
 
     def to_blocks(self, weight: Tensor) -> Tensor:
         """Cut a tensor shaped like the dense weight into ``[rows * columns, bi, bo]``, in block order."""
-        return dense_to_blocks(weight.detach(), self.layout.block, self.layout.conv)
+        return dense_to_blocks(weight, self.layout.block, self.layout.conv)
 
     def to_slots(self, weight: Tensor) -> Tensor:
         """Cut a tensor shaped like the dense weight into ``[capacity, bi, bo]``; free slots get zeros."""
@@ -85,15 +137,40 @@ class BlockSparseLayer(nn.Module):
         by_slot = self.to_blocks(weight)[block.clamp(min=0)]
         return by_slot.masked_fill_((block < 0).view(-1, 1, 1), 0)
 
+    def listed_slots(self, weight: Tensor) -> Tensor:
+        """:meth:`to_slots` with zeros in suspended slots as well: a gradient in the form that ops give it."""
+        return self.to_slots(weight) * self._listed()
+
+    def write_slots_(self, stored: Tensor, weight: Tensor) -> None:
+        """Bring a dense ``weight`` into the live blocks of ``stored [capacity, bi, bo]``, in place."""
+        stored.copy_(torch.where(self._listed(), self.to_slots(weight), stored))
+
+    def _listed(self) -> Tensor:
+        block = self.layout.lists.block_of_slot.long()
+        live = self.layout.mask.reshape(-1)[block.clamp(min=0)] & (block >= 0)
+        return live.view(-1, 1, 1)
+
     def to_dense_shape(self, by_slot: Tensor) -> Tensor:
         """Inverse of :meth:`to_slots` at live blocks, zeros elsewhere: of values, gradients or states."""
+        return self._dense(by_slot.detach())
+
+    def _dense(self, by_slot: Tensor) -> Tensor:
         layout = self.layout
         in_features = layout.in_features // (layout.conv.groups if layout.conv else 1)
-        dense = dense_weight(by_slot.detach(), layout.index, layout.out_features, in_features, layout.conv)
+        dense = dense_weight(by_slot, layout.index, layout.out_features, in_features, layout.conv)
         return self._dense_view(dense)
 
     def _dense_view(self, dense: Tensor) -> Tensor:
         return dense
+
+    def dense_shape(self) -> torch.Size:
+        """Shape of the dense weight."""
+        raise NotImplementedError
+
+    def dense_stride(self) -> tuple[int, ...]:
+        """Strides of the dense weight: contiguous."""
+        shape = self.dense_shape()
+        return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
     def live_values(self) -> int:
         """Number of weights of live blocks that lie inside the dense weight; syncs."""
@@ -119,16 +196,29 @@ class BlockSparseLayer(nn.Module):
         self.tap = None
 
     def to_dense(self) -> nn.Module:
-        """The plain layer of the same function; ``values`` becomes its ``weight``, the same Parameter."""
-        weight, grad = self.weight, self.values.grad
+        """Become the plain layer of the same function: the same object, with its hooks and attributes.
+
+        ``values`` becomes its ``weight``, the same Parameter.
+        """
+        weight, grad = self.to_dense_shape(self.values), self.values.grad
         replace_parameter_data_(self.values, weight, None if grad is None else self.to_dense_shape(grad))
-        dense = self._plain_layer()
-        dense.register_parameter("weight", self.values)
-        dense.register_parameter("bias", self.bias)
-        return dense.train(self.training)
+        plain = self._plain_layer()
+        parameters = self._parameters
+        values, bias = parameters.pop("values"), parameters.pop("bias")
+        del self.layout
+        for name in _OWN_ATTRIBUTES:
+            self.__dict__.pop(name, None)
+        self.__dict__.update({k: v for k, v in plain.__dict__.items() if k not in _OF_EVERY_MODULE})
+        self.__class__ = type(plain)  # type: ignore[assignment]
+        self._parameters = {**parameters, "weight": values, "bias": bias}
+        return self
 
     def _plain_layer(self) -> nn.Module:
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, as the plain layer does; dead blocks stay dead."""
+        self._dense_type.reset_parameters(self)
 
     def _load_from_state_dict(
         self,
@@ -164,6 +254,14 @@ class BlockSparseLayer(nn.Module):
         self.layout.load_slots_(slots, values.shape[0])
         if values.shape != self.values.shape:
             replace_parameter_data_(self.values, self.values.new_empty(values.shape))
+
+
+def as_it_is(layer: BlockSparseLayer) -> BlockSparseLayer:
+    """A block-sparse layer around the same tensors, for looking at after ``layer`` has become dense."""
+    twin = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__)
+    twin._parameters, twin._modules = dict(layer._parameters), dict(layer._modules)
+    return twin
 
 
 def take_over_weight(weight: nn.Parameter, layout: BlockLayout) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,26 +20,40 @@ class BlockSparseConv2d(BlockSparseLayer):
             op's own symmetric zero padding cannot express.
     """
 
-    _dense_type: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv2d
+    _dense_type: Any = nn.Conv2d
+    _conv_forward = nn.Conv2d._conv_forward  # for code that holds nn.Conv2d.forward of the layer
 
     def __init__(
         self, layout: BlockLayout, values: nn.Parameter, bias: nn.Parameter | None, plain: dict[str, Any]
     ) -> None:
         super().__init__(layout, values, bias)
+        self._keep_settings(plain)
+
+    def _keep_settings(self, plain: dict[str, Any]) -> None:
         self._plain = plain
         self.padding_mode: str = plain["padding_mode"]
         self.pad_before: tuple[int, ...] | None = plain["pad_before"]
 
     @classmethod
+    def in_place_of(cls, layer: nn.Module, layout: BlockLayout) -> Any:
+        _, plain = cls.settings_of(layer)
+        sparse = super().in_place_of(layer, layout)
+        sparse._keep_settings(plain)
+        return sparse
+
+    @classmethod
     def from_dense(
         cls, conv: Any, block_size: int | tuple[int, int], *, mask: Tensor | None = None
     ) -> BlockSparseConv2d:
-        """Take over a convolution: its ``weight`` Parameter becomes ``values``, the same object.
+        """Turn a convolution into this class, in place: its ``weight`` Parameter becomes ``values``.
 
         Args:
             block_size: outputs and inputs per block, 8 to 128.
             mask: live blocks, bool ``[rows, columns]`` with ``columns = taps * channel blocks``; all by
             default.
+
+        Returns:
+            ``conv`` itself.
 
         Raises:
             TypeError, ValueError: another kind of layer, a block that groups cannot hold, a mask that does
@@ -46,8 +61,8 @@ class BlockSparseConv2d(BlockSparseLayer):
         """
         if not isinstance(conv, cls._dense_type):
             raise TypeError(f"expected nn.{cls._dense_type.__name__}, got {type(conv).__name__}")
-        geometry, plain = cls.settings_of(conv)
-        weight, bias = cast(nn.Parameter, conv.weight), cast("nn.Parameter | None", conv.bias)
+        geometry, _ = cls.settings_of(conv)
+        weight = cast(nn.Parameter, conv.weight)
         layout = BlockLayout(
             conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
         )
@@ -56,7 +71,7 @@ class BlockSparseConv2d(BlockSparseLayer):
             if weight.grad is not None:
                 weight.grad.data = weight.grad.data.unsqueeze(2)
         take_over_weight(weight, layout)
-        return cls(layout, weight, bias, plain).train(conv.training)
+        return cls.in_place_of(conv, layout)
 
     @classmethod
     def settings_of(cls, conv: Any) -> tuple[ConvGeometry, dict[str, Any]]:
@@ -109,6 +124,10 @@ class BlockSparseConv2d(BlockSparseLayer):
     def groups(self) -> int:
         return self._plain["groups"]
 
+    def dense_shape(self) -> torch.Size:
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return torch.Size(shape)
+
     def forward(self, x: Tensor) -> Tensor:
         return block_sparse_conv2d(
             self._padded(x), self.values, self.bias, self.layout, tap=self.tap, probe=self.probe
@@ -131,6 +150,7 @@ class BlockSparseConv1d(BlockSparseConv2d):
     """1-D convolution: the 2-D one with a kernel of height 1."""
 
     _dense_type = nn.Conv1d
+    _conv_forward = nn.Conv1d._conv_forward
 
     def forward(self, x: Tensor) -> Tensor:
         image = self._padded(x).unsqueeze(-2)

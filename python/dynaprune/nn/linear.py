@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from dynaprune.nn.block_sparse import BlockSparseLayer, take_over_weight
@@ -13,11 +14,16 @@ from dynaprune_kernels import BlockLayout, block_sparse_linear
 class BlockSparseLinear(BlockSparseLayer):
     """``y = x W^T + b`` over live blocks."""
 
+    _dense_type = nn.Linear
+
     @classmethod
     def from_dense(
         cls, linear: nn.Linear, block_size: int | tuple[int, int], *, mask: Tensor | None = None
     ) -> BlockSparseLinear:
-        """Take over an ``nn.Linear``: its ``weight`` Parameter becomes ``values``, the same object.
+        """Turn an ``nn.Linear`` into this class, in place: its ``weight`` Parameter becomes ``values``.
+
+        Returns:
+            ``linear`` itself.
 
         Args:
             block_size: outputs and inputs per block, 8 to 128.
@@ -33,7 +39,7 @@ class BlockSparseLinear(BlockSparseLayer):
             linear.out_features, linear.in_features, block_size, mask=mask, device=weight.device
         )
         take_over_weight(weight, layout)
-        return cls(layout, weight, cast("nn.Parameter | None", linear.bias)).train(linear.training)
+        return cls.in_place_of(linear, layout)
 
     @property
     def in_features(self) -> int:
@@ -42,6 +48,9 @@ class BlockSparseLinear(BlockSparseLayer):
     @property
     def out_features(self) -> int:
         return self.layout.out_features
+
+    def dense_shape(self) -> torch.Size:
+        return torch.Size((self.layout.out_features, self.layout.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         return block_sparse_linear(x, self.values, self.bias, self.layout, tap=self.tap, probe=self.probe)

@@ -23,16 +23,6 @@ SPARSE_TYPES: dict[type[nn.Module], Any] = {
     nn.Conv1d: BlockSparseConv1d,
 }
 _FUNCTIONALLY_READ = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 MAX_PADDING = 1.25
 
 
@@ -67,7 +57,9 @@ def swap_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> list[SwapEntry]:
-    """Replace dense layers of ``model`` by block-sparse ones, in place, all blocks live.
+    """Turn dense layers of ``model`` into block-sparse ones, all blocks live.
+
+    Each layer stays the same object, with its hooks and attributes; only its class changes.
 
     The first convolution, the classifier (the last Linear) and layers that would store over 25% of padding
     stay dense unless ``include`` names them; weights that something else reads stay dense always.
@@ -97,7 +89,7 @@ def swap_layers(
     spared = _spared_by_default(candidates)
     readers = dict(_outside_readers(model))
     entries: list[SwapEntry] = []
-    chosen: list[nn.Module] = []
+    chosen: list[tuple[str, nn.Module]] = []
     for name, module in candidates:
         named = include is not None and name in include
         if matches(name, exclude):
@@ -112,28 +104,25 @@ def swap_layers(
             reason = why
         else:
             reason = ""
-            chosen.append(module)
+            chosen.append((name, module))
         entries.append(SwapEntry(name, reason))
     if not chosen:
         raise ValueError(
             "expected a model with at least one prunable layer, got none: "
             + ("; ".join(f"{e.name}: {e.reason}" for e in entries) or f"no layer of type {_names(types)}")
         )
-    for module in chosen:
-        _replace(model, module, SPARSE_TYPES[type(module)].from_dense(module, block))
+    for name, module in chosen:
+        SPARSE_TYPES[type(module)].from_dense(module, block).reads.name = name
     return entries
 
 
 def swap_back(model: nn.Module) -> nn.Module:
-    """Replace every block-sparse layer by the plain layer of the same function; returns the model (or its
-    successor).
+    """Turn every block-sparse layer into the plain layer of the same function, in place; returns the model.
 
     Gradients come along; optimizer state has to be moved by whoever owns it (the pruner's ``finalize`` does).
     """
     for module in [m for m in model.modules() if isinstance(m, BlockSparseLayer)]:
-        if module is model:
-            return module.to_dense()
-        _replace(model, module, module.to_dense())
+        module.to_dense()
     return model
 
 
@@ -197,13 +186,3 @@ def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str 
             f"blocks of {block[0]}x{block[1]} would store {ratio - 1:.0%} of padding for {outputs}x{inputs}"
         )
     return None
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` stands in ``model``; its hooks move along, their handles go on working."""
-    for attribute in _HOOKS:
-        setattr(new, attribute, getattr(old, attribute))
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)

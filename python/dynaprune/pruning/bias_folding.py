@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaprune.nn import BlockSparseConv2d
+from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer
 from dynaprune.pruning.calibration import calibration_mode
 from dynaprune.pruning.example_inputs import ExampleInputs, tensors_in
 
@@ -123,8 +123,9 @@ def _pads_with_zeros(reader: Any) -> bool:
     return False
 
 
-def contribution(reader: nn.Module, observed: Observation, name: str, index: Tensor) -> Tensor:
+def contribution(reader: Any, observed: Observation, name: str, index: Tensor) -> Tensor:
     """What constant inputs ``index`` add to every output of ``reader``: ``[out]`` float64."""
-    weight = reader.weight.detach()  # type: ignore[operator]
+    sparse = isinstance(reader, BlockSparseLayer)
+    weight = reader.to_dense_shape(reader.values) if sparse else reader.weight.detach()
     chosen = weight.index_select(1, index.to(weight.device)).double()
     return chosen.reshape(*chosen.shape[:2], -1).sum(2) @ constants(observed, name, index).to(chosen.device)

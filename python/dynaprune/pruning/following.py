@@ -11,7 +11,7 @@ from torch import nn
 
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.parameter import replace_parameter_data_
-from dynaprune.nn.swap import SPARSE_TYPES, _replace
+from dynaprune.nn.swap import SPARSE_TYPES
 from dynaprune.pruning.shadows import Shadow
 from dynaprune.pruning.stale_copies import CopyWatch, same_structure
 from dynaprune_kernels import BlockLayout
@@ -116,7 +116,7 @@ def swapped_copies(
         for name, layer in layers.items():
             twin = root.get_submodule(name)
             if not isinstance(twin, BlockSparseLayer):
-                _swapped(root, twin, layer)
+                _swap(twin, layer)
     return roots
 
 
@@ -163,10 +163,9 @@ def _check_like(name: str, twin: nn.Module, layer: BlockSparseLayer) -> None:
         )
 
 
-def _swapped(copy: nn.Module, dense: nn.Module, layer: BlockSparseLayer) -> BlockSparseLayer:
-    weight = dense.weight.detach().clone()  # type: ignore[operator]
+def _swap(dense: Any, layer: BlockSparseLayer) -> None:
+    """Give a plain layer of a copy the structure of ``layer``."""
+    weight = dense.weight.detach().clone()
     twin = SPARSE_TYPES[type(dense)].from_dense(dense, layer.layout.block)
     twin.layout.restore_(layer.layout.slot_of_block.to(twin.values.device), layer.layout.capacity)
     replace_parameter_data_(twin.values, twin.to_slots(weight))
-    _replace(copy, dense, twin)
-    return twin

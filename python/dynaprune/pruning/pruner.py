@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_back
+from dynaprune.nn.block_sparse import as_it_is
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
 from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
@@ -113,6 +114,8 @@ class Pruner:
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         layers = self._owners[optimizer]
+        if not all(isinstance(layer, BlockSparseLayer) for layer in layers.values()):
+            self.check_state()
         refuse_without_gradients(layers, optimizer)
         shapes = [layer.values.shape for layer in self.layers.values()]
         if shapes != self._shapes:
@@ -182,7 +185,7 @@ class Pruner:
     def check_state(self) -> None:
         """Raise RuntimeError where the optimizers' state, or a loaded one, does not fit the structure."""
         for name, layer in self.layers.items():
-            if self.model.get_submodule(name) is not layer:
+            if self.model.get_submodule(name) is not layer or not isinstance(layer, BlockSparseLayer):
                 raise RuntimeError(
                     f"layer {name} is no longer the one that this pruner was attached to: a state of another "
                     "kind was loaded, or the layer was replaced; attach again"
@@ -341,6 +344,7 @@ class Pruner:
             for layer in self.layers.values():
                 rewrite_state(self.optimizers, layer.values, layer.to_dense_shape)
             self.followers.swap_back(self.model, self.layers)
+            self.layers = {name: as_it_is(layer) for name, layer in self.layers.items()}
             swap_back(self.model)
         return self._given
 
