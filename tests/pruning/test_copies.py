@@ -105,7 +105,7 @@ def dense(model: nn.Module) -> dict[str, Tensor]:
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLayer):
-            weights[name] = module.weight
+            weights[name] = module.weight.detach().clone()
             weights[f"{name}.bias"] = module.bias.detach().clone()  # type: ignore[union-attr]
         elif isinstance(module, nn.Linear):
             weights[name] = module.weight.detach().clone()
