@@ -36,7 +36,8 @@ _SETTINGS: dict[str, Any] = {
         bool, typer.Option("--self-paced", help="no target: the trial alone decides how far")
     ],
     "data": Annotated[
-        str | None, typer.Option(help="'hub' or a folder [default: DYNAPRUNE_DATA, else the hub]")
+        str | None,
+        typer.Option(help="'hub', 'hub@COMMIT' or a folder [default: DYNAPRUNE_DATA, else the hub]"),
     ],
     "device": Annotated[str | None, typer.Option(help="auto, cpu or cuda [default: auto]")],
     "preset": Annotated[

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynaprune.tasks import Split, Task, get_task
+from dynaprune.tasks.data import on_hub
 
 if TYPE_CHECKING:
     from dynaprune.pruning.config import PruningConfig
@@ -152,8 +153,12 @@ def check(config: RunConfig) -> RunConfig:
         raise ValueError(f"seed must be at least 0, got {config.seed}")
     if config.folds is not None and config.folds < 2:
         raise ValueError(f"folds must be at least 2, got {config.folds}")
-    if config.data not in (None, "hub") and not Path(str(config.data)).expanduser().is_dir():
-        raise ValueError(f"data must be 'hub' or a folder, and {config.data} is not a folder")
+    if (
+        config.data is not None
+        and not on_hub(config.data)
+        and not Path(str(config.data)).expanduser().is_dir()
+    ):
+        raise ValueError(f"data must be 'hub', 'hub@COMMIT' or a folder, and {config.data} is not a folder")
     config.pruning_config(total_steps=1000)
     return config
 

@@ -104,14 +104,14 @@ def test_the_hub_gives_the_same_table_as_the_folder(data_dir: Path, monkeypatch:
     load = datasets.load_dataset
     asked = []
 
-    def from_file(name: str, split: str) -> object:
-        asked.append((name, split))
+    def from_file(name: str, split: str, revision: str) -> object:
+        asked.append((name, split, revision))
         return load("parquet", data_files={"train": str(data_dir / "titanic" / "train.parquet")}, split=split)
 
     monkeypatch.setattr(datasets, "load_dataset", from_file)
-    hub, source = read_table("hub", "titanic", "some/name")
+    hub, source = read_table("hub", "titanic", "some/name", revision="abc")
     folder, _ = read_table(str(data_dir), "titanic", "some/name")
-    assert asked == [("some/name", "train")] and source == "hub:some/name"
+    assert asked == [("some/name", "train", "abc")] and source == "hub:some/name@abc"
     assert hub.column_names == folder.column_names and hub.to_pylist() == folder.to_pylist()
 
 
@@ -136,3 +136,36 @@ def test_a_number_of_samples_that_cannot_be_drawn_is_refused(train_samples: int)
         split_train(labels, Split(4), train_samples)
     with pytest.raises(ValueError, match="--seeds"):
         split_train(labels, Split(4, fold=0, folds=5))
+
+
+def test_the_user_may_choose_the_commit_and_else_the_newest_is_named(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    load, asked = datasets.load_dataset, []
+
+    def from_file(name: str, split: str, revision: str) -> object:
+        asked.append(revision)
+        if split != "train":
+            raise ValueError(f"Unknown split \"{split}\". Should be one of ['train'].")
+        return load("parquet", data_files={"train": str(data_dir / "titanic" / "train.parquet")}, split=split)
+
+    class Newest:
+        sha = "f" * 40
+
+    monkeypatch.setattr(datasets, "load_dataset", from_file)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: Newest)
+    assert read_table("hub", "titanic", "some/name")[1] == f"hub:some/name@{'f' * 40}"
+    assert read_table("hub@abc", "titanic", "some/name", revision="def")[1] == "hub:some/name@abc"
+    assert asked == ["f" * 40, "abc"]
+    with pytest.raises(ValueError, match="some/name has no part 'test'"):
+        read_table("hub", "titanic", "some/name", "test", "def")
+
+
+def test_every_task_of_the_hub_but_titanic_pins_a_commit() -> None:
+    from dynaprune.tasks import cifar10, imdb, spoken_digits
+
+    for module in (cifar10, imdb, spoken_digits):
+        assert len(module.HUB_REVISION) == 40 and int(module.HUB_REVISION, 16)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dynaprune.tasks.columns import at
+
 __all__ = [
     "IGNORED",
     "RATE",
@@ -25,10 +27,12 @@ __all__ = [
     "padded",
     "perturb_speed",
     "read_clip",
+    "read_clips",
     "resample",
 ]
 
 RATE = 16_000
+RATES = (1_000, 400_000)
 IGNORED = -100
 SHORTEST_SECONDS = 0.05
 SPEED_RANGE = 0.15
@@ -39,17 +43,22 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
     """Samples float32 ``[frames]`` in -1..1 (the mean of the channels) and their rate in Hz, of a WAV, MP3,
     FLAC or Ogg file's bytes.
 
-    ImportError without soundfile; ValueError for bytes that it cannot decode."""
+    ImportError without soundfile; ValueError for bytes that it cannot decode, a rate that no recording has,
+    and samples that are not finite."""
     try:
         import soundfile
     except ImportError as error:
         raise ImportError(_NEEDED.format("soundfile")) from error
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.SoundFileError, ValueError, TypeError, OverflowError, MemoryError) as error:
         raise ValueError(
             f"expected the bytes of an audio file, got {len(data)} bytes that libsndfile cannot read: {error}"
         ) from error
+    if not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(f"expected sound of {RATES[0]} to {RATES[1]} Hz, got {rate} Hz")
+    if not np.isfinite(samples).all():
+        raise ValueError("expected finite samples, got NaN or infinite ones")
     return samples.mean(axis=1), int(rate)
 
 
@@ -83,6 +92,19 @@ def read_clip(data: bytes, max_seconds: float) -> torch.Tensor:
         )
     frames = round(max_seconds * RATE)
     return torch.from_numpy(normalise(resample(samples, rate)[:frames]))
+
+
+def read_clips(
+    files: Sequence[bytes], rows: Sequence[int], max_seconds: float, origin: str, column: str = "audio"
+) -> list[torch.Tensor]:
+    """`read_clip` of the files in ``rows``; an error names the table ``origin``, the row and the column."""
+    clips = []
+    for row in rows:
+        try:
+            clips.append(read_clip(files[row], max_seconds))
+        except ValueError as error:
+            raise ValueError(f"{at(origin, row, column)}: {' '.join(str(error).split())}") from error
+    return clips
 
 
 class Clips(Dataset[tuple[torch.Tensor, Any]]):

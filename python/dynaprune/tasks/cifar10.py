@@ -12,7 +12,7 @@ between Dropout and Batch Normalization", CVPR 2019)."""
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData
-from dynaprune.tasks.data import read_table, split_train
+from dynaprune.tasks.columns import at, class_labels, encoded_files, require_columns
+from dynaprune.tasks.data import read_table, refuse_same_rows, split_train
 from dynaprune.tasks.resnet import CifarResNet, resnet18_channels
 
 if TYPE_CHECKING:
     import pyarrow
 
+HUB_NAME, HUB_REVISION = "uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2"
 CLASSES, SIDE, PADDING = 10, 32, 4
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
 _SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 
 
@@ -36,22 +39,32 @@ def image_format(data: bytes) -> str:
     return next((name for start, name in _SIGNATURES.items() if data.startswith(start)), "other")
 
 
-def decode(encoded: Sequence[bytes]) -> Tensor:
+def _row_of_cifar10(row: int) -> str:
+    return f"row {row} of cifar10"
+
+
+def decode(encoded: Sequence[bytes], where: Callable[[int], str] = _row_of_cifar10) -> Tensor:
     """Encoded images as uint8 ``[n, 3, 32, 32]``, channels-last in memory.
+
+    ``where`` names the place of an image in an error.
 
     Raises:
         ValueError: an image of another size, or bytes that are no image."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     pixels = np.empty((len(encoded), SIDE, SIDE, 3), dtype=np.uint8)
     for row, data in enumerate(encoded):
+        size = (SIDE, SIDE)
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except UnidentifiedImageError as error:
-            raise ValueError(f"expected an encoded image in row {row} of cifar10: {error}") from error
-        if image.size != (SIDE, SIDE):
-            raise ValueError(f"expected images of {SIDE}x{SIDE} pixels, got {image.size} in row {row}")
-        pixels[row] = np.asarray(image)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                size = image.size
+                if size == (SIDE, SIDE):
+                    pixels[row] = np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise whatever their libraries do
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"expected an encoded image in {where(row)}, got {said}") from error
+        if size != (SIDE, SIDE):
+            raise ValueError(f"expected images of {SIDE}x{SIDE} pixels, got {size} in {where(row)}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
@@ -72,21 +85,21 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[sample, :, down, across].permute(0, 3, 1, 2)
 
 
-def _columns(table: pyarrow.Table) -> tuple[pyarrow.ChunkedArray, np.ndarray]:
-    """The encoded images and the labels int64 ``[n]`` of a table with the hub's columns."""
-    missing = [name for name in ("img", "label") if name not in table.column_names]
-    if missing:
-        raise ValueError(f"the cifar10 table lacks {', '.join(missing)}: expected the columns img and label")
-    labels = table.column("label").to_numpy().astype(np.int64)
-    if labels.min() < 0 or labels.max() >= CLASSES:
-        raise ValueError(f"expected labels 0 to {CLASSES - 1}, got {labels.min()} to {labels.max()}")
-    return table.column("img"), labels
+def _columns(source: str | None, part: str) -> tuple[pyarrow.Table, list[bytes], np.ndarray, str]:
+    """A table with the hub's columns, its encoded images, its labels int64 ``[n]`` and where it came from."""
+    table, origin = read_table(source, "cifar10", HUB_NAME, part, HUB_REVISION)
+    require_columns(table, ["img", "label"], origin)
+    labels = class_labels(table, "label", CLASSES, origin)
+    return table, encoded_files(table, "img", origin), labels, origin
 
 
-def _dataset(images: pyarrow.ChunkedArray, labels: np.ndarray) -> tuple[TensorDataset, set[str]]:
-    encoded = [image["bytes"] for image in images.to_pylist()]
+def _dataset(
+    images: Sequence[bytes], labels: np.ndarray, rows: np.ndarray, origin: str
+) -> tuple[TensorDataset, set[str]]:
+    encoded = [images[row] for row in rows]
     formats = {image_format(data) for data in encoded}
-    return TensorDataset(decode(encoded), torch.from_numpy(labels)), formats
+    pixels = decode(encoded, lambda row: at(origin, int(rows[row]), "img"))
+    return TensorDataset(pixels, torch.from_numpy(labels[rows])), formats
 
 
 def _describe_copy(formats: set[str]) -> dict[str, Any]:
@@ -112,15 +125,15 @@ def load(split: Split, options: Mapping[str, Any]) -> TaskData:
         ValueError: folds (there is an official test part), wrong ``train_samples`` or ``width``, a table that
             is not CIFAR-10's. FileNotFoundError, ConnectionError: see `read_table`."""
     resnet18_channels(options["width"])
-    table, source = read_table(split.source, "cifar10", "uoft-cs/cifar10")
-    images, labels = _columns(table)
+    table, images, labels, source = _columns(split.source, "train")
     train_rows, validation_rows = split_train(labels, split, options["train_samples"])
+    test_table, test_images, test_labels, test_source = _columns(split.source, "test")
+    refuse_same_rows(table, test_table, test_source)
     (train, formats), (validation, more) = (
-        _dataset(images.take(rows), labels[rows]) for rows in (train_rows, validation_rows)
+        _dataset(images, labels, rows, source) for rows in (train_rows, validation_rows)
     )
-    test, test_formats = _dataset(
-        *_columns(read_table(split.source, "cifar10", "uoft-cs/cifar10", "test")[0])
-    )
+    every = np.arange(len(test_images))
+    test, test_formats = _dataset(test_images, test_labels, every, test_source)
     mean, deviation = channel_statistics(train.tensors[0])
     description = {
         "source": source,

@@ -9,6 +9,7 @@ runs. `spoken_digits` is the task on which the same model learns."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
-from dynaprune.tasks.audio import RATE, Clips, padded, read_clip
+from dynaprune.tasks.audio import RATE, Clips, padded, read_clips
+from dynaprune.tasks.columns import at, encoded_files, require_columns, texts
 from dynaprune.tasks.ctc import encode, error_rates, greedy, losses_per_symbol, plain_text, vocabulary
-from dynaprune.tasks.data import data_source, read_table, split_train
+from dynaprune.tasks.data import data_source, on_hub, read_table, refuse_same_rows, split_train
 from dynaprune.tasks.wav2vec2 import OPTIONS, build, check_options, feature_frames, logits
 
 MAX_SECONDS = {"language": 4.0, "ctc": 8.0}
@@ -38,14 +40,16 @@ def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     objective = options["objective"]
     if objective not in MAX_SECONDS:
         raise ValueError(f"objective must be one of {', '.join(MAX_SECONDS)}, got {objective!r}")
-    if data_source(split.source) == "hub":
+    if on_hub(data_source(split.source)):
         raise ValueError(_NOT_ON_THE_HUB)
-    train, source = read_table(split.source, "common_voice", "")
-    test, _ = read_table(split.source, "common_voice", "", "test")
-    rows = split_train(np.array(train.column("locale").to_pylist()), split, options["train_samples"])
-    tables = [*(train.take(part) for part in rows), test]
+    train, source = _table(split.source, "train")
+    test, test_source = _table(split.source, "test")
+    refuse_same_rows(train, test, test_source)
+    locales = np.array(texts(train, "locale", source))
+    parts_of = [_Part(train, source, rows) for rows in split_train(locales, split, options["train_samples"])]
+    parts_of.append(_Part(test, test_source, np.arange(test.num_rows)))
     make = _languages if objective == "language" else _texts
-    parts, classes, said = make(tables, options["max_seconds"] or MAX_SECONDS[objective])
+    parts, classes, said = make(parts_of, options["max_seconds"] or MAX_SECONDS[objective])
     fit, validation, test_clips = parts
     collate, frames = padded(parts)
     description = {
@@ -65,16 +69,43 @@ def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     )
 
 
-def _languages(tables: Sequence[Any], seconds: float) -> tuple[list[Clips], int, dict[str, Any]]:
-    known = sorted(set(tables[0].column("locale").to_pylist()))
+def _table(source: str | None, part: str) -> tuple[Any, str]:
+    table, origin = read_table(source, "common_voice", "", part)
+    require_columns(table, ["audio", "sentence", "locale"], origin)
+    return table, origin
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a table."""
+
+    table: Any
+    origin: str
+    rows: np.ndarray
+
+    def texts(self, column: str) -> list[str]:
+        every = texts(self.table, column, self.origin)
+        return [every[row] for row in self.rows]
+
+    def clips(self, seconds: float) -> list[torch.Tensor]:
+        files = encoded_files(self.table, "audio", self.origin)
+        return read_clips(files, self.rows.tolist(), seconds, self.origin)
+
+
+def _languages(given: Sequence[_Part], seconds: float) -> tuple[list[Clips], int, dict[str, Any]]:
+    known = sorted(set(given[0].texts("locale")))
+    if len(known) < 2:
+        raise ValueError(f"{given[0].origin}, column locale: expected several languages, got {known[0]} only")
     parts = []
-    for table in tables:
-        locales = table.column("locale").to_pylist()
-        foreign = sorted(set(locales) - set(known))
-        if foreign:
-            raise ValueError(f"expected the locales {', '.join(known)} of the training part, got {foreign}")
-        clips = [read_clip(a["bytes"], seconds) for a in table.column("audio").to_pylist()]
-        parts.append(Clips(clips, [known.index(locale) for locale in locales]))
+    for part in given:
+        locales = part.texts("locale")
+        for row, locale in zip(part.rows.tolist(), locales, strict=True):
+            if locale not in known:
+                raise ValueError(
+                    f"{at(part.origin, row, 'locale')}: expected one of {', '.join(known)} as in the "
+                    f"training part, got {locale[:40]!r}"
+                )
+        parts.append(Clips(part.clips(seconds), [known.index(locale) for locale in locales]))
     chance = 1 / len(known)
     note = (
         f"The accuracy of guessing among the {len(known)} languages is {chance:.2f}: a model trained from "
@@ -84,19 +115,20 @@ def _languages(tables: Sequence[Any], seconds: float) -> tuple[list[Clips], int,
     return parts, len(known), {"languages": known, "chance_accuracy": chance, "note": note}
 
 
-def _texts(tables: Sequence[Any], seconds: float) -> tuple[list[Clips], None, dict[str, Any]]:
-    texts = [[plain_text(s) for s in table.column("sentence").to_pylist()] for table in tables]
-    characters = vocabulary(texts[0])
+def _texts(given: Sequence[_Part], seconds: float) -> tuple[list[Clips], None, dict[str, Any]]:
+    spoken = [[plain_text(s) for s in part.texts("sentence")] for part in given]
+    characters = vocabulary(spoken[0])
     parts, left_out = [], 0
-    for table, sentences in zip(tables, texts, strict=True):
+    for part, sentences in zip(given, spoken, strict=True):
         clips, targets = [], []
-        for audio, text in zip(table.column("audio").to_pylist(), sentences, strict=True):
-            clip = read_clip(audio["bytes"], seconds + 1 / RATE)
+        for clip, text in zip(part.clips(seconds + 1 / RATE), sentences, strict=True):
             if text and len(clip) <= seconds * RATE:
                 clips.append(clip)
                 targets.append(encode(text, characters))
         if not clips:
-            raise ValueError(f"expected clips of at most {seconds} s with a text, got none in a part")
+            raise ValueError(
+                f"{part.origin}: expected clips of at most {seconds} s with a text, got none in a part"
+            )
         left_out += len(sentences) - len(clips)
         parts.append(Clips(clips, targets))
     note = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ __all__ = [
     "batches_per_epoch",
     "data_source",
     "mlp",
+    "on_hub",
     "read_table",
+    "refuse_same_rows",
     "split_rows",
     "split_train",
     "training_batches",
@@ -41,19 +44,22 @@ def split_rows(labels: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray
     Test: fold ``split.fold`` of ``split.folds``, or one fifth. Validation: one eighth of what is left."""
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
-    rows = np.arange(len(labels))
-    if split.folds is None:
-        rest, test = train_test_split(rows, test_size=0.2, stratify=labels, random_state=split.seed)
-    else:
+    fold = split.fold
+    if split.folds is not None:
         if split.folds < 2:
             raise ValueError(f"folds must be at least 2, got {split.folds}")
-        if split.fold is None or not 0 <= split.fold < split.folds:
-            raise ValueError(f"fold must be in 0..{split.folds - 1}, got {split.fold}")
-        folds = StratifiedKFold(split.folds, shuffle=True, random_state=split.seed)
-        rest, test = list(folds.split(rows, labels))[split.fold]
-    train, validation = train_test_split(
-        rest, test_size=0.125, stratify=labels[rest], random_state=split.seed
-    )
+        if fold is None or not 0 <= fold < split.folds:
+            raise ValueError(f"fold must be in 0..{split.folds - 1}, got {fold}")
+    rows = np.arange(len(labels))
+    with _told_of_too_few(labels):
+        if split.folds is None or fold is None:
+            rest, test = train_test_split(rows, test_size=0.2, stratify=labels, random_state=split.seed)
+        else:
+            folds = StratifiedKFold(split.folds, shuffle=True, random_state=split.seed)
+            rest, test = list(folds.split(rows, labels))[fold]
+        train, validation = train_test_split(
+            rest, test_size=0.125, stratify=labels[rest], random_state=split.seed
+        )
     return np.sort(train), np.sort(validation), np.sort(test)
 
 
@@ -73,7 +79,8 @@ def split_train(labels: np.ndarray, split: Split, train_samples: int = 0) -> tup
             "the official test part stays as it is in every run: repeat over --seeds, not over --folds"
         )
     rows, classes = np.arange(len(labels)), len(np.unique(labels))
-    train, validation = train_test_split(rows, test_size=0.125, stratify=labels, random_state=split.seed)
+    with _told_of_too_few(labels):
+        train, validation = train_test_split(rows, test_size=0.125, stratify=labels, random_state=split.seed)
     if train_samples == 0:
         return np.sort(train), np.sort(validation)
     if not 8 * classes <= train_samples <= len(train):
@@ -82,6 +89,20 @@ def split_train(labels: np.ndarray, split: Split, train_samples: int = 0) -> tup
             f"validation), got {train_samples}"
         )
     return _thinned(train, labels, train_samples), _thinned(validation, labels, -(-train_samples // 7))
+
+
+@contextlib.contextmanager
+def _told_of_too_few(labels: np.ndarray) -> Iterator[None]:
+    """Says of which class there are too few rows to split them."""
+    try:
+        yield
+    except ValueError as error:
+        classes, counts = np.unique(labels, return_counts=True)
+        rarest = int(counts.argmin())
+        raise ValueError(
+            f"cannot split {len(labels)} rows of {len(classes)} classes by class (the rarest, "
+            f"{classes[rarest]}, has {counts[rarest]}): {error}"
+        ) from None
 
 
 def _thinned(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
@@ -94,43 +115,72 @@ def _thinned(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def data_source(source: str | None) -> str:
-    """Where a task's data come from: ``source`` where it is given, else DYNAPRUNE_DATA, else "hub"."""
+    """Where a task's data come from: ``source`` where it is given, else DYNAPRUNE_DATA, else "hub".
+
+    "hub@REVISION" is the hub at a commit of the user's choice."""
     return source or os.environ.get("DYNAPRUNE_DATA") or "hub"
 
 
+def on_hub(source: str) -> bool:
+    """Whether a `data_source` is the hub, and no folder."""
+    return source == "hub" or source.startswith("hub@")
+
+
 def read_table(
-    source: str | None, folder: str, hub_name: str, part: str = "train"
+    source: str | None, folder: str, hub_name: str, part: str = "train", revision: str | None = None
 ) -> tuple[pyarrow.Table, str]:
     """A table of rows and where it came from.
 
-    ``source`` is a folder that holds ``<folder>/<part>.parquet``, ``"hub"``, or None: DYNAPRUNE_DATA where it
-    is set, else the hub data set ``hub_name``. FileNotFoundError for a folder without the file,
-    ConnectionError (with what to do about it) for a hub that cannot be reached."""
-    source = data_source(source)
-    if source != "hub":
-        path = Path(source).expanduser() / folder / f"{part}.parquet"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"expected the table {folder}/{part}.parquet in the data folder {source}; it is not there"
-            )
-        from pyarrow import parquet
+    ``source`` is a folder that holds ``<folder>/<part>.parquet``, ``"hub"`` (at the commit ``revision``;
+    None: at its newest, which the origin names) or ``"hub@COMMIT"``, or None: DYNAPRUNE_DATA where it is set,
+    else the hub data set ``hub_name``.
 
-        return parquet.read_table(path), f"{folder}/{part}.parquet"
+    Raises:
+        FileNotFoundError: a folder without the file. ConnectionError: a hub that cannot be reached, with what
+            to do about it. ValueError: a file that is no parquet table, a part that the data set lacks."""
+    source = data_source(source)
+    if not on_hub(source):
+        return _from_folder(Path(source).expanduser(), f"{folder}/{part}.parquet", source)
+    hint = HUB_HINT.format(file=f"{folder}/{part}.parquet")
     try:
         import datasets
+        import huggingface_hub
     except ImportError as error:
         raise ImportError(
-            f"reading {hub_name} from the hub needs the package `datasets` (pip install datasets). "
-            + HUB_HINT.format(file=f"{folder}/{part}.parquet")
+            f"reading {hub_name} from the hub needs the package `datasets` (pip install datasets). {hint}"
         ) from error
     try:
-        table = datasets.load_dataset(hub_name, split=part)
+        commit = source.partition("@")[2] or revision or huggingface_hub.HfApi().dataset_info(hub_name).sha
+        table = datasets.load_dataset(hub_name, split=part, revision=commit)
     except Exception as error:
+        if isinstance(error, ValueError) and "split" in str(error).lower():
+            raise ValueError(f"the hub data set {hub_name} has no part {part!r}: {error}") from error
         raise ConnectionError(
-            f"could not load {hub_name!r} from the hub ({type(error).__name__}: {error}). "
-            + HUB_HINT.format(file=f"{folder}/{part}.parquet")
+            f"could not load {hub_name!r} from the hub ({type(error).__name__}: {error}). {hint}"
         ) from error
-    return table.with_format("arrow")[:], f"hub:{hub_name}"
+    return table.with_format("arrow")[:], f"hub:{hub_name}@{commit}"
+
+
+def _from_folder(folder: Path, name: str, given: str) -> tuple[pyarrow.Table, str]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the table {name} in the data folder {given}; it is not there")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path).read(), name
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"expected a parquet table in {path}, got a file that cannot be read: {said}"
+        ) from error
+
+
+def refuse_same_rows(train: pyarrow.Table, test: pyarrow.Table, origin: str) -> None:
+    """ValueError where the test part is the training part over again."""
+    if train.num_rows == test.num_rows and train.equals(test):
+        raise ValueError(f"{origin}: the test part has the same {test.num_rows} rows as the training part")
 
 
 def batches_per_epoch(dataset: Dataset[Any], batch_size: int) -> int:

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
-from dynaprune.tasks.data import read_table, split_train
+from dynaprune.tasks.columns import class_labels, require_columns, texts
+from dynaprune.tasks.data import on_hub, read_table, split_train
 from dynaprune.tasks.masked_language import pretrain
 from dynaprune.tasks.text import (
     Texts,
@@ -34,8 +35,9 @@ from dynaprune.tasks.text import (
     train_vocabulary,
 )
 
-HUB_NAME = "stanfordnlp/imdb"
+HUB_NAME, HUB_REVISION = "stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
 HUB_MODEL = "google-bert/bert-base-uncased"
+HUB_MODEL_REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
 BASE_VOCABULARY = Path("hf_configs/bert-base-uncased/vocab.txt")
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
@@ -75,13 +77,10 @@ def clean(text: str) -> str:
 
 
 def _columns(source: str | None, part: str) -> tuple[np.ndarray, np.ndarray, str]:
-    table, origin = read_table(source, "imdb", HUB_NAME, part)
-    if missing := [name for name in ("text", "label") if name not in table.column_names]:
-        raise ValueError(f"expected the columns text and label; {origin} lacks {', '.join(missing)}")
-    labels = table.column("label").to_numpy()
-    if set(np.unique(labels)) != {0, 1}:
-        raise ValueError(f"expected labels 0 and 1 in {origin}, got {np.unique(labels)[:10].tolist()}")
-    return np.array(table.column("text").to_pylist(), dtype=object), labels, origin
+    table, origin = read_table(source, "imdb", HUB_NAME, part, HUB_REVISION)
+    require_columns(table, ["text", "label"], origin)
+    labels = class_labels(table, "label", 2, origin)
+    return np.array(texts(table, "text", origin), dtype=object), labels, origin
 
 
 def pretrained_folder(init: str) -> Path:
@@ -93,7 +92,9 @@ def pretrained_folder(init: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(HUB_MODEL, allow_patterns=list(_MODEL_FILES)))
+            return Path(
+                snapshot_download(HUB_MODEL, revision=HUB_MODEL_REVISION, allow_patterns=list(_MODEL_FILES))
+            )
         except Exception as error:
             raise ConnectionError(
                 f"could not load {HUB_MODEL!r} from the hub ({type(error).__name__}: {error}). On a machine "
@@ -130,7 +131,7 @@ def _from_scratch(
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {name!r}")
     size = SIZES[name]
     given = source or os.environ.get("DYNAPRUNE_DATA")
-    file = Path(given).expanduser() / BASE_VOCABULARY if given and given != "hub" else None
+    file = Path(given).expanduser() / BASE_VOCABULARY if given and not on_hub(given) else None
     if name == "base" and file is not None and file.is_file():
         vocabulary, origin = read_vocabulary(file), str(BASE_VOCABULARY)
     else:
@@ -155,10 +156,12 @@ def load(split: Split, options: Mapping[str, Any]) -> ReviewData:
     """The official test reviews; validation drawn from the others. Folds are refused: the test part is fixed.
 
     The vocabulary of a model that starts from scratch comes from the training part alone."""
-    texts, labels, origin = _columns(split.source, "train")
-    test_texts, test_labels, _ = _columns(split.source, "test")
+    reviews, labels, origin = _columns(split.source, "train")
+    test_reviews, test_labels, test_origin = _columns(split.source, "test")
+    if np.array_equal(reviews, test_reviews):
+        raise ValueError(f"{test_origin} has the same {len(reviews)} reviews as the training part")
     rows = split_train(labels, split, options["train_samples"])
-    train_texts = [clean(text) for text in texts[rows[0]]]
+    train_texts = [clean(text) for text in reviews[rows[0]]]
     max_length, init, folder = options["max_length"], options["init"], None
     if init == "scratch":
         config, tokenizer, vocabulary = _from_scratch(options["size"], train_texts, split.source, max_length)
@@ -172,7 +175,7 @@ def load(split: Split, options: Mapping[str, Any]) -> ReviewData:
     config.num_labels = 2
     train = Texts(encode(tokenizer, train_texts), labels[rows[0]], tokenizer, max_length, padded=True)
     evaluated = []
-    for part, part_labels in ((texts[rows[1]], labels[rows[1]]), (test_texts, test_labels)):
+    for part, part_labels in ((reviews[rows[1]], labels[rows[1]]), (test_reviews, test_labels)):
         tokens = encode(tokenizer, [clean(text) for text in part])
         order = np.argsort([len(each) for each in tokens], kind="stable")
         tokens = [tokens[i] for i in order]

@@ -13,24 +13,25 @@ import torch
 from torch import nn
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData
-from dynaprune.tasks.audio import RATE, Clips, padded, perturb_speed, read_clip
-from dynaprune.tasks.data import read_table, split_train
+from dynaprune.tasks.audio import RATE, Clips, padded, perturb_speed, read_clips
+from dynaprune.tasks.columns import class_labels, encoded_files, require_columns
+from dynaprune.tasks.data import read_table, refuse_same_rows, split_train
 from dynaprune.tasks.wav2vec2 import OPTIONS, build, check_options, logits
 
-HUB_NAME = "mteb/free-spoken-digit-dataset"
+HUB_NAME, HUB_REVISION = "mteb/free-spoken-digit-dataset", "c34455c99604d35cb8d27328c267be1478efc903"
 MAX_SECONDS = 0.7
 
 
 def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     """The recordings at 16 kHz, each normalised by itself, cut after ``max_seconds`` (0: 0.7 s)."""
     check_options(options)
-    train, source = read_table(split.source, "fsdd", HUB_NAME)
-    test, _ = read_table(split.source, "fsdd", HUB_NAME, "test")
-    labels = np.array(train.column("label").to_pylist())
+    train, files, labels, source = _columns(split.source, "train")
+    test, test_files, test_labels, test_source = _columns(split.source, "test")
+    refuse_same_rows(train, test, test_source)
     rows = split_train(labels, split, options["train_samples"])
     seconds = options["max_seconds"] or MAX_SECONDS
-    fit, validation = (_clips(train.take(part), seconds) for part in rows)
-    test_clips = _clips(test, seconds)
+    fit, validation = (_clips(files, labels, part, seconds, source) for part in rows)
+    test_clips = _clips(test_files, test_labels, np.arange(len(test_files)), seconds, test_source)
     collate, frames = padded([fit, validation, test_clips])
     description = {
         "source": source,
@@ -50,9 +51,14 @@ def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     )
 
 
-def _clips(table: Any, seconds: float) -> Clips:
-    audio = table.column("audio").to_pylist()
-    return Clips([read_clip(a["bytes"], seconds) for a in audio], table.column("label").to_pylist())
+def _columns(source: str | None, part: str) -> tuple[Any, list[bytes], np.ndarray, str]:
+    table, origin = read_table(source, "fsdd", HUB_NAME, part, HUB_REVISION)
+    require_columns(table, ["audio", "label"], origin)
+    return table, encoded_files(table, "audio", origin), class_labels(table, "label", 10, origin), origin
+
+
+def _clips(files: list[bytes], labels: np.ndarray, rows: np.ndarray, seconds: float, origin: str) -> Clips:
+    return Clips(read_clips(files, rows.tolist(), seconds, origin), labels[rows].tolist())
 
 
 def build_model(data: TaskData, dropout: float) -> nn.Module:

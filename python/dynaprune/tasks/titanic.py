@@ -6,7 +6,7 @@ alone."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +15,15 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from dynaprune.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
+from dynaprune.tasks.columns import categories, class_labels, numbers, require_columns, texts
 from dynaprune.tasks.data import mlp, read_table, split_rows
 
 if TYPE_CHECKING:
     import pyarrow
 
+# No commit of this data set is known for certain: `read_table` takes its newest, and the report names it.
 HUB_NAME = "phihung/titanic"
+ORIGIN = "titanic/train.parquet"
 COLUMNS = (
     "Survived",
     "Pclass",
@@ -49,28 +52,18 @@ def title_of(name: str) -> str:
     return title if title in _COMMON_TITLES else "other"
 
 
-def _numbers(values: Sequence[Any]) -> np.ndarray:
-    return np.array([np.nan if v is None else float(v) for v in values])
-
-
-def _known(values: Sequence[Any]) -> list[str]:
-    return ["unknown" if v is None or v != v or v == "" else str(v) for v in values]
-
-
-def passenger_features(table: pyarrow.Table) -> tuple[np.ndarray, np.ndarray]:
+def passenger_features(table: pyarrow.Table, origin: str = ORIGIN) -> tuple[np.ndarray, np.ndarray]:
     """``(numeric [n, 7] with NaN for gaps, categorical [n, 6] strings)``, row by row: nothing is fitted here.
 
-    ValueError where the table lacks one of Kaggle's columns.
+    ValueError where the table lacks one of Kaggle's columns, or a cell is not of its column's kind.
     """
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise ValueError(f"expected the columns {', '.join(COLUMNS)}; the table lacks {', '.join(missing)}")
-    raw = {name: table.column(name).to_pylist() for name in COLUMNS}
-    siblings, parents, fare = _numbers(raw["SibSp"]), _numbers(raw["Parch"]), _numbers(raw["Fare"])
+    require_columns(table, COLUMNS, origin)
+    siblings, parents = (numbers(table, name, origin, whole=True) for name in ("SibSp", "Parch"))
+    fare = numbers(table, "Fare", origin)
     family = siblings + parents + 1
-    prefix = np.array([float(ticket[:1].isalpha()) for ticket in _known(raw["Ticket"])])
+    prefix = np.array([float(ticket[:1].isalpha()) for ticket in categories(table, "Ticket", origin)])
     numeric = [
-        _numbers(raw["Age"]),
+        numbers(table, "Age", origin),
         np.log1p(fare),
         np.log1p(fare / family),
         family,
@@ -79,25 +72,27 @@ def passenger_features(table: pyarrow.Table) -> tuple[np.ndarray, np.ndarray]:
         prefix,
     ]
     categorical = [
-        _known(raw["Pclass"]),
-        _known(raw["Sex"]),
-        _known(raw["Embarked"]),
-        [title_of(name) for name in raw["Name"]],
-        [cabin[0] for cabin in _known(raw["Cabin"])],
+        categories(table, "Pclass", origin),
+        categories(table, "Sex", origin),
+        categories(table, "Embarked", origin),
+        [title_of(name) for name in texts(table, "Name", origin)],
+        [cabin[0] for cabin in categories(table, "Cabin", origin)],
         np.select([family == 1, family <= 4], ["alone", "small"], "large"),
     ]
     return np.column_stack(numeric), np.column_stack([np.array(c, dtype=object) for c in categorical])
 
 
-def prepare(table: pyarrow.Table, rows: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[TensorDataset]:
+def prepare(
+    table: pyarrow.Table, rows: tuple[np.ndarray, np.ndarray, np.ndarray], origin: str = ORIGIN
+) -> list[TensorDataset]:
     """Datasets of the (train, validation, test) ``rows``: medians for gaps (with a column that marks them),
     one-hot categories, standardised; all of it fitted on the first part of the rows only."""
     from sklearn.impute import SimpleImputer
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    numeric, categorical = passenger_features(table)
-    survived = np.array(table.column("Survived").to_pylist(), dtype=np.int64)
+    numeric, categorical = passenger_features(table, origin)
+    survived = class_labels(table, "Survived", 2, origin)
     gaps = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
     kinds = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), StandardScaler())
     gaps.fit(numeric[rows[0]])
@@ -114,10 +109,9 @@ def prepare(table: pyarrow.Table, rows: tuple[np.ndarray, np.ndarray, np.ndarray
 def load(split: Split, options: Mapping[str, Any]) -> TaskData:
     """The 891 labelled passengers, split by stratified draw (Kaggle's test part has no labels)."""
     table, source = read_table(split.source, "titanic", HUB_NAME)
-    if "Survived" not in table.column_names:
-        raise ValueError(f"expected a column Survived, got {', '.join(table.column_names)}")
-    rows = split_rows(table.column("Survived").to_numpy(), split)
-    train, validation, test = prepare(table, rows)
+    require_columns(table, COLUMNS, source)
+    rows = split_rows(class_labels(table, "Survived", 2, source), split)
+    train, validation, test = prepare(table, rows, source)
     description = {
         "source": source,
         "features": int(train.tensors[0].shape[1]),
