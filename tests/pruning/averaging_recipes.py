@@ -190,6 +190,7 @@ class LoadedStateDict(OverParameters):
 class _Tensors(Recipe):
     """The average is a container of tensors."""
 
+    of_tensors = True
     shadow: Any
 
     def followed(self) -> list[Any]:

@@ -128,3 +128,144 @@ def assert_plain(recipe: Recipe, model: nn.Module, expected: dict[str, Tensor]) 
         assert holder.get_buffer("0values").dim() == 2
         return
     assert_close(dense(recipe.tensors(model), model), names)
+
+
+SAME_DECAY = ["dict", "dict in place", "dict in float64", "dict by Parameter", "dict of a state", "list"]
+
+
+@pytest.mark.parametrize(
+    "name", [*SAME_DECAY, "dict of a state's floats", "tuple of a state", "flat buffers"]
+)
+def test_tensors_that_follow_a_cut_of_neurons_are_those_of_a_module_that_follows(name: str) -> None:
+    """Neurons leave and constants move into biases: the average's own constants, not the model's."""
+    model = network()
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings(neurons=True), example_inputs=batch(0)[0])
+    recipe, module = RECIPES[name](model), RECIPES["parameters"](model)
+    for followed in (*recipe.followed(), *module.followed()):
+        pruner.follow(followed)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        recipe.update(model)
+        module.update(model)
+        assert_close(dense(recipe.tensors(model), model), dense(module.tensors(model), model))
+    assert pruner.report()["neurons_removed"] > 0
+    pruner.finalize()
+    assert_close(dense(module.tensors(model), model), dense(dict(module.copy.named_parameters()), model))
+
+
+def test_an_average_in_another_dtype_follows_a_cut_of_neurons() -> None:
+    model = network()
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings(neurons=True), example_inputs=batch(0)[0])
+    wide, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    for each in (wide, plain):
+        pruner.follow(each)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for average in (wide, plain):
+                for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
+                    mine.lerp_(theirs.to(mine.dtype), 0.2)
+    assert pruner.report()["neurons_removed"] > 0
+    assert_close(dense(dict(wide.named_parameters()), model), dense(dict(plain.named_parameters()), model))
+    assert wide(batch(0)[0].double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["dict", "dict by Parameter", "list", "tuple of a state", "parameters"])
+def test_a_copy_from_before_attach_follows(name: str) -> None:
+    model = network()
+    optimizer = adam(model)
+    recipe = RECIPES[name](model)
+    pruner = dynaprune.attach(model, optimizer, settings())
+    if name == "tuple of a state":
+        with pytest.raises(ValueError, match="expected a list with a copy of each parameter"):
+            pruner.follow(recipe.followed()[0])
+        return
+    expected = dense(dict(model.named_parameters()), model)
+    for followed in recipe.followed():
+        pruner.follow(followed)
+    was = live(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        stayed, was = was, live(model)
+        keep = recipe.update(model)
+        expected = {n: tensor * (stayed[n] & was[n]) for n, tensor in expected.items()}
+        expected = reference(expected, dense(dict(model.named_parameters()), model), keep)
+        assert_close(dense(recipe.tensors(model), model), expected)
+    assert pruner.target_reached
+
+
+def test_what_cannot_follow_is_refused_with_what_was_expected() -> None:
+    model = network()
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings())
+    with pytest.raises(ValueError, match="the model itself"):
+        pruner.follow(model)
+    with pytest.raises(ValueError, match="the model itself"):
+        pruner.follow(copy.copy(model))
+    with pytest.raises(ValueError, match=r"got none for 0\.values"):
+        pruner.follow({"a": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"each parameter \(8\)"):
+        pruner.follow([p.detach().clone() for p in model.parameters()][:-1])
+    with pytest.raises(TypeError, match="got str"):
+        pruner.follow({name: "x" for name, _ in model.named_parameters()})
+    with pytest.raises(TypeError, match="a dict or a list of tensors, got generator"):
+        pruner.follow(p for p in model.parameters())  # type: ignore[arg-type]
+    late = {name: p.detach().clone() for name, p in model.named_parameters()}
+    early = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pruner.follow(early)
+    for step in range(6):
+        loss_of(model, step).backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match="right after making it"):
+        pruner.follow(late)
+    early["0.values"] = early["0.values"][:1]
+    with pytest.raises(RuntimeError, match=r"stale.*'0\.values' of shape"):
+        for step in range(6):
+            loss_of(model, step).backward()
+            optimizer.step()
+
+
+def test_several_averages_in_one_module_all_follow() -> None:
+    model = network()
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings())
+    holder = nn.ModuleDict({"online": model, "slow": copy.deepcopy(model), "slower": copy.deepcopy(model)})
+    pruner.follow(holder)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        for name, share in (("slow", 0.5), ("slower", 0.1)):
+            with torch.no_grad():
+                for mine, theirs in zip(holder[name].parameters(), model.parameters(), strict=True):
+                    mine.lerp_(theirs, share)
+    assert pruner.target_reached
+    assert [a.shape for a in holder["slow"].parameters()] == [p.shape for p in model.parameters()]
+    assert [a.shape for a in holder["slower"].parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_tied_weights_in_a_state_dict_stay_two_tensors() -> None:
+    plain, norm = network(), nn.BatchNorm1d(64)
+    model = nn.Sequential(plain[0], norm, nn.ReLU(), plain[3], norm, nn.ReLU(), plain[5])
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings())
+    shadow = {name: value.clone() for name, value in model.state_dict().items()}
+    pruner.follow(shadow)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                shadow[name].mul_(0.5).add_(value, alpha=0.5)
+    assert pruner.target_reached
+    assert torch.equal(shadow["1.weight"], shadow["4.weight"])
+    assert shadow["1.weight"].data_ptr() != shadow["4.weight"].data_ptr()
