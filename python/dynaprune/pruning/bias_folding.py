@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,22 +20,40 @@ _STATISTICS_AGREE = 1e-3
 
 @dataclass(frozen=True)
 class Observation:
-    """One forward pass: the model's outputs, and per reader the least and greatest value of each input."""
+    """One forward pass: the model's outputs, and per reader the least and greatest value of each input.
+
+    ``layers``: for every layer that was asked for, the mean of each output and of its absolute value over all
+    positions, summed over calls: float64 ``[2, out]``, and the eps of its dtype.
+    """
 
     outputs: list[Tensor]
     ranges: dict[str, tuple[Tensor, Tensor]]
+    layers: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
 
 
 def observe(
-    model: nn.Module, example: ExampleInputs, readers: Collection[str] = (), *, batch_statistics: bool = False
+    model: nn.Module,
+    example: ExampleInputs,
+    readers: Collection[str] = (),
+    *,
+    layers: Collection[str] = (),
+    batch_statistics: bool = False,
+    training: bool = False,
 ) -> Observation:
     """Run the model in evaluation mode and look at the inputs of ``readers``; nothing of the model changes.
 
     Args:
+        layers: whose outputs to average.
         batch_statistics: norm layers normalise by the batch, as in training.
+        training: every module in its own mode instead; no norm layer's statistics change.
     """
+    flags = {module: module.training for module in model.modules()}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    means: dict[str, tuple[Tensor, float]] = {}
     handles = []
+    for name in layers:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_hook(_average(name, module, means)))
     for name in readers:
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(_watch(name, module, ranges), with_kwargs=True))
@@ -43,13 +61,26 @@ def observe(
         # grad mode keeps nn.TransformerEncoderLayer off its fused path, which would run no hooks
         with calibration_mode(model), torch.enable_grad():
             if not batch_statistics:
-                for module in model.modules():
-                    module.training = False
+                for module, flag in flags.items():
+                    module.training = flag and training
             outputs = [t.detach() for t in tensors_in(example.forward(model))]
     finally:
         for handle in handles:
             handle.remove()
-    return Observation(outputs, ranges)
+    return Observation(outputs, ranges, means)
+
+
+def _average(name: str, module: nn.Module, means: dict[str, tuple[Tensor, float]]) -> Any:
+    feature_dim = -1 - _spatial_dims(module)
+
+    def hook(_: nn.Module, __: Any, y: Tensor) -> None:
+        features = y.detach().movedim(feature_dim, -1).reshape(-1, y.shape[feature_dim]).double()
+        mean = torch.stack([features.mean(0), features.abs().mean(0)])
+        if name in means:
+            mean = mean + means[name][0]
+        means[name] = mean, torch.finfo(y.dtype).eps
+
+    return hook
 
 
 def _watch(name: str, module: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]]) -> Any:

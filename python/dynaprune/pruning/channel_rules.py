@@ -70,6 +70,7 @@ def _same(call: Call) -> Tensor:
 
 
 def _constant(call: Call) -> Tensor:
+    """The same everywhere, or drawn alike everywhere."""
     return torch.full((1,) * call.out.dim(), NEUTRAL, dtype=torch.int32)
 
 
@@ -188,6 +189,8 @@ def _moved(call: Call) -> Tensor | None:
             arguments[name] = NEUTRAL
         else:
             arguments[name] = _places(call, value)
+    if call.name not in _PLACES_ONLY:
+        call.sets.mark_scaled(call.first().values)
     if call.arguments.get("accumulate") or call.arguments.get("reduce"):
         return None
     positional = [a.name for a in call.function._schema.arguments if not a.kwarg_only]
@@ -247,9 +250,18 @@ def _index_add(call: Call) -> Tensor | None:
     return call.sets.combine([x, rows], len(x.shape))
 
 
+_PLACES_ONLY = {
+    *("index", "take", "embedding", "masked_select", "roll", "flip", "index_select", "gather"),
+    *("constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "diag_embed"),
+}
 _NAMES: dict[Rule, str] = {
+    pointwise: """
+        hardswish log_sigmoid_forward _prelu_kernel rrelu_with_noise floor_divide polar complex rsub
+        masked_fill where pow""",
     _copied: "copy",
-    _constant: "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty",
+    _constant: """
+        zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like
+        zero fill bernoulli normal uniform exponential""",
     _cat: "cat",
     _stack: "stack",
     _gated: "glu",

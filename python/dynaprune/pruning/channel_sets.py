@@ -91,6 +91,8 @@ class ChannelSets(DisjointSets):
     Attributes:
         along: bool ``[count]``: channels that act through softmax weights only (queries, keys).
         averaged: bool ``[count]``: channels that such weights average (values).
+        scaled: bool ``[count]``: channels that data scales or masks on the way to their readers: a constant
+            that they make is none for other data.
         work: label elements looked at so far.
     """
 
@@ -98,6 +100,7 @@ class ChannelSets(DisjointSets):
         super().__init__(count)
         self.along = torch.zeros(count, dtype=torch.bool)
         self.averaged = torch.zeros(count, dtype=torch.bool)
+        self.scaled = torch.zeros(count, dtype=torch.bool)
         self.work = 0
         self._blocked: dict[int, str] = {}
         self._origins: dict[str, int] = {}
@@ -127,7 +130,13 @@ class ChannelSets(DisjointSets):
 
     def mark_along(self, labels: Tensor) -> None:
         """What is in the sets of ``labels`` so far acts through softmax weights, unless they average it."""
-        self.along |= self._tied_to(labels) & ~self.averaged
+        new = self._tied_to(labels) & ~self.averaged & ~self.along
+        self.along |= new
+        self.scaled &= ~new
+
+    def mark_scaled(self, labels: Tensor) -> None:
+        """Data scales or masks what is in the sets of ``labels`` so far."""
+        self.scaled |= self._tied_to(labels)
 
     def _tied_to(self, labels: Tensor) -> Tensor:
         """bool ``[count]``: channels in the same sets as ``labels``."""
@@ -153,6 +162,7 @@ class ChannelSets(DisjointSets):
         roots = self.roots(fibers[dyed]).unique()
         if roots.numel() == 1:
             self.block(roots, reason)
+            lead = torch.where(lead >= 0, self.fixed("what mixes all its channels"), lead).int()
         shape = [1 if d in varying else x.values.size(d) for d in range(x.values.dim())]
         return Labels(lead.reshape(shape), x.shape)
 
@@ -170,6 +180,8 @@ class ChannelSets(DisjointSets):
         for x in dyed:
             for other in fixed:
                 dims = [d for d in range(ndim) if other.shape[d] > 1 and x.values.size(d) > 1]
+                if any(n > 1 for n in other.shape):
+                    self.mark_scaled(x.values)
                 if dims:
                     self.merge(x, dims, f"its outputs meet {self.origin(other.fixed())}")
         values = dyed[0].values

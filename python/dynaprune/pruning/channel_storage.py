@@ -55,7 +55,9 @@ class LabelStorage:
             period = period.repeat(reach // length + 1)
         self._sets.work += max(reach, length)
         strides = [s if n > 1 else 1 for n, s in zip(sizes, tensor.stride(), strict=True)]
-        return Labels(collapsed(period.as_strided(sizes, strides, start)), tuple(tensor.shape))
+        return Labels(
+            collapsed(period.as_strided(sizes, strides, period.storage_offset() + start)), tuple(tensor.shape)
+        )
 
     def _of_size(self, tensor: Tensor, size: int, period: Tensor) -> Tensor:
         """``period``, per element of another size: complex numbers take two elements each, or give them."""
@@ -138,4 +140,4 @@ def _one_period(tensor: Tensor, values: Tensor, order: list[int]) -> Tensor:
         order = order[1:]
     rest = [d for d in range(tensor.dim()) if d not in order]
     ordered = values.permute([*rest, *order])
-    return ordered.expand([1 for _ in rest] + [tensor.size(d) for d in order]).reshape(-1).contiguous()
+    return ordered.expand([1 for _ in rest] + [tensor.size(d) for d in order]).reshape(-1).clone()

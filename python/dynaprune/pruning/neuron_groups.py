@@ -46,11 +46,13 @@ class NeuronGroup:
     """Neurons that can only be cut together. The first member is the layer that the group is named after.
 
     ``averaged``: attention averages over positions between makers and readers, so that a constant reaches the
-    readers with the rounding of that average.
+    readers with the rounding of that average. ``scaled``: data scales or masks the neurons between makers and
+    readers, so that a constant of one batch is none for another.
     """
 
     members: tuple[Member, ...]
     averaged: bool = False
+    scaled: bool = False
 
     @property
     def name(self) -> str:
@@ -204,6 +206,8 @@ def _aligned_groups(graph: DependencyGraph, parts: list[_Part]) -> tuple[list[Ne
     reason = blocked or next(iter(closed.values()), "")
     members: dict[int, list[Member]] = {}
     averaged: set[int] = set()
+    met = place[sets.roots(sets.scaled.nonzero().squeeze(1))]
+    scaled = set(merged.roots(met[met >= 0]).tolist())
     for part in parts:
         groups = merged.roots(place[part.set])
         order = groups.argsort(stable=True)
@@ -216,7 +220,8 @@ def _aligned_groups(graph: DependencyGraph, parts: list[_Part]) -> tuple[list[Ne
             members.setdefault(leader, []).append(
                 Member(part.layer.name, part.outputs, part.along, index.sort().values)
             )
-    return [NeuronGroup(tuple(each), leader in averaged) for leader, each in members.items()], reason
+    found = [NeuronGroup(tuple(m), leader in averaged, leader in scaled) for leader, m in members.items()]
+    return found, reason
 
 
 def _blocks(parts: list[_Part], place: Tensor) -> Iterator[tuple[Tensor, Tensor, str]]:

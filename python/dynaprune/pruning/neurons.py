@@ -30,14 +30,16 @@ Which groups can go without harm:
 
 Attention loses whole heads (see ``attention_heads``).
 
-Each cut is tried on the example inputs and taken back where the outputs move by more than rounding or the
-forward fails (code that knows a width by heart): what a traced graph gets wrong cannot harm.
+Each cut is tried on the example inputs and taken back where the outputs of the model or of a layer move by
+more than rounding or the forward fails, in evaluation or in training mode (code that knows a width by heart):
+what a traced graph gets wrong cannot harm.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,6 +58,7 @@ from dynaprune.pruning.neuron_groups import (
     find_groups,
 )
 from dynaprune.pruning.surgery import Surgery, block_mask
+from dynaprune.pruning.twin_check import differs, watched_layers
 
 __all__ = [
     "CutPlan",
@@ -71,7 +74,8 @@ __all__ = [
     "find_groups",
 ]
 
-_ROUNDING = {torch.float16: 8.0, torch.bfloat16: 8.0}
+_FAILS = "the model does not run without them"
+_Refuse = Callable[[NeuronGroup, str], None]
 
 
 class Kept(NamedTuple):
@@ -158,7 +162,7 @@ def cut_dead_neurons(
     if not candidates:
         return report
     readers = {m.name for c in candidates for m in c.folded}
-    before = observe(model, example, readers)
+    before = observe(model, example, readers, layers=watched_layers(model))
     batch = before
     if readers and any(isinstance(m, NORMS) for m in model.modules()):
         batch = observe(model, example, readers, batch_statistics=True)
@@ -168,33 +172,54 @@ def cut_dead_neurons(
             dead.refuse(report, candidate.group, reason)
         else:
             fit.append(candidate)
-    if fit and not _cut(model, fit, example, before, optimizers, report):
+    trains = bool(fit) and model.training and _runs_in_training(model, example)
+
+    def attempt(chosen: Sequence[_Candidate], surgery: Surgery) -> str:
+        return _try(model, _plan(model, chosen), example, before, surgery, trains)
+
+    def taken_back(chosen: Sequence[_Candidate]) -> str:
+        surgery = Surgery(optimizers)
+        reason = attempt(chosen, surgery)
+        surgery.undo()
+        return reason
+
+    def cut(chosen: Sequence[_Candidate]) -> str:
+        plan, slots = _plan(model, chosen), _slots(model)
+        kept = _kept(model, plan)
+        reason = attempt(chosen, Surgery(optimizers))
+        if not reason:
+            _enter(report, chosen, plan, kept, slots - _slots(model))
+        return reason
+
+    def refuse(group: NeuronGroup, reason: str) -> None:
+        dead.refuse(report, group, reason)
+
+    if not fit or not cut(fit):
         return report
-    fit = _passing_alone(model, fit, example, before, optimizers, report, dead)
-    if fit and (reason := _cut(model, fit, example, before, optimizers, report)):
+    fit = _passing_alone(fit, taken_back, refuse)
+    if fit and (reason := cut(fit)):
         for candidate in fit:
-            dead.refuse(report, candidate.group, f"together with others: {reason}")
+            refuse(candidate.group, f"together with others: {reason}")
     return report
 
 
-def _cut(
-    model: nn.Module,
-    candidates: Sequence[_Candidate],
-    example: ExampleInputs,
-    before: Observation,
-    optimizers: Iterable[torch.optim.Optimizer],
-    report: CutReport,
-) -> str:
-    """Cut ``candidates`` and enter them in ``report``, or say why not."""
-    plan, slots = _plan(model, candidates), _slots(model)
-    kept = _kept(model, plan)
-    if reason := _try(model, plan, example, before, Surgery(optimizers)):
-        return reason
-    report.plan, report.kept, report.blocks = plan, kept, slots - _slots(model)
+def _enter(
+    report: CutReport, candidates: Sequence[_Candidate], plan: CutPlan, kept: dict[str, Kept], blocks: int
+) -> None:
+    """Say in ``report`` that ``candidates`` were cut."""
+    report.plan, report.kept, report.blocks = plan, kept, blocks
     for candidate in candidates:
         name = candidate.group.name
         report.neurons[name] = report.neurons.get(name, 0) + int(candidate.group.neurons.numel())
-    return ""
+
+
+def _runs_in_training(model: nn.Module, example: ExampleInputs) -> bool:
+    """Whether a forward pass in training mode works with the example inputs."""
+    try:
+        observe(model, example, training=True)
+    except Exception:
+        return False
+    return True
 
 
 def execute(model: nn.Module, plan: CutPlan, observed: Observation, surgery: Surgery) -> None:
@@ -291,6 +316,8 @@ def _width(module: nn.Module, *, outputs: bool) -> int:
 
 
 def _why_not(model: nn.Module, candidate: _Candidate, before: Observation, batch: Observation) -> str:
+    if candidate.folded and candidate.group.scaled:
+        return "data scales or masks it before it is read: what is constant for one batch is not for another"
     for member in candidate.folded:
         reader = model.get_submodule(member.name)
         averaged = candidate.group.averaged
@@ -329,15 +356,23 @@ def _kept(model: nn.Module, plan: CutPlan) -> dict[str, Kept]:
 
 
 def _try(
-    model: nn.Module, plan: CutPlan, example: ExampleInputs, before: Observation, surgery: Surgery
+    model: nn.Module,
+    plan: CutPlan,
+    example: ExampleInputs,
+    before: Observation,
+    surgery: Surgery,
+    trains: bool,
 ) -> str:
     """Cut; when the model then fails or computes something else, take the cut back and say why."""
     reason = ""
     try:
         execute(model, plan, before, surgery)
-        reason = _differs(before.outputs, observe(model, example).outputs)
+        after = observe(model, example, layers=before.layers)
+        reason = differs(before, after, {name: outputs for name, (outputs, _) in plan.layers.items()})
+        if not reason and trains:
+            observe(model, example, training=True)
     except Exception as error:
-        reason = f"the model does not run without them: {type(error).__name__}: {error}"
+        reason = f"{_FAILS}: {type(error).__name__}: {error}"
     except BaseException:
         surgery.undo()
         raise
@@ -346,43 +381,34 @@ def _try(
     return reason
 
 
-def _differs(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
-    if [t.shape for t in before] != [t.shape for t in after]:
-        return "the model's outputs change their shape"
-    for old, new in zip(before, after, strict=True):
-        other = ~((old == new) | (old.isnan() & new.isnan()))
-        if not bool(other.any()):
-            continue
-        if not old.is_floating_point() or not bool((old[other].isfinite() & new[other].isfinite()).all()):
-            return "the model's outputs change"
-        moved = (old[other].double() - new[other].double()).abs().amax()
-        largest = old[old.isfinite()].double().abs().amax()
-        allowed = _ROUNDING.get(old.dtype, 256.0) * torch.finfo(old.dtype).eps * largest
-        if bool(moved > allowed):
-            return f"the model's outputs move by {float(moved):.2g}, rounding allows {float(allowed):.2g}"
-    return ""
-
-
 def _passing_alone(
-    model: nn.Module,
-    candidates: Sequence[_Candidate],
-    example: ExampleInputs,
-    before: Observation,
-    optimizers: Iterable[torch.optim.Optimizer],
-    report: CutReport,
-    dead: _Dead,
+    candidates: Sequence[_Candidate], attempt: Callable[[Sequence[_Candidate]], str], refuse: _Refuse
 ) -> list[_Candidate]:
-    """The candidates of those layers whose cut, tried alone and taken back, keeps the outputs."""
-    by_layer: dict[str, list[_Candidate]] = {}
+    """The candidates whose cut, tried by layer and taken back, keeps the outputs.
+
+    Layers that differ by the numbers in their names only are tried together first. Where the model does not
+    run without neurons of them nor of the first of them, it is their common code that knows a width by heart.
+    """
+    alike: dict[str, dict[str, list[_Candidate]]] = {}
     for candidate in candidates:
-        by_layer.setdefault(candidate.group.name, []).append(candidate)
-    passing = []
-    for group in by_layer.values():
-        surgery = Surgery(optimizers)
-        if reason := _try(model, _plan(model, group), example, before, surgery):
+        name = candidate.group.name
+        alike.setdefault(re.sub(r"\d+", "*", name), {}).setdefault(name, []).append(candidate)
+    passing: list[_Candidate] = []
+    for layers in alike.values():
+        together = [candidate for group in layers.values() for candidate in group]
+        reason = attempt(together)
+        if not reason:
+            passing += together
+            continue
+        for place, group in enumerate(layers.values()):
+            why = attempt(group) if len(layers) > 1 else reason
+            if not why:
+                passing += group
+                continue
+            if place == 0 and why.startswith(_FAILS) and reason.startswith(_FAILS):
+                group = together
             for candidate in group:
-                dead.refuse(report, candidate.group, reason)
-        else:
-            surgery.undo()
-            passing.extend(group)
+                refuse(candidate.group, why)
+            if group is together:
+                break
     return passing

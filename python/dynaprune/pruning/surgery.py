@@ -48,6 +48,8 @@ def cannot_cut(module: nn.Module) -> str:
         return "it is a convolution with groups" if conv is not None and conv.groups > 1 else ""
     if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
         return "its weight is parametrized"
+    if "weight" in vars(module):
+        return "its weight is computed from other tensors"
     if isinstance(module, nn.LayerNorm):
         return "LayerNorm over a narrower width computes another function"
     if layer_shape(module) is None:
