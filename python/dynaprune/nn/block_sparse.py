@@ -75,11 +75,12 @@ class BlockSparseLayer(nn.Module):
 
         The data of ``weight``, which becomes ``values``, is the caller's to bring into the layout's form.
         """
-        parameters = layer._parameters
+        parameters = dict(layer._parameters)
         weight, bias = parameters.pop("weight"), parameters.pop("bias")
         layer.__class__ = cls
         assert isinstance(layer, BlockSparseLayer)
         layer._parameters = _Parameters(parameters, values=weight, bias=bias)
+        layer._modules = dict(layer._modules)
         layer._set_up(layout)
         return layer
 
@@ -202,16 +203,20 @@ class BlockSparseLayer(nn.Module):
         """
         weight, grad = self.to_dense_shape(self.values), self.values.grad
         replace_parameter_data_(self.values, weight, None if grad is None else self.to_dense_shape(grad))
+        self.turn_plain_(self.values)
+        return self
+
+    def turn_plain_(self, weight: nn.Parameter) -> None:
+        """Take the plain class, with the dense ``weight``; what attributes refer to stays as it is."""
         plain = self._plain_layer()
-        parameters = self._parameters
-        values, bias = parameters.pop("values"), parameters.pop("bias")
-        del self.layout
+        parameters = {k: v for k, v in self._parameters.items() if k not in ("values", "bias")}
+        parameters = {**parameters, "weight": weight, "bias": self.bias}
+        self._parameters = parameters
+        self._modules = {k: v for k, v in self._modules.items() if k != "layout"}
         for name in _OWN_ATTRIBUTES:
             self.__dict__.pop(name, None)
         self.__dict__.update({k: v for k, v in plain.__dict__.items() if k not in _OF_EVERY_MODULE})
         self.__class__ = type(plain)  # type: ignore[assignment]
-        self._parameters = {**parameters, "weight": values, "bias": bias}
-        return self
 
     def _plain_layer(self) -> nn.Module:
         raise NotImplementedError
@@ -270,6 +275,8 @@ def take_over_weight(weight: nn.Parameter, layout: BlockLayout) -> None:
     dead = (block < 0).view(-1, 1, 1)
 
     def by_slot(dense: Tensor) -> Tensor:
+        if layout.conv is not None and dense.dim() == 3:
+            dense = dense.unsqueeze(2)
         blocks = dense_to_blocks(dense.detach(), layout.block, layout.conv)
         return blocks[block.clamp(min=0)].masked_fill_(dead, 0)
 

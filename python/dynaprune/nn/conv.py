@@ -66,10 +66,6 @@ class BlockSparseConv2d(BlockSparseLayer):
         layout = BlockLayout(
             conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
         )
-        if weight.dim() == 3:
-            weight.data = weight.data.unsqueeze(2)
-            if weight.grad is not None:
-                weight.grad.data = weight.grad.data.unsqueeze(2)
         take_over_weight(weight, layout)
         return cls.in_place_of(conv, layout)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from dynaprune.nn.block_sparse import BlockSparseLayer
 from dynaprune.nn.conv import BlockSparseConv1d, BlockSparseConv2d
 from dynaprune.nn.linear import BlockSparseLinear
+from dynaprune.nn.own_behaviour import own_behaviour, weights_in_functions
 from dynaprune_kernels.geometry import check_block, padding_ratio
 
 SPARSE_TYPES: dict[type[nn.Module], Any] = {
@@ -56,6 +57,7 @@ def swap_layers(
     types: Sequence[type[nn.Module]] = (nn.Linear, nn.Conv2d, nn.Conv1d),
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    exempt: Mapping[str, str] | None = None,
 ) -> list[SwapEntry]:
     """Turn dense layers of ``model`` into block-sparse ones, all blocks live.
 
@@ -69,6 +71,7 @@ def swap_layers(
         types: which layer types to swap.
         include: names, parents' names or ``re:`` patterns; everything by default.
         exclude: likewise; wins over ``include``.
+        exempt: further layers that cannot be swapped, by name, with the reason.
 
     Returns:
         One entry per candidate, with the reason where it stayed dense.
@@ -87,7 +90,7 @@ def swap_layers(
             raise ValueError(f"expected a pattern that matches a module of the model, got {pattern!r}")
 
     spared = _spared_by_default(candidates)
-    readers = dict(_outside_readers(model))
+    readers = {**dict(_outside_readers(model)), **(exempt or {})}
     entries: list[SwapEntry] = []
     chosen: list[tuple[str, nn.Module]] = []
     for name, module in candidates:
@@ -144,6 +147,7 @@ def _spared_by_default(candidates: list[tuple[str, nn.Module]]) -> dict[str, str
 def _outside_readers(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Layers whose weight something other than their own forward reads, with the reason."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    held = dict(weights_in_functions(model))
     paths: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(name)
@@ -153,9 +157,13 @@ def _outside_readers(model: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(module, _FUNCTIONALLY_READ):
             for child, _ in module.named_modules(prefix=name):
                 yield child, f"its weight is read by {type(module).__name__} directly"
-        weight = getattr(module, "weight", None) if isinstance(module, tuple(SPARSE_TYPES)) else None
+        if not isinstance(module, tuple(SPARSE_TYPES)):
+            continue
+        weight = getattr(module, "_parameters", {}).get("weight")
         if isinstance(weight, nn.Parameter) and uses[id(weight)] > len(paths[id(module)]):
             yield name, "its weight is tied to another module"
+        if id(weight) in held:
+            yield name, f"its weight is held by a function at {held[id(weight)]}"
 
 
 def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str | None:
@@ -168,6 +176,10 @@ def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str 
         return f"{type(module).__name__} is a subclass with behaviour of its own"
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a Parameter"
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
+    if reason := own_behaviour(module, SPARSE_TYPES[type(module)]):
+        return reason
     if not weight.requires_grad:
         return "it is frozen"
     if not weight.is_floating_point():

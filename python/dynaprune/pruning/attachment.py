@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaprune.nn import BlockSparseLayer, swap_back, swap_layers
+from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.pruning import refusals
 from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.example_inputs import ExampleInputs
 from dynaprune.pruning.optimizer_state import refuse_unsliceable, sliced_state
 from dynaprune.pruning.pruner import Pruner, Trial
+from dynaprune.pruning.same_function import refuse_other_function, run_if_possible, weight_readers
 from dynaprune.pruning.stale_copies import CopyWatch
+from dynaprune.pruning.undo_swap import BeforeSwap
 
 _NOT_HELD = "no optimizer given holds its weight"
 _CAME_DENSE = "the model came with block-sparse layers, and this one was dense"
@@ -60,12 +63,28 @@ def attach(
         )
     inner = refusals.unwrap_model(model)
     optimizers = refusals.unwrap_optimizers(optimizer)
-    exempt, layers = _take_layers(inner, optimizers, config)
-    return Pruner(model, inner, optimizers, layers, exempt, config, trial, example_inputs)
+    example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+    before = BeforeSwap(
+        [
+            m
+            for m in inner.modules()
+            if isinstance(m, config.layer_types) and not isinstance(m, BlockSparseLayer)
+        ],
+        optimizers,
+    )
+    try:
+        exempt, layers = _take_layers(inner, optimizers, config, example)
+        return Pruner(model, inner, optimizers, layers, exempt, config, trial, example)
+    except BaseException:
+        before.restore()
+        raise
 
 
 def _take_layers(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], config: PruningConfig
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    config: PruningConfig,
+    example: ExampleInputs | None,
 ) -> tuple[dict[str, str], dict[str, BlockSparseLayer]]:
     """Reasons of the exempt layers, and the block-sparse layers, with their optimizer state moved."""
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
@@ -90,18 +109,19 @@ def _take_layers(
 
     foreign = [n for n, p in weights.items() if p.requires_grad and id(p) not in held]
     states = {n: [(s, k) for s, k, _ in sliced_state(optimizers, p)] for n, p in weights.items()}
-    try:
-        entries = swap_layers(
-            model,
-            config.block_size,
-            types=config.layer_types,
-            include=config.include,
-            exclude=[*config.exclude, *foreign],
-        )
-        _check_floors(config, [entry.name for entry in entries if entry.swapped])
-    except Exception:
-        swap_back(model)
-        raise
+    readers: dict[str, str] = {}
+    plain = None if example is None else run_if_possible(model, example)
+    if example is not None and plain is not None:
+        readers = weight_readers(model, example, dense)
+    entries = swap_layers(
+        model,
+        config.block_size,
+        types=config.layer_types,
+        include=config.include,
+        exclude=[*config.exclude, *foreign],
+        exempt=readers,
+    )
+    _check_floors(config, [entry.name for entry in entries if entry.swapped])
     exempt = {e.name: _NOT_HELD if e.name in foreign else e.reason for e in entries if not e.swapped}
     layers: dict[str, BlockSparseLayer] = {}
     for name in (entry.name for entry in entries if entry.swapped):
@@ -110,6 +130,8 @@ def _take_layers(
         layers[name] = swapped
         for state, key in states[name]:
             state[key] = swapped.to_slots(state[key])
+    if example is not None and plain is not None:
+        refuse_other_function(model, example, layers, plain)
     return exempt, layers
 
 

@@ -63,12 +63,12 @@ class Pruner:
         exempt: dict[str, str],
         config: PruningConfig,
         trial: Trial | None,
-        example_inputs: Any,
+        example: ExampleInputs | None,
     ) -> None:
         self._given, self.model, self.optimizers = given, model, optimizers
         self.layers, self.exempt, self.config = layers, exempt, config
         self.trial = trial
-        self._example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+        self._example = example
         self._capture = InputCapture(model)
         self.neuron_map: NeuronMap | None = None
         self.rules = TrialRules(
