@@ -141,7 +141,7 @@ class BlockLayout(nn.Module):
         key = f"{prefix}slot_of_block"
         slots = state_dict.get(key)
         if isinstance(slots, Tensor):
-            self.load_slots_(slots, self.capacity)
+            self.restore_(slots, self.capacity)
         elif strict:
             missing_keys.append(key)
         others = {name: value for name, value in state_dict.items() if name != key}
@@ -340,29 +340,36 @@ class BlockLayout(nn.Module):
         self.index = self._new_index(capacity)
         self._rebuild(release=False)
 
-    def load_slots_(self, slots: Tensor, capacity: int) -> None:
-        """:meth:`restore_` the slots of a state dict, which may be an average of equal slots, so rounded.
+    def whole_slots(self, slots: Tensor, values: Tensor) -> Tensor:
+        """The slots that a state dict means: an average of equal slots is rounded, or cut to integers.
+
+        Args:
+            slots: ``slot_of_block`` as it was found, of any dtype.
+            values: ``[capacity, bi, bo]``, found beside it.
+
+        Returns:
+            int32 ``[rows, columns]`` for :meth:`restore_`; what is no average comes back as it is.
 
         Raises:
-            TypeError, ValueError: as :meth:`restore_`; averages of different slots.
+            ValueError: averages of different slots.
         """
-        if not slots.is_floating_point():
-            self.restore_(slots, capacity)
-            return
-        mine = self.slot_of_block if self._off_meta is None else self._off_meta[1]
-        if slots.shape == mine.shape and capacity == self.capacity:
-            off = (slots.double() - mine.to(slots.device)).abs()
-            if bool((off <= _AVERAGED * mine.to(slots.device).abs().clamp(min=1)).all()):
-                self.restore_(mine.clone(), capacity)
-                return
-        whole = slots.round()
-        if not bool(((slots - whole).abs() <= _AVERAGED).all()):
-            raise ValueError(
-                "expected the slots of one structure, got averages of different ones: the values that came "
-                "with them mix blocks. Average floating point values only, in a copy that follows "
-                "(pruner.follow)"
-            )
-        self.restore_(whole.int(), capacity)
+        mine = (self.slot_of_block if self._off_meta is None else self._off_meta[1]).to(slots.device)
+        comparable = slots.shape == mine.shape and values.shape[0] == self.capacity
+        if slots.is_floating_point():
+            if comparable and bool(((slots - mine).abs() <= _AVERAGED * mine.abs().clamp(min=1)).all()):
+                return mine.clone()
+            whole = slots.round()
+            if not bool(((slots - whole).abs() <= _AVERAGED).all()):
+                raise ValueError(
+                    "expected the slots of one structure, got averages of different ones: the values that "
+                    "came with them mix blocks. Average floating point values only, in a copy that follows "
+                    "(pruner.follow)"
+                )
+            return whole.int()
+        if not comparable or slots.dtype != torch.int32 or not bool(((slots - mine).abs() <= 1).all()):
+            return slots
+        cut = not _are_slots_of(slots, values) and _are_slots_of(mine, values)
+        return mine.clone() if cut else slots
 
     def _on_host(self, slots: Tensor, capacity: int) -> tuple[Tensor, ...]:
         other = BlockLayout(
@@ -383,6 +390,17 @@ class BlockLayout(nn.Module):
             f"{self.rows}x{self.columns} blocks of {self.block[0]}x{self.block[1]}{kind}, "
             f"capacity={self.capacity}, density={self.density():.3f}"
         )
+
+
+def _are_slots_of(slots: Tensor, values: Tensor) -> bool:
+    """Whether each slot is one of ``values`` and there once, and the others hold zeros."""
+    used = slots[slots != -1].long()
+    outside = (used < 0) | (used >= values.shape[0])
+    if bool(outside.any()) or used.unique().numel() != used.numel():
+        return False
+    free = torch.ones(values.shape[0], dtype=torch.bool, device=used.device)
+    free[used] = False
+    return not bool(values.detach()[free.to(values.device)].any())
 
 
 def _kept_size(keep: Tensor, block: int, size: int) -> int:

@@ -288,3 +288,30 @@ def test_averages_of_equal_slots_load_and_of_different_ones_are_refused() -> Non
     other.load_state_dict(whole)
     assert torch.equal(other[3].layout.slot_of_block, changed)
     assert_same_structure(network(), model)
+
+
+def test_averages_of_equal_slots_that_were_cut_to_integers_load() -> None:
+    torch.manual_seed(0)
+    layer = BlockSparseLinear.from_dense(nn.Linear(128, 128), 8)
+    layer.layout.release_(torch.rand(16, 16) < 0.4)
+    with torch.no_grad():
+        layer.values.masked_fill_((layer.layout.lists.block_of_slot < 0).view(-1, 1, 1), 0)
+    state = layer.state_dict()
+    slots = state["layout.slot_of_block"]
+    average = slots.clone()
+    for _ in range(9):
+        average.copy_(0.9 * average + (1 - 0.9) * slots)
+    assert not torch.equal(average, slots)
+    other = copy.deepcopy(layer)
+    other.load_state_dict({**state, "layout.slot_of_block": average})
+    assert_same_structure(other, layer)
+    shifted = torch.where(slots > 0, slots - 1, slots)
+    values = state["values"].roll(-1, 0)
+    shifted[slots == 0] = -1
+    values[-1] = 0
+    other.load_state_dict({**state, "values": values, "layout.slot_of_block": shifted})
+    assert torch.equal(other.layout.slot_of_block, shifted)
+    for wrong in (layer.layout.capacity, 2**31 - 1, -2):
+        beyond = torch.where(shifted == shifted.max(), wrong, shifted)
+        with pytest.raises(ValueError, match="below the capacity"):
+            other.load_state_dict({**state, "values": values, "layout.slot_of_block": beyond.int()})

@@ -269,6 +269,15 @@ class DictOfState(_Tensors):
         return DECAY
 
 
+class DictOfStateInPlace(DictOfState):
+    """A state dict into whose every value its average is copied; integers are cut to what lies below."""
+
+    def update(self, model: nn.Module) -> float:
+        for name, value in model.state_dict().items():
+            self.shadow[name].copy_(0.9 * self.shadow[name] + (1 - 0.9) * value)
+        return 0.9
+
+
 class DictOfStateFloats(DictOfState):
     """A deep-copied state dict whose floating point values are averaged."""
 
@@ -396,6 +405,7 @@ RECIPES: dict[str, Callable[[nn.Module], Recipe]] = {
     "dict in inference mode": DictInInferenceMode,
     "dict by Parameter": DictByParameter,
     "dict of a state": DictOfState,
+    "dict of a state in place": DictOfStateInPlace,
     "dict of a state's floats": DictOfStateFloats,
     "list": ListOfParameters,
     "tuple of a state": TupleOfState,

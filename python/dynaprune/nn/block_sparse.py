@@ -234,7 +234,8 @@ class BlockSparseLayer(nn.Module):
     ) -> None:
         """Resize to the structure found in ``state_dict`` before its tensors are copied."""
         values = state_dict.get(f"{prefix}values")
-        slots = state_dict.get(f"{prefix}layout.slot_of_block")
+        key = f"{prefix}layout.slot_of_block"
+        slots = state_dict.get(key)
         if isinstance(values, Tensor):
             if values.dim() != 3 or values.shape[1:] != self.values.shape[1:]:
                 raise ValueError(
@@ -243,11 +244,12 @@ class BlockSparseLayer(nn.Module):
                     f"the checkpoint was made with another block size"
                 )
             if isinstance(slots, Tensor):
+                state_dict[key] = slots = self.layout.whole_slots(slots, values)
                 self._take_structure(slots, values, assign=local_metadata.get("assign_to_params_buffers"))
             elif values.shape != self.values.shape:
                 raise ValueError(
                     f"expected {prefix}values with the {self.layout.capacity} slots that the layer has now, "
-                    f"got {values.shape[0]}, and no {prefix}layout.slot_of_block that says of which blocks: "
+                    f"got {values.shape[0]}, and no {key} that says of which blocks: "
                     "a copy of the weights that fell behind; let it follow (pruner.follow) once made"
                 )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -256,7 +258,7 @@ class BlockSparseLayer(nn.Module):
         if assign and self.values.device != values.device:
             self.layout.to_empty(device=values.device)
             self.probe = torch.zeros_like(self.probe, device=values.device)
-        self.layout.load_slots_(slots, values.shape[0])
+        self.layout.restore_(slots, values.shape[0])
         if values.shape != self.values.shape:
             replace_parameter_data_(self.values, self.values.new_empty(values.shape))
 
