@@ -5,11 +5,13 @@ metadata in which a state dict's manifest travels (``dynaprune.manifest``). Here
 tensor, ``_dynaprune.structure``: uint8, the bytes of its JSON. Loading takes it out again and gives the model
 that structure before anything is copied. Where a layer is block-sparse, an empty tensor lies in the place of
 its dense weight: code that knows nothing of all this stops at a wrong size and leaves no layer random.
+A checksum of all that is carried, and of each layer's slots, is verified at loading.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -17,11 +19,14 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from dynaprune.checksum import checksum_of, verify
 from dynaprune.manifest import CARRIED_PREFIX, apply_structure, expected_shapes, structure_manifest
 from dynaprune.nn import BlockSparseLayer
 
 _STRUCTURE = f"{CARRIED_PREFIX}structure"
 _STATE = f"{CARRIED_PREFIX}state"
+_CHECKSUM = f"{CARRIED_PREFIX}checksum"
+_KNOWN = re.compile(rf"{re.escape(CARRIED_PREFIX)}(structure|checksum|state(\.\d+)?)")
 _TENSOR = "tensor:"
 
 _HANDLES: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
@@ -57,10 +62,16 @@ def carry_structure(
         more = state() if state is not None and module is itself() else None
         if more is not None:
             states.update({prefix + key: tensor for key, tensor in to_tensors(more).items()})
+        start = prefix + CARRIED_PREFIX
+        carried = {key[len(prefix) :]: states[key] for key in states if key.startswith(start)}
+        if carried:
+            slots = slot_checksums(module, states, prefix)
+            states[prefix + _CHECKSUM] = _bytes({"carried": checksum_of([carried, slots]), "slots": slots})
 
     def read(module: nn.Module, states: dict[str, Any], prefix: str, *_: Any) -> None:
         start = prefix + CARRIED_PREFIX
         carried = {key[len(prefix) :]: states.pop(key) for key in list(states) if key.startswith(start)}
+        _verify(carried, states, prefix)
         if _STRUCTURE in carried:
             _follow(module, _parsed(carried.pop(_STRUCTURE)), states, prefix)
             for key in guarded_weights(module):
@@ -75,6 +86,33 @@ def carry_structure(
     hooks: Any = model._load_state_dict_pre_hooks
     hooks.move_to_end(reader.id, last=False)
     _HANDLES[model] = [model.register_state_dict_post_hook(write), reader]
+
+
+def slot_checksums(module: nn.Module, states: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The checksum of each block-sparse layer's slots in a state dict, by the tensor's name in the module."""
+    names = [name.removesuffix("weight") + "layout.slot_of_block" for name in guarded_weights(module)]
+    return {name: checksum_of(states[prefix + name]) for name in names if prefix + name in states}
+
+
+def _verify(carried: dict[str, Any], states: Mapping[str, Any], prefix: str) -> None:
+    """Refuse what is not as it was written. Checkpoints from before there were checksums pass."""
+    if unknown := [key for key in carried if not _KNOWN.fullmatch(key)]:
+        raise ValueError(
+            f"expected a structure and a state of dynaprune in the checkpoint, got {unknown[:5]}"
+        )
+    if _CHECKSUM not in carried:
+        return
+    stated = _parsed(carried.pop(_CHECKSUM))
+    if not (isinstance(stated, dict) and isinstance(stated.get("slots"), dict)):
+        raise ValueError(f"expected checksums in the checkpoint, got {str(stated)[:80]}")
+    verify(
+        [carried, stated["slots"]],
+        stated.get("carried", ""),
+        "the structure or the pruner's state in the checkpoint",
+    )
+    for name, checksum in stated["slots"].items():
+        if prefix + name in states:  # tied layers are saved once
+            verify(states[prefix + name], checksum, f"{prefix}{name}")
 
 
 def guarded_weights(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
+from dynaprune.checksum import checksum_of, verify
 from dynaprune.integrations.carried import carry_structure
 from dynaprune.integrations.figures import figures
 from dynaprune.manifest import add_structure_hooks
@@ -175,11 +176,14 @@ class DynaPruneLightningCallback(Callback):
         """What a resumed training needs beside the module's and the optimizers' states."""
         if self.pruner is None:
             return {}
-        return {"pruner": self.pruner.state_dict(), "standing": self._standing}
+        state = {"pruner": self.pruner.state_dict(), "standing": self._standing}
+        return {**state, "checksum": checksum_of(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved state until training starts."""
-        self._saved = state_dict or None
+        """Keep a saved state until training starts; ValueError for one that is damaged."""
+        state = {key: value for key, value in state_dict.items() if key != "checksum"}
+        verify(state, state_dict.get("checksum"), "the pruner's state in the checkpoint")
+        self._saved = state or None
 
 
 def _averages(trainer: Trainer) -> list[nn.Module]:

@@ -19,8 +19,16 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dynaprune.integrations.carried import guarded_weights
-from dynaprune.manifest import CARRIED_PREFIX, apply_structure, layer_shape, read_manifest, structure_manifest
+from dynaprune.checksum import checksum_of, verify
+from dynaprune.integrations.carried import guarded_weights, slot_checksums
+from dynaprune.manifest import (
+    CARRIED_PREFIX,
+    apply_structure,
+    expected_shapes,
+    layer_shape,
+    read_manifest,
+    structure_manifest,
+)
 from dynaprune.nn import BlockSparseLayer
 from dynaprune_kernels import BlockLayout
 
@@ -33,14 +41,20 @@ class StructureConfig(QuantizationConfigMixin):
 
     Args:
         structure: a manifest read from ``config.json``.
+        checksums: of the structure, and of each block-sparse layer's slots; None in older files.
 
     Attributes:
         plain: of a live model's entry, the structure that the model's own code builds.
     """
 
-    def __init__(self, structure: Mapping[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        structure: Mapping[str, Any] | None = None,
+        checksums: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method: Any = METHOD
-        self._structure = structure
+        self._structure, self.checksums = structure, checksums
         self._model: ref[nn.Module] | None = None
         self.plain: Mapping[str, Any] | None = None
 
@@ -62,17 +76,25 @@ class StructureConfig(QuantizationConfigMixin):
     def to_dict(self) -> Any:
         """What ``config.json`` gets; None (no entry) for a model as its own code builds it."""
         structure = self.structure()
-        return None if structure is None else {"quant_method": METHOD, "structure": structure}
+        if structure is None:
+            return None
+        model = self._model() if self._model is not None else None
+        slots = slot_checksums(model, model.state_dict()) if model is not None else {}
+        checksums = self.checksums or {"structure": checksum_of([structure, slots]), "slots": slots}
+        return {"quant_method": METHOD, "structure": structure, "checksums": checksums}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StructureConfig:
         model = self._model() if self._model is not None else None
         twin = memo.get(id(model)) if model is not None else None
         if twin is not None and self.plain is not None:
             return StructureConfig.of(twin, self.plain)
-        return StructureConfig(self.structure())
+        return StructureConfig(self.structure(), self._checksums_now())
+
+    def _checksums_now(self) -> Any:
+        return (self.to_dict() or {}).get("checksums")
 
     def __reduce__(self) -> Any:
-        return StructureConfig, (self.structure(),)
+        return StructureConfig, (self.structure(), self._checksums_now())
 
 
 def describe_structure(model: PreTrainedModel) -> Mapping[str, Any]:
@@ -109,6 +131,7 @@ class StructureLoader(HfQuantizer):
         entry: Any = self.quantization_config
         structure = entry.structure()
         self._plain = structure_manifest(model)
+        self._slots = _verified(model, structure, entry.checksums)
         for name, shape in read_manifest(structure).items():
             module = model.get_submodule(name) if name in self._plain["layers"] else None
             if module is not None and layer_shape(module) != shape:
@@ -124,6 +147,10 @@ class StructureLoader(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*ignored, *carried, rf"^{CARRIED_PREFIX}"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, layer in model.named_modules():
+            if isinstance(layer, BlockSparseLayer):
+                key = f"{name}.layout.slot_of_block"
+                verify(layer.layout.slot_of_block, self._slots.get(key), key)
         for layer in _sparse_layers(model):
             layer.__class__ = type(layer).__base__
             _restore_layout(layer)
@@ -133,6 +160,19 @@ class StructureLoader(HfQuantizer):
                 module.config._is_quantized = False
         model.config.quantization_config = StructureConfig.of(model, self._plain)
         return model
+
+
+def _verified(model: nn.Module, structure: Any, checksums: Any) -> Mapping[str, Any]:
+    """The checksums of slots in a ``config.json`` whose structure is this model's, and as it was written."""
+    expected_shapes(model, structure)
+    if checksums is None:
+        return {}
+    if not isinstance(checksums, Mapping) or not isinstance(checksums.get("slots"), Mapping):
+        raise ValueError(
+            f"expected checksums of structure and slots in config.json, got {str(checksums)[:80]}"
+        )
+    verify([structure, checksums["slots"]], checksums.get("structure", ""), "the structure in config.json")
+    return checksums["slots"]
 
 
 def _sparse_layers(model: nn.Module) -> list[Any]:
