@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -104,7 +105,13 @@ def refuse_unsliceable(
         for _ in range(_DRY_STEPS):
             parameter.grad = torch.full_like(parameter, 1e-3)
             try:
-                twin.step()
+                try:
+                    twin.step()
+                except KeyError:
+                    if not (made := _made_with_the_optimizer(optimizer, group, parameter)):
+                        raise
+                    twin.state[parameter] = made
+                    twin.step()
             except Exception as error:
                 raise ValueError(
                     f"cannot attach to {kind}: its step fails on a weight of 3-D blocks "
@@ -117,6 +124,22 @@ def refuse_unsliceable(
                 f"cannot attach to {kind}: its state {key!r} has shapes {shapes} for a weight of shape "
                 f"{tuple(parameter.shape)}, and cannot be sliced by block"
             )
+
+
+def _made_with_the_optimizer(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
+) -> dict[str, Any]:
+    """The state of a parameter of another shape, for optimizers that make it in their constructor and expect
+    it there (Adagrad of torch 2.10); empty where the group has none."""
+    for other in group["params"]:
+        if found := optimizer.state.get(other):
+            return {
+                key: torch.full_like(parameter, value.flatten()[0].item())
+                if isinstance(value, Tensor) and value.shape == other.shape
+                else copy.deepcopy(value)
+                for key, value in found.items()
+            }
+    return {}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
