@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynaprune.manifest import structure_manifest
+from dynaprune.manifest import own_state, structure_manifest
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.pruning.stale_copies import CopyWatch, same_structure
@@ -60,7 +60,7 @@ class Shadow:
         return tensor
 
     def _check_shapes(self, model: nn.Module) -> None:
-        mine = model.state_dict(keep_vars=True)
+        mine = own_state(model)
         for key, name in self._names.items():
             tensor = self._tensor(key)
             if tensor.shape != mine[name].shape:
@@ -81,7 +81,7 @@ class Shadow:
         )
         if not fits:
             self.stand_in = _stand_in(model)
-        theirs = model.state_dict(keep_vars=True)
+        theirs = own_state(model)
         keys = {name: key for key, name in self._names.items()}
         for name, parameter in self.stand_in.named_parameters():
             data = self._tensor(keys[name]) if name in keys else theirs[name]
@@ -172,15 +172,15 @@ def _names(
             raise TypeError(
                 f"expected the copy as an nn.Module or tensors, got {type(tensor).__name__} in it"
             )
+    known = own_state(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     everything = [name for name, _ in model.named_parameters()]
     orders = [
         everything,
         trained,
         [*everything, *(name for name, _ in model.named_buffers())],
-        list(model.state_dict()),
+        list(known),
     ]
-    known = model.state_dict(keep_vars=True)
     for order in orders:
         if len(order) == len(tensors):
             pairs = list(zip(order, tensors, strict=True))
@@ -208,7 +208,7 @@ def _dense_name(
 def _names_by_key(
     tensors: MutableMapping[Any, Any], model: nn.Module, layers: Mapping[str, BlockSparseLayer]
 ) -> dict[Any, str]:
-    known = {*model.state_dict(), *(name for name, _ in model.named_parameters())}
+    known = {*own_state(model), *(name for name, _ in model.named_parameters())}
     known |= {f"{name}.{_WEIGHT}" for name in layers}
     by_parameter = {parameter: name for name, parameter in model.named_parameters()}
     for prefix in _PREFIXES:
@@ -219,6 +219,8 @@ def _names_by_key(
                 found[key] = name or by_parameter[key]
             elif isinstance(key, str) and key.startswith(prefix) and key.removeprefix(prefix) in known:
                 found[key] = key.removeprefix(prefix)
+        dense = {f"{name}.{_WEIGHT}": f"{name}.{_VALUES}" for name in layers}
+        found = {k: n for k, n in found.items() if dense.get(n) not in found.values()}
         held = set(found.values())
         if all(held & {f"{name}.{_VALUES}", f"{name}.{_WEIGHT}"} for name in layers):
             return found
