@@ -1,10 +1,13 @@
 # `make help` lists the targets. Variables that may be set on the command line:
 #   PYTHON  the interpreter the virtual environment is made with (python3, 3.10 or newer)
 #   VENV    where the virtual environment lies (.venv); an existing one with torch in it is used as it is
+#   OLDEST_TORCH, NEWEST_TORCH  what test-oldest and test-newest install
 #   TORCH   what pip installs where torch cannot be imported, with any pip option behind it
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.10.0
+NEWEST_TORCH ?= torch
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -17,7 +20,7 @@ QUIETLY = > $(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log >&2; exit 1; }
 extra = $$($(BIN)/python -c 'import importlib.metadata as m; \
 	print(*(r.split(";")[0] for r in m.requires("dynaprune") if r.endswith("extra == \"$(1)\"")))')
 
-.PHONY: help demo test test-gpu-offline sanitize fuzz fuzz-files gpu check bench families ext clean
+.PHONY: help demo test test-gpu-offline test-oldest test-newest sanitize fuzz fuzz-files gpu check bench families ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +43,30 @@ fuzz: fuzz-files  ## all that is fuzzed, minutes
 
 fuzz-files: $(VENV)/.installed  ## 10,000 mutated checkpoint files: refused, or loaded as they were saved
 	$(BIN)/python -m tests.fuzz.files
+
+# Both use the extensions of $(VENV), which work with any torch from 2.10 on; Triton's kernels are compiled by the one
+# version of Triton that their tables are for.
+UNTIED = -q -p no:cacheprovider -m "not gpu and not gpu_offline and not sanitized and not interpret" \
+	--ignore=tests/triton --ignore=tests/packaging
+WITH_THIS_TREE = PYTHONPATH=python:.
+
+test-oldest: $(VENV)/.installed .venv-oldest/.installed  ## the tests with the oldest packages allowed (5 GB; PYTEST_ARGS names some)
+	$(WITH_THIS_TREE) .venv-oldest/bin/python -m pytest $(UNTIED) $(PYTEST_ARGS)
+
+test-newest: $(VENV)/.installed .venv-newest/.installed  ## the same with the newest packages
+	$(WITH_THIS_TREE) .venv-newest/bin/python -m pytest $(UNTIED) $(PYTEST_ARGS)
+
+.venv-oldest/.installed: requirements/oldest.txt
+	@echo "dynaprune: installing $(OLDEST_TORCH) and the oldest packages in .venv-oldest"
+	@$(PYTHON) -m venv --clear .venv-oldest
+	@.venv-oldest/bin/python -m pip install "$(OLDEST_TORCH)" -r requirements/oldest.txt $(QUIETLY)
+	@touch $@
+
+.venv-newest/.installed: requirements/oldest.txt
+	@echo "dynaprune: installing $(NEWEST_TORCH) and the newest packages in .venv-newest"
+	@$(PYTHON) -m venv --clear .venv-newest
+	@.venv-newest/bin/python -m pip install "$(NEWEST_TORCH)" $$(sed -n 's/==.*//p' requirements/oldest.txt) $(QUIETLY)
+	@touch $@
 
 gpu:  ## tests and kernel benchmarks on an NVIDIA GPU, CSV files in benchmarks/results (needs torch with CUDA)
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/run
@@ -80,7 +107,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.torch: | $(VENV)/bin/python
 	@$(BIN)/python -c 'import torch' 2>/dev/null || echo "dynaprune: installing $(TORCH), the longest download"
-	@$(BIN)/python -m pip install --upgrade "setuptools>=77" wheel packaging ninja $(QUIETLY)
+	@$(BIN)/python -m pip install --upgrade "setuptools>=78.1.1" wheel packaging ninja $(QUIETLY)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH) $(QUIETLY)
 	@touch $@
 

@@ -187,6 +187,16 @@ def _forget(out: Path, config_path: Path, arm: str) -> None:
             left.unlink(missing_ok=True)
 
 
+def _check_same_data(out: Path, arms: dict[str, dict[str, Any] | None]) -> None:
+    """ValueError where the arms name different sources: the newest commit on the hub may have moved."""
+    sources = {arm["data"].get("source") for arm in arms.values() if arm is not None and arm.get("data")}
+    if len(sources) > 1:
+        raise ValueError(
+            f"the arms in {out} read different data ({', '.join(map(str, sources))}): choose another --out "
+            "and a commit with --data hub@COMMIT"
+        )
+
+
 def compare(
     config: RunConfig,
     out: Path,
@@ -242,6 +252,7 @@ def _compare(
             raise
         if found is not None:
             arms[arm], environment = found["result"], found["environment"]
+    _check_same_data(out, arms)
     report = build_report(config.to_json(), environment, arms)
     write_csv_lines(out / "history.csv", [out / arm / "history.csv" for arm in ARMS])
     write_json(out / "report.json", report)

@@ -317,6 +317,13 @@ def test_an_arm_that_was_cut_is_trained_again_and_a_whole_one_kept(finished: Pat
     assert (out / "pruned" / "arm.json").read_bytes() == kept
 
 
+def test_arms_that_read_different_data_are_not_compared(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    in_json(ARM, "result", "data", "source", value="hub:some/name@abc")(out)
+    done = CliRunner().invoke(app, ["compare", "digits", "--epochs", "2", "--quiet", "--out", str(out)])
+    assert done.exit_code == 2 and "read different data" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"interrupted": false}', b'{"interrupted": true}'])
 @pytest.mark.parametrize("command", ["table", "repeat"])
 def test_damaged_reports_stop_tables_and_repetitions(
