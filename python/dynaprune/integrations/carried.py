@@ -28,6 +28,12 @@ _STATE = f"{CARRIED_PREFIX}state"
 _CHECKSUM = f"{CARRIED_PREFIX}checksum"
 _KNOWN = re.compile(rf"{re.escape(CARRIED_PREFIX)}(structure|checksum|state(\.\d+)?)")
 _TENSOR = "tensor:"
+_FLOATS = {
+    "float64": (torch.float64, torch.int64),
+    "float32": (torch.float32, torch.int32),
+    "float16": (torch.float16, torch.int16),
+    "bfloat16": (torch.bfloat16, torch.int16),
+}
 
 _HANDLES: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
@@ -124,6 +130,8 @@ def guarded_weights(model: nn.Module) -> list[str]:
 def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Nested dicts and lists of tensors and plain values as tensors by name, without a pickle.
 
+    None of them is in floating point: floats are kept as the integers of their bits.
+
     Raises:
         TypeError: a value that JSON has no form for, or a key that is no string.
     """
@@ -131,8 +139,13 @@ def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            tensors[f"{_STATE}.{len(tensors)}"] = value.detach().contiguous()
-            return f"{_TENSOR}{len(tensors) - 1}"
+            bits, kind = value.detach().contiguous(), str(value.dtype).removeprefix("torch.")
+            if kind in _FLOATS:  # averages of a state dict's floats must not reach it
+                bits, kind = bits.view(_FLOATS[kind][1]), f":{kind}"
+            else:
+                kind = ""
+            tensors[f"{_STATE}.{len(tensors)}"] = bits
+            return f"{_TENSOR}{len(tensors) - 1}{kind}"
         if isinstance(value, Mapping):
             if wrong := [key for key in value if not isinstance(key, str)]:
                 raise TypeError(f"expected names as keys, got {wrong[0]!r}")
@@ -166,9 +179,16 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
         kind, _, rest = value.partition(":")
         if kind == "text":
             return rest
-        if f"{_STATE}.{rest}" not in tensors:
-            raise ValueError(f"expected a tensor {_STATE}.{rest} in the checkpoint, got none")
-        return tensors[f"{_STATE}.{rest}"]
+        number, _, floating = rest.partition(":")
+        tensor = tensors.get(f"{_STATE}.{number}")
+        if tensor is None:
+            raise ValueError(f"expected a tensor {_STATE}.{number} in the checkpoint, got none")
+        if not floating:
+            return tensor
+        dtype, bits = _FLOATS.get(floating, (None, None))
+        if dtype is None or tensor.dtype != bits:
+            raise ValueError(f"expected the bits of {floating[:20]} in {_STATE}.{number}, got {tensor.dtype}")
+        return tensor.view(dtype)
 
     return full(_parsed(tensors[_STATE]))
 
