@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynaprune.pruning.channel_sets import NEUTRAL, ChannelSets, Labels
@@ -58,6 +59,31 @@ def rule_for(function: Any, name: str) -> Rule | None:
     if name.startswith("_scaled_dot_product"):
         return _attention
     return pointwise if torch.Tag.pointwise in function.tags else None
+
+
+_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__}
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask")
+
+
+def function_rule(function: Any, args: Any, kwargs: Any) -> tuple[str, dict[str, Any], Rule] | None:
+    """Name, arguments and rule of a function that is followed as a whole; None where it is not."""
+    if function in _PRODUCTS and len(args) == 2 and not kwargs:
+        a, b = reversed(args) if function is Tensor.__rmatmul__ else args
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and min(a.dim(), b.dim()) > 2:
+            return "matmul", {"a": a, "b": b}, _batched_product
+    if function is F.scaled_dot_product_attention:
+        arguments = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False))
+        arguments |= {name: kwargs[name] for name in _ATTENTION_ARGUMENTS if name in kwargs}
+        if all(
+            type(arguments[name]) is Tensor and arguments[name].dim() > 2
+            for name in ("query", "key", "value")
+        ):
+            return "attention", arguments, _attention
+    return None
+
+
+def _batched_product(call: Call) -> Tensor:
+    return call.sets.contract(call.of("a"), call.of("b"), call.out.dim(), call.mixes())
 
 
 def pointwise(call: Call) -> Tensor:
@@ -145,14 +171,25 @@ def _vector_product(call: Call) -> Tensor | None:
 def _attention(call: Call) -> Tensor:
     query, key, value = (call.of(each) for each in ("query", "key", "value"))
     ndim = len(query.shape)
+    if key.shape[:-2] != query.shape[:-2] and ndim == len(key.shape):
+        key, value = (_repeated_heads(each, query.shape[-3]) for each in (key, value))
     turned = Labels(key.values.transpose(-1, -2), (*key.shape[:-2], key.shape[-1], key.shape[-2]))
     scores = call.sets.contract(query, turned, ndim, call.mixes())
-    call.sets.mark_along(scores)
     weights = Labels(scores, (*query.shape[:-1], key.shape[-2]))
     bias = next((call.labels(each) for each in call.inputs[3:]), None)
     if bias is not None:
         weights = Labels(call.sets.combine([weights, bias], ndim), weights.shape)
+    call.sets.mark_along(weights.values)
     return call.sets.contract(weights, value, ndim, call.mixes())
+
+
+def _repeated_heads(x: Labels, heads: int) -> Labels:
+    """Grouped queries: every key and value head serves several query heads."""
+    dim = len(x.shape) - 3
+    values = x.values
+    if values.size(dim) > 1:
+        values = values.repeat_interleave(heads // x.shape[dim], dim)
+    return Labels(values, (*x.shape[:dim], heads, *x.shape[dim + 1 :]))
 
 
 def _joined(parts: Sequence[Labels], dim: int) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynaprune.pruning.channel_rules import Call, rule_for
+from dynaprune.pruning.channel_rules import Call, function_rule, rule_for
 from dynaprune.pruning.channel_sets import NEUTRAL, ChannelSets, Labels, latest, uniform
 from dynaprune.pruning.channel_storage import LabelStorage, storage_key
 from dynaprune.pruning.surgery import cannot_cut
@@ -104,6 +105,7 @@ class ChannelTracer(TorchDispatchMode):
                     stack.callback(enter.remove)
                     stack.callback(leave.remove)
             stack.enter_context(self)
+            stack.enter_context(_WholeFunctions(self))
             yield
 
     def _label_buffers(self) -> None:
@@ -134,13 +136,10 @@ class ChannelTracer(TorchDispatchMode):
 
     def _followed(self, layer: Layer, forward: Callable[..., Any], reason: str) -> Callable[..., Any]:
         def followed(*args: Any, **kwargs: Any) -> Any:
-            self._aside += 1
-            try:
+            with self.unwatched():
                 out = forward(*args, **kwargs)
                 x = (args or tuple(kwargs.values()))[0]
                 self._layer_called(layer, x, out, reason)
-            finally:
-                self._aside -= 1
             return out
 
         return followed
@@ -179,6 +178,38 @@ class ChannelTracer(TorchDispatchMode):
     def _hold(self, channels: Tensor, label: int) -> None:
         if label != NEUTRAL:
             self.sets.block(channels, f"its outputs meet {self.sets.origin(label)}")
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """What runs inside is somebody else's to label."""
+        self._aside += 1
+        try:
+            yield
+        finally:
+            self._aside -= 1
+
+    def follow_function(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function of torch as one operation where it has a rule, else as the operators inside it."""
+        rule = None if self._aside else function_rule(function, args, kwargs)
+        if rule is None:
+            return function(*args, **kwargs)
+        with self.unwatched():
+            out = function(*args, **kwargs)
+        name, arguments, apply = rule
+        inputs = _tensors(arguments)
+        labels = [self.storage.read(each) for each in inputs]
+        self._weights_read(inputs, labels)
+        if any(each.dyed for each in labels):
+            call = Call(name, function, arguments, inputs, out, self.sets, self.storage.read, self._why)
+            values = apply(call)
+            if values is None or not _fits(values, out):
+                self._give_up(name, inputs, [out])
+            else:
+                self.storage.write(out, values)
+        else:
+            label = latest(each.fixed() for each in labels)
+            self.storage.write(out, uniform(self._constant if label == NEUTRAL else label, out.shape).values)
+        return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -279,6 +310,17 @@ class ChannelTracer(TorchDispatchMode):
         if reason and not reason.startswith("layers of type"):
             detail = reason
         return f"{self._where()} is in the way: {detail}"
+
+
+class _WholeFunctions(TorchFunctionMode):
+    """Products of batches of matrices, and attention: heads and samples stay dimensions of their own."""
+
+    def __init__(self, tracer: ChannelTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._tracer.follow_function(func, args, kwargs or {})
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynaprune.manifest import layer_shape
 from dynaprune.pruning.calibration import calibration_mode
@@ -46,7 +45,7 @@ def trace(model: nn.Module, example: ExampleInputs) -> DependencyGraph:
 def _run(tracer: ChannelTracer, model: nn.Module, example: ExampleInputs, *, training: bool) -> None:
     flags = {module: module.training for module in model.modules()}
     # grad mode keeps nn.TransformerEncoderLayer off its fused path
-    with calibration_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with calibration_mode(model), torch.enable_grad():
         for module, flag in flags.items():
             module.training = flag and training
         with tracer.watching():

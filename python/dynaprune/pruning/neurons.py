@@ -74,6 +74,7 @@ __all__ = [
     "find_groups",
 ]
 
+_ENOUGH = 2
 _FAILS = "the model does not run without them"
 _Refuse = Callable[[NeuronGroup, str], None]
 
@@ -387,7 +388,8 @@ def _passing_alone(
     """The candidates whose cut, tried by layer and taken back, keeps the outputs.
 
     Layers that differ by the numbers in their names only are tried together first. Where the model does not
-    run without neurons of them nor of the first of them, it is their common code that knows a width by heart.
+    run without neurons of them, nor of the first, nor of the second, it is their common code that knows a
+    width by heart, and the others are not tried one by one.
     """
     alike: dict[str, dict[str, list[_Candidate]]] = {}
     for candidate in candidates:
@@ -400,15 +402,14 @@ def _passing_alone(
         if not reason:
             passing += together
             continue
+        failed = 0
         for place, group in enumerate(layers.values()):
-            why = attempt(group) if len(layers) > 1 else reason
-            if not why:
+            if failed < _ENOUGH or failed < place:
+                reason = attempt(group) if len(layers) > 1 else reason
+            if not reason:
                 passing += group
                 continue
-            if place == 0 and why.startswith(_FAILS) and reason.startswith(_FAILS):
-                group = together
+            failed += reason.startswith(_FAILS)
             for candidate in group:
-                refuse(candidate.group, why)
-            if group is together:
-                break
+                refuse(candidate.group, reason)
     return passing
