@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dynaprune.report import METRICS
 from dynaprune.tasks import task_names
 from dynaprune.tensor_file import unique_names
@@ -116,14 +118,43 @@ def read_arm(folder: Path, arm: str) -> dict[str, Any] | None:
     if not isinstance(result.get("state"), str):
         raise _wrong(path, "result.state", "text", result.get("state"))
     _check_history(folder / "history.csv", arm, result["epochs"])
+    if arm == "pruned":
+        _check_structure(folder)
     return found
 
 
-def _check_history(path: Path, arm: str, epochs: int) -> None:
+def _read_rows(path: Path) -> list[list[str]]:
     try:
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8")), strict=True))
+        return list(csv.reader(io.StringIO(path.read_text(encoding="utf-8")), strict=True))
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _check_structure(folder: Path) -> None:
+    """What the pictures of a pruned arm are drawn from: ``density.csv``, ``masks.json`` and ``masks.npz``."""
+    path = folder / "density.csv"
+    rows = _read_rows(path)
+    if len(rows) < 2 or rows[0][:2] != ["step", "sparsity"]:
+        raise ValueError(f"{path}, row 1: expected the columns step, sparsity and the layers, and rows")
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(rows[0]) or not all(cell and _fits("", cell, "", 0) for cell in row):
+            raise ValueError(f"{path}, row {number}: expected {len(rows[0])} numbers, got {str(row)[:60]}")
+    path = folder / "masks.json"
+    described = read_json(path)
+    if not isinstance(described.get("shapes"), dict) or not isinstance(described.get("frames"), list):
+        raise _wrong(path, "shapes and frames", "an object and a list", described)
+    path = folder / "masks.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for frame in described["frames"]:
+                for layer in frame["layers"].values():
+                    arrays[layer["key"]]
+    except Exception as error:  # zipfile and numpy raise whatever a damaged archive leads them to
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:100]}") from None
+
+
+def _check_history(path: Path, arm: str, epochs: int) -> None:
+    rows = _read_rows(path)
     header = rows[0] if rows else []
     missing = [name for name in _HISTORY if name not in header]
     if missing or len(set(header)) != len(header):

@@ -284,6 +284,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a cut row": (bytes_of(HISTORY, lambda b: b[:-30]), r"history\.csv, row 3"),
     "a cut history": (bytes_of(HISTORY, lambda b: b[: b.rindex(b"\n", 0, -1) + 1]), r"expected 2 epochs"),
     "no header": (bytes_of(HISTORY, lambda b: b[b.index(b"\n") + 1 :]), r"row 1: expected the columns"),
+    "half a density": (
+        bytes_of("pruned/density.csv", lambda b: b[: b.rindex(b",")]),
+        r"density\.csv, row \d",
+    ),
+    "no density": (lambda out: (out / "pruned/density.csv").unlink(), r"density\.csv cannot be read"),
+    "half of the masks": (
+        bytes_of("pruned/masks.npz", lambda b: b[: len(b) // 2]),
+        r"masks\.npz cannot be read",
+    ),
+    "a hole in the masks": (
+        bytes_of("pruned/masks.npz", lambda b: b[:90] + b"\0" * 20 + b[110:]),
+        r"masks\.npz cannot be read",
+    ),
+    "no shapes": (in_json("pruned/masks.json", "shapes"), r"masks\.json: expected shapes and frames"),
     "half a report": (bytes_of("report.json", lambda b: b[:99]), r"report\.json cannot be read as JSON"),
     "an odd report": (in_json("report.json", "interrupted", value=1), "expected interrupted to be true or"),
     "half a config": (bytes_of("config.json", lambda b: b[:99]), r"config\.json cannot be read as JSON"),
@@ -299,7 +313,7 @@ def test_damaged_files_are_named_before_anything_is_trained(
     out = shutil.copytree(finished, tmp_path / "run")
     damage(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    monkeypatch.setattr("dynaprune.compare.subprocess.Popen", None)
+    monkeypatch.setattr("dynaprune.compare._run_arm", None)
     done = CliRunner().invoke(app, ["compare", "digits", "--epochs", "2", "--quiet", "--out", str(out)])
     assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.output
     assert done.stderr.startswith("error: ") and re.search(said, done.stderr), done.stderr
@@ -331,7 +345,7 @@ def test_damaged_reports_stop_tables_and_repetitions(
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "runs" / "seed-0")
     (run / "report.json").write_bytes(damage)
-    monkeypatch.setattr("dynaprune.compare.subprocess.Popen", None)
+    monkeypatch.setattr("dynaprune.compare._run_arm", None)
     own = ["--out", str(tmp_path / "runs"), "--epochs", "2", "--seeds", "0,1"]
     given = ["table", str(tmp_path / "runs")] if command == "table" else ["compare", "digits", *own]
     done = CliRunner().invoke(app, given)
