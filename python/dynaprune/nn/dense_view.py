@@ -8,6 +8,7 @@ of it, is written back to the live blocks (dead ones stay dead), or raises.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,22 @@ class WeightReads:
 
     Args:
         name: of the layer, for the message.
+
+    Attributes:
+        reader: type of the module in whose forward the weight was built for training, empty if in none.
     """
 
     def __init__(self, name: str = "") -> None:
         self.name = name
+        self.reader = ""
         self.told = False
         self._steps = 0
         self._version = -1
 
     def note(self, version: int) -> None:
         """The weight was built; ``version`` grows as ``values`` change, by a few per optimizer step."""
+        if not self.reader and torch.is_grad_enabled():
+            self.reader = _running_module()
         if 0 < version - self._version <= _CHANGES_PER_STEP and self._version >= 0:
             self._steps += 1
         elif version != self._version:
@@ -52,6 +59,16 @@ class WeightReads:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _running_module() -> str:
+    """Type of the innermost module that is being called, by the stack of frames; empty where none is."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            return type(frame.f_locals["self"]).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 class _Source:

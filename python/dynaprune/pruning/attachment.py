@@ -73,8 +73,8 @@ def attach(
         optimizers,
     )
     try:
-        exempt, layers = _take_layers(inner, optimizers, config, example)
-        return Pruner(model, inner, optimizers, layers, exempt, config, trial, example)
+        exempt, layers, checked = _take_layers(inner, optimizers, config, example)
+        return Pruner(model, inner, optimizers, layers, exempt, config, trial, example, checked)
     except BaseException:
         before.restore()
         raise
@@ -85,8 +85,9 @@ def _take_layers(
     optimizers: list[torch.optim.Optimizer],
     config: PruningConfig,
     example: ExampleInputs | None,
-) -> tuple[dict[str, str], dict[str, BlockSparseLayer]]:
-    """Reasons of the exempt layers, and the block-sparse layers, with their optimizer state moved."""
+) -> tuple[dict[str, str], dict[str, BlockSparseLayer], bool]:
+    """Reasons of the exempt layers, the block-sparse layers, with their optimizer state moved, and whether
+    they were compared with the plain ones."""
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
     dense = {n: m for n, m in model.named_modules() if isinstance(m, config.layer_types)}
     for name, layer in sparse.items():
@@ -105,7 +106,7 @@ def _take_layers(
         foreign = [n for n, p in values.items() if id(p) not in held]
         exempt = {**dict.fromkeys(dense, _CAME_DENSE), **dict.fromkeys(foreign, _NOT_HELD)}
         _check_floors(config, [n for n in sparse if n not in exempt])
-        return exempt, {n: layer for n, layer in sparse.items() if n not in exempt}
+        return exempt, {n: layer for n, layer in sparse.items() if n not in exempt}, True
 
     foreign = [n for n, p in weights.items() if p.requires_grad and id(p) not in held]
     states = {n: [(s, k) for s, k, _ in sliced_state(optimizers, p)] for n, p in weights.items()}
@@ -132,7 +133,7 @@ def _take_layers(
             state[key] = swapped.to_slots(state[key])
     if example is not None and plain is not None:
         refuse_other_function(model, example, layers, plain)
-    return exempt, layers
+    return exempt, layers, plain is not None
 
 
 def _check_floors(config: PruningConfig, names: list[str]) -> None:

@@ -59,16 +59,17 @@ class InputCapture:
         if module.training:
             self._handle.remove()
             self._handle = None
-            self.example = ExampleInputs(_detached(args), _detached(kwargs))
+            self.example = ExampleInputs(detached(args), detached(kwargs))
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """``value`` with every tensor in nested tuples, lists and dicts detached."""
     if isinstance(value, Tensor):
         return value.detach()
     if type(value) in (tuple, list):
-        return type(value)(_detached(v) for v in value)
+        return type(value)(detached(v) for v in value)
     if type(value) is dict:
-        return {k: _detached(v) for k, v in value.items()}
+        return {k: detached(v) for k, v in value.items()}
     return value
 
 

@@ -90,6 +90,19 @@ class Followers:
             for shadow in self._shadows:
                 shadow.give_back()
 
+    def turn_dense(
+        self, model: nn.Module, layers: Mapping[str, BlockSparseLayer], names: Sequence[str]
+    ) -> None:
+        """Make the layers ``names`` of every follower dense, and follow them no longer; ``model`` is as yet
+        block-sparse."""
+        for shadow in self._shadows:
+            shadow.turn_dense(model, layers, names)
+        for followed in self._copies:
+            for name in names:
+                twin = followed.pop(name)()
+                if isinstance(twin, BlockSparseLayer):
+                    twin.to_dense()
+
     def swap_back(self, model: nn.Module, layers: Mapping[str, BlockSparseLayer]) -> None:
         """Give every follower plain dense layers again; ``model`` still has block-sparse ones."""
         for root in self._roots:

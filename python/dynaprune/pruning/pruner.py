@@ -16,6 +16,7 @@ from dynaprune.nn.block_sparse import as_it_is
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
 from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
+from dynaprune.pruning.first_batch import FirstBatch, check_first_batch
 from dynaprune.pruning.following import Copy, Followers
 from dynaprune.pruning.neuron_groups import NeuronMap
 from dynaprune.pruning.observe import (
@@ -64,12 +65,15 @@ class Pruner:
         config: PruningConfig,
         trial: Trial | None,
         example: ExampleInputs | None,
+        checked: bool = False,
     ) -> None:
         self._given, self.model, self.optimizers = given, model, optimizers
         self.layers, self.exempt, self.config = layers, exempt, config
         self.trial = trial
         self._example = example
         self._capture = InputCapture(model)
+        self.exempt_later: dict[str, str] = {}
+        self._first_batch: FirstBatch | None = None if checked else FirstBatch(given)
         self.neuron_map: NeuronMap | None = None
         self.rules = TrialRules(
             config.threshold, config.tolerance, config.absolute_tolerance, config.allowance, config.classes
@@ -82,7 +86,8 @@ class Pruner:
         self.removals, self.observed = Removals(), Observed()
         self.probes: dict[str, Tensor] = {}
         self.original_shapes = {name: dense_shape(layer) for name, layer in layers.items()}
-        self.units_total = sum(layer.layout.blocks for layer in layers.values())
+        self._blocks = {name: layer.layout.blocks for name, layer in layers.items()}
+        self.units_total = sum(self._blocks.values())
         self.steps = self.structure_version = self.compactions = 0
         self.observe_every = config.observe_every or NOT_OBSERVED_YET
         self.history: list[dict[str, Any]] = []
@@ -113,6 +118,9 @@ class Pruner:
         return owners
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._first_batch is not None:
+            batch, self._first_batch = self._first_batch, None
+            check_first_batch(self, batch)
         layers = self._owners[optimizer]
         if not all(isinstance(layer, BlockSparseLayer) for layer in layers.values()):
             self.check_state()
@@ -178,9 +186,31 @@ class Pruner:
 
         Call it after each replay that contains a backward pass and an optimizer step.
         """
+        self._forget_first_batch()
         for optimizer in self._owners:
             self._before(optimizer)
         self._complete()
+
+    def _forget_first_batch(self) -> None:
+        if self._first_batch is not None:
+            self._first_batch.remove()
+            self._first_batch = None
+
+    def forget_layers(self, reasons: Mapping[str, str]) -> None:
+        """Prune the layers named no longer; they are dense, or become so."""
+        for name in reasons:
+            del self.layers[name]
+            self.units_total -= self._blocks.pop(name)
+            for figures in (self.original_shapes, self.live_weights, self.rows, self.probes):
+                figures.pop(name, None)
+        self.exempt_later.update(reasons)
+        self.exempt.update(reasons)
+        for optimizer, layers in self._owners.items():
+            self._owners[optimizer] = {n: layer for n, layer in layers.items() if n in self.layers}
+        self.score.detach()
+        self.score.attach(self.layers)
+        self._shapes, self.neuron_map, self.history = [], None, []
+        self.record_structure()
 
     def check_state(self) -> None:
         """Raise RuntimeError where the optimizers' state, or a loaded one, does not fit the structure."""
@@ -206,6 +236,8 @@ class Pruner:
 
     def adopt(self, state: Mapping[str, Any]) -> None:
         """Take over the pruner's own figures of a ``state_dict``."""
+        if int(state["steps"]) > 0:
+            self._forget_first_batch()
         self.steps, self.structure_version = int(state["steps"]), int(state["structure_version"])
         self.compactions, self.observe_every = int(state["compactions"]), int(state["observe_every"])
         self.started = time.perf_counter() - float(state["seconds"])
@@ -327,6 +359,7 @@ class Pruner:
             self._rows = None
         self.score.detach()
         self._capture.remove()
+        self._forget_first_batch()
         for layer in self.layers.values():
             layer.disable_tap_()
             layer.probe.fill_(False)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dynaprune.pruning.first_batch import exempt_later
+
 if TYPE_CHECKING:
     from dynaprune.pruning.pruner import Pruner
 
@@ -87,6 +89,7 @@ def pruner_state(pruner: Pruner) -> dict[str, Any]:
         "live_weights": dict(pruner.live_weights),
         "original_shapes": {name: list(shape) for name, shape in pruner.original_shapes.items()},
         "units_total": pruner.units_total,
+        "exempt_later": dict(pruner.exempt_later),
         "slots": {name: layer.layout.slot_of_block.clone() for name, layer in pruner.layers.items()},
     }
 
@@ -97,6 +100,9 @@ def load_pruner_state(pruner: Pruner, state: Mapping[str, Any]) -> None:
         raise ValueError(
             f"expected a pruner's state of version {STATE_VERSION}, got {state.get('version')!r}"
         )
+    later = {n: why for n, why in state.get("exempt_later", {}).items() if n in pruner.layers}
+    if later and set(state["slots"]) == set(pruner.layers) - set(later):
+        exempt_later(pruner, later)
     if set(state["slots"]) != set(pruner.layers):
         raise ValueError(
             f"expected the state of layers {sorted(pruner.layers)}, got {sorted(state['slots'])}"

@@ -125,15 +125,27 @@ class Shadow:
         """Give dense weights to the container, under the names that they have in a dense model."""
         self.take_in(model, layers)
         self.stand_in = swap_back(self.stand_in)
-        if isinstance(self._tensors, MutableMapping):
-            for key in [k for k, name in self._names.items() if name.endswith(f".{_SLOTS}")]:
-                del self._names[key], self._tensors[key]
+        self._give_dense(layers)
+
+    def turn_dense(
+        self, model: nn.Module, layers: Mapping[str, BlockSparseLayer], names: Sequence[str]
+    ) -> None:
+        """:meth:`swap_back` of the layers ``names`` only."""
+        self.take_in(model, layers)
+        for name in names:
+            self.layer(name).to_dense()
+        self._give_dense({name: layers[name] for name in names})
+
+    def _give_dense(self, layers: Mapping[str, BlockSparseLayer]) -> None:
+        slots = {f"{name}.{_SLOTS}" for name in layers}
+        for key in [k for k, name in self._names.items() if name in slots]:
+            del self._names[key]
+            if isinstance(self._tensors, MutableMapping):
+                del self._tensors[key]
         ours = {f"{name}.{_VALUES}": f"{name}.{_WEIGHT}" for name in layers}
         self._names = {key: ours.get(name, name) for key, name in self._names.items()}
         if isinstance(self._tensors, MutableMapping):
             self._rename(_WEIGHT, layers, was=_VALUES)
-        else:
-            self._names = {k: n for k, n in self._names.items() if not n.endswith(f".{_SLOTS}")}
         self.give_back()
 
     def _rename(self, new: str, layers: Mapping[str, BlockSparseLayer], *, was: str) -> None:
