@@ -22,7 +22,6 @@ from dynaprune_kernels.index import (
 from dynaprune_kernels.placement import moved
 
 LADDER_RATIO = 0.75
-_AVERAGED = 1e-3  # how far rounding takes a long average of equal numbers in float32 (decay 0.9999: 6e-4)
 _TENSORS = ("mask", "slot_of_block", "index")
 _IN_STATE_DICT: WeakKeyDictionary[nn.Module, tuple[str, ref[Tensor]]] = WeakKeyDictionary()
 
@@ -125,7 +124,7 @@ class BlockLayout(nn.Module):
         first, written = _IN_STATE_DICT.get(self, ("", None))
         copy = written() if written is not None else None
         if copy is None or destination.get(first) is not copy:
-            copy = (self.slot_of_block if self._off_meta is None else self._off_meta[1]).clone()
+            copy = self.known_slots.clone()
             _IN_STATE_DICT[self] = (f"{prefix}slot_of_block", ref(copy))
         destination[f"{prefix}slot_of_block"] = copy
 
@@ -340,36 +339,10 @@ class BlockLayout(nn.Module):
         self.index = self._new_index(capacity)
         self._rebuild(release=False)
 
-    def whole_slots(self, slots: Tensor, values: Tensor) -> Tensor:
-        """The slots that a state dict means: an average of equal slots is rounded, or cut to integers.
-
-        Args:
-            slots: ``slot_of_block`` as it was found, of any dtype.
-            values: ``[capacity, bi, bo]``, found beside it.
-
-        Returns:
-            int32 ``[rows, columns]`` for :meth:`restore_`; what is no average comes back as it is.
-
-        Raises:
-            ValueError: averages of different slots.
-        """
-        mine = (self.slot_of_block if self._off_meta is None else self._off_meta[1]).to(slots.device)
-        comparable = slots.shape == mine.shape and values.shape[0] == self.capacity
-        if slots.is_floating_point():
-            if comparable and bool(((slots - mine).abs() <= _AVERAGED * mine.abs().clamp(min=1)).all()):
-                return mine.clone()
-            whole = slots.round()
-            if not bool(((slots - whole).abs() <= _AVERAGED).all()):
-                raise ValueError(
-                    "expected the slots of one structure, got averages of different ones: the values that "
-                    "came with them mix blocks. Average floating point values only, in a copy that follows "
-                    "(pruner.follow)"
-                )
-            return whole.int()
-        if not comparable or slots.dtype != torch.int32 or not bool(((slots - mine).abs() <= 1).all()):
-            return slots
-        cut = not _are_slots_of(slots, values) and _are_slots_of(mine, values)
-        return mine.clone() if cut else slots
+    @property
+    def known_slots(self) -> Tensor:
+        """:attr:`slot_of_block`, on the host where the layout is on the meta device."""
+        return self.slot_of_block if self._off_meta is None else self._off_meta[1]
 
     def _on_host(self, slots: Tensor, capacity: int) -> tuple[Tensor, ...]:
         other = BlockLayout(
@@ -390,17 +363,6 @@ class BlockLayout(nn.Module):
             f"{self.rows}x{self.columns} blocks of {self.block[0]}x{self.block[1]}{kind}, "
             f"capacity={self.capacity}, density={self.density():.3f}"
         )
-
-
-def _are_slots_of(slots: Tensor, values: Tensor) -> bool:
-    """Whether each slot is one of ``values`` and there once, and the others hold zeros."""
-    used = slots[slots != -1].long()
-    outside = (used < 0) | (used >= values.shape[0])
-    if bool(outside.any()) or used.unique().numel() != used.numel():
-        return False
-    free = torch.ones(values.shape[0], dtype=torch.bool, device=used.device)
-    free[used] = False
-    return not bool(values.detach()[free.to(values.device)].any())
 
 
 def _kept_size(keep: Tensor, block: int, size: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynaprune.nn.dense_view import DenseView, WeightReads, dense_view
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune_kernels import BlockLayout
+from dynaprune_kernels.averaged_slots import whole_slots
 from dynaprune_kernels.placement import moved
 from dynaprune_kernels.reference import dense_to_blocks, dense_weight
 
@@ -244,7 +245,8 @@ class BlockSparseLayer(nn.Module):
                     f"the checkpoint was made with another block size"
                 )
             if isinstance(slots, Tensor):
-                state_dict[key] = slots = self.layout.whole_slots(slots, values)
+                slots = whole_slots(slots, values, self.layout.known_slots, self.layout.capacity)
+                state_dict[key] = slots
                 self._take_structure(slots, values, assign=local_metadata.get("assign_to_params_buffers"))
             elif values.shape != self.values.shape:
                 raise ValueError(
