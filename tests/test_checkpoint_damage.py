@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -83,6 +84,24 @@ def test_the_file_and_its_name_are_on_the_disk_before_save_returns(
     monkeypatch.setattr(os, "replace", lambda *paths: (said.append("name"), replace(*paths)))
     save(tiny(), tmp_path)
     assert said == ["file", "name", "folder"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    names = [
+        ".net.safetensors.123.0123abcd.tmp",
+        ".net.safetensors.124.0123abcd.tmp",
+        ".net.safetensors.125.0123abcd.tmp",
+        ".net.safetensors.notes.tmp",
+        ".other.safetensors.123.0123abcd.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("half")
+        if "124" not in name:
+            os.utime(tmp_path / name, (1, 1))
+    with (tmp_path / names[2]).open("r+") as written:
+        fcntl.flock(written, fcntl.LOCK_EX)
+        save(tiny(), tmp_path / "net.safetensors")
+    assert {each.name for each in tmp_path.iterdir()} == {*names[1:], "net.safetensors"}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])

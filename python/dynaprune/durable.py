@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = ["cannot_write", "write_file"]
 
+_LEFT_SECONDS = 60
+
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any], *, sync: bool = True) -> None:
     """Let ``write`` fill a new file beside ``path``, then give it that name.
 
     ``path`` holds the old content or the whole new one at any moment. Its mode is what the umask leaves of
-    0666. Nothing is left behind where ``write`` raises.
+    0666. Nothing is left behind where ``write`` raises; what a killed process has left beside ``path`` is
+    removed.
 
     Args:
         sync: wait until the content and the name are on the disk, so that a power cut loses neither.
@@ -27,6 +34,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any], *, sync: bool = Tru
     try:
         handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_what_was_left(path)
             with open(handle, "wb") as file:
                 write(file)
                 file.flush()
@@ -42,6 +52,24 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any], *, sync: bool = Tru
         if error.errno is not None:
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def _remove_what_was_left(path: Path) -> None:
+    """Files aside that nobody writes any more: a minute old, and not locked."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+\.[0-9a-f]{{8}}\.tmp")
+    left: list[Path] = []
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:  # a folder that cannot be listed
+        left = [Path(each.path) for each in entries if ours.fullmatch(each.name)]
+    for each in left:
+        with contextlib.suppress(OSError):
+            if time.time() - each.stat().st_mtime < _LEFT_SECONDS:
+                continue
+            handle = os.open(each, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                each.unlink()
+            finally:
+                os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:
