@@ -1,4 +1,4 @@
-"""Multi-head attention, recognised by its parts, so that whole heads can be cut out of it.
+"""Multi-head attention, recognised by its parts, so that its counts of heads follow when heads are cut.
 
 transformers 5 has no head pruning, but its attention modules take the number of heads from the width of
 their projections (``view(..., -1, head_size)``). A head is then a span of outputs of the query, key and value
@@ -10,20 +10,20 @@ value rows are: attention weights sum to one, so the head is then its value bias
 moves into the output layer's bias. (Dropout of attention weights, where a model has it, makes that true on
 average only.) Dead query or key rows are no reason: such a head still averages its values.
 
-Grouped-query attention and fused projections are not recognised; their heads stay.
+Which outputs make a head is found by following a forward pass (``dependency_graph``), in any attention. Here
+are those that keep counts of their own. Where code knows the number of heads by heart (timm), the cut fails
+its check, and the heads stay.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dynaprune.nn import BlockSparseLayer, BlockSparseLinear
+from dynaprune.nn import BlockSparseLinear
 
 __all__ = ["Attention", "find_attentions"]
 
@@ -53,26 +53,6 @@ class Attention:
     heads: int
     head_size: int
     count_attribute: str
-
-    @property
-    def projections(self) -> tuple[str, str, str]:
-        """Names of the layers that make the heads: value first, as groups of heads are named after it."""
-        return self.value, self.query, self.key
-
-    def spans(self, model: nn.Module) -> list[Tensor]:
-        """The smallest sets of whole heads that split no block: int64 positions of each, in order.
-
-        With heads of 32 and blocks of 64 a set is two heads.
-        """
-        sizes = [self.head_size]
-        for name in self.projections:
-            layer = model.get_submodule(name)
-            if isinstance(layer, BlockSparseLayer):
-                sizes.append(layer.layout.block[0])
-        reader = model.get_submodule(self.output)
-        if isinstance(reader, BlockSparseLayer):
-            sizes.append(reader.layout.block[1])
-        return list(torch.arange(self.heads * self.head_size).split(math.lcm(*sizes)))
 
     def set_counts(self, model: nn.Module, assign: Callable[[Any, str, Any], None] = setattr) -> None:
         """Bring the module's own counts in line with the width that its layers have now.
