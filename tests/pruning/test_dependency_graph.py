@@ -286,6 +286,42 @@ def test_weights_that_others_read_keep_their_layer() -> None:
     assert "the weights of 'b' are read outside its forward pass" in neuron_map.refused["b"]
 
 
+def test_a_forward_that_was_replaced_on_the_instance_is_left_alone() -> None:
+    model, x = Wrapped(torch.relu), torch.randn(5, 16)
+    swap_layers(model, BLOCK, include=["a", "b", "c"])
+    plain = model.a.forward
+    model.a.forward = lambda x: plain(x) * 2  # type: ignore[method-assign]
+    neuron_map = find_groups(model, ExampleInputs.of(x))
+    assert {group.name for group in neuron_map.groups} == {"b", "c"}
+    assert "replaced on the instance" in neuron_map.refused["a"]
+    assert model.a.forward is not plain
+
+
+def test_experts_in_a_list_lose_their_own_neurons() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.head = nn.Linear(16, 4), nn.Linear(16, 4)
+            self.up = nn.ModuleList(nn.Linear(16, 32) for _ in range(4))
+            self.down = nn.ModuleList(nn.Linear(32, 16) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, chosen = self.router(x).softmax(-1).topk(2)
+            out = torch.zeros_like(x)
+            for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+                row, place = (chosen == number).nonzero(as_tuple=True)
+                out.index_add_(0, row, down(F.silu(up(x[row]))) * weight[row, place, None])
+            return self.head(out)
+
+    model, x = Experts(), torch.randn(40, 16)
+    neuron_map = found(model, x, include=["up", "down"])
+    assert {group.name for group in neuron_map.groups} == {f"up.{i}" for i in range(4)}
+    for i in range(4):
+        unread(model, neuron_map.of(f"up.{i}")[i])
+    report = cut_like_twin(model, x, torch.randn(40, 16))
+    assert report.neurons == {f"up.{i}": BLOCK for i in range(4)}
+
+
 def test_outputs_in_dictionaries_and_keywords_and_dataclasses() -> None:
     from dataclasses import dataclass
 

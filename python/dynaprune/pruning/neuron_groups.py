@@ -119,7 +119,11 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
         if not found:
             refused.update(dict.fromkeys((layer.name for layer in makers), reason))
     for name, module in model.named_modules():
-        if isinstance(module, BlockSparseLayer) and not (name in graph.layers and graph.layers[name].called):
+        if not isinstance(module, BlockSparseLayer):
+            continue
+        if name not in graph.layers:
+            refused[name] = "its forward is replaced on the instance, and what it does cannot be known"
+        elif not graph.layers[name].called:
             refused[name] = "the traced forward pass does not reach it"
     order = {name: place for place, name in enumerate(graph.layers)}
     groups.sort(key=lambda group: (order[group.name], int(group.neurons[0])))
