@@ -424,3 +424,54 @@ def test_a_compiled_model_reads_the_weight_without_a_graph_break() -> None:
         y.square().sum().backward()
     torch.testing.assert_close(sparse.weight.grad, plain.weight.grad * live)
     assert isinstance(sparse.weight, DenseView)
+
+
+COMPILED_CHANGES = [
+    "mul_",
+    "row assigned",
+    "transposed",
+    "flattened",
+    "detached",
+    "data.clamp_",
+    "data.mul_ of a column",
+    "all assigned",
+    "out",
+    "zeros_",
+    "uniform_",
+    "xavier_uniform_",
+    "reset_parameters",
+]
+
+
+@pytest.mark.parametrize("change", COMPILED_CHANGES)
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_code_that_changes_the_weight_is_refused(change: str, fullgraph: bool) -> None:
+    _, sparse, _ = _pair()
+    before = sparse.values.detach().clone()
+
+    def changing(layer: Any) -> int:
+        with torch.no_grad():
+            CHANGES[change](layer)
+        return 1
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="compiled code changes the weight of a block-sparse layer"):
+        torch.compile(changing, backend="eager", fullgraph=fullgraph)(sparse)
+    assert torch.equal(sparse.values, before)
+
+
+def test_compiled_code_may_change_what_it_computed_from_the_weight() -> None:
+    plain, sparse, _ = _pair()
+
+    def reading(layer: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, layer.weight)
+        y.mul_(2)
+        scaled = layer.weight * 2
+        scaled[0] = 0
+        y += 1
+        return torch.add(y, scaled.sum())
+
+    torch._dynamo.reset()
+    x = torch.randn(4, 21, dtype=torch.float64)
+    compiled = torch.compile(reading, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(sparse, x), reading(plain, x))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynaprune.nn.compiled_writes import refuse_writes
 from dynaprune.nn.dense_view import DenseView, WeightReads, dense_view
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune_kernels import BlockLayout
@@ -113,9 +114,16 @@ class BlockSparseLayer(nn.Module):
         """The dense weight of the live blocks; gradients and in-place changes reach ``values``.
 
         It is built when an op needs it, not by its shape, dtype, device or ``requires_grad``. Under
-        ``torch.compile`` and ``torch.func`` it is the dense tensor itself, for reading.
+        ``torch.compile`` and ``torch.func`` it is the dense tensor itself, for reading: compiled code that
+        changes it is refused.
         """
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling():
+            from torch._dynamo.comptime import comptime
+
+            dense = self._dense(self.values)
+            comptime(refuse_writes)
+            return dense
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             return self._dense(self.values)
         return dense_view(self)
 

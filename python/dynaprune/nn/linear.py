@@ -52,6 +52,9 @@ class BlockSparseLinear(BlockSparseLayer):
     def dense_shape(self) -> torch.Size:
         return torch.Size((self.layout.out_features, self.layout.in_features))
 
+    def _dense_view(self, dense: Tensor) -> Tensor:
+        return dense.contiguous()
+
     def forward(self, x: Tensor) -> Tensor:
         return block_sparse_linear(x, self.values, self.bias, self.layout, tap=self.tap, probe=self.probe)
 
