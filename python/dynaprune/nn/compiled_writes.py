@@ -35,7 +35,7 @@ def refuse_writes(context: Any) -> None:
             if any(_storage(each.meta.get("example_value")) == storage for each in _changed(node)):
                 raise RuntimeError(
                     f"compiled code changes the weight of a block-sparse layer in place ({node.target}), "
-                    "which would be lost: do it outside of torch.compile, where it reaches the layer's `values`"
+                    "which would be lost: do it outside of torch.compile, where it reaches its `values`"
                 )
 
     translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
