@@ -53,6 +53,13 @@ class Rows(Dataset[tuple[dict[str, Tensor], Tensor]]):
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         return {key: value[index] for key, value in self.inputs.items()}, self.targets[index]
 
+    def double(self) -> Rows:
+        """The same rows in float64, in which training does not amplify what is rounded."""
+        twin = copy.copy(self)
+        twin.inputs = {k: v.double() if v.is_floating_point() else v for k, v in self.inputs.items()}
+        twin.targets = self.targets.double()
+        return twin
+
     def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """``BATCH`` rows, others at each step."""
         rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(self)
@@ -191,11 +198,13 @@ def after_training(family: Family, model: nn.Module, example: dict[str, Tensor])
 
 def follows_masked_twin(dense: nn.Module, rows: Rows) -> None:
     """Without cuts: training with live masks is training the dense network with masks multiplied in."""
+    dense, rows = dense.double(), rows.double()
     model, twin = copy.deepcopy(dense), copy.deepcopy(dense)
     optimizer, other = torch.optim.SGD(model.parameters(), 1e-2), torch.optim.SGD(twin.parameters(), 1e-2)
     pruner = dynaprune.attach(model, optimizer, settings(neurons=False, total_steps=TWIN_STEPS, interval=2))
     for step in range(TWIN_STEPS):
         for network, stepping in ((model, optimizer), (twin, other)):
+            torch.manual_seed(step)  # both drop the same paths
             stepping.zero_grad()
             losses(network, rows.batch(step)).mean().backward()
             stepping.step()
