@@ -90,7 +90,7 @@ def swap_layers(
             raise ValueError(f"expected a pattern that matches a module of the model, got {pattern!r}")
 
     spared = _spared_by_default(candidates)
-    readers = {**dict(_outside_readers(model)), **(exempt or {})}
+    readers = {**(exempt or {}), **dict(_outside_readers(model))}
     entries: list[SwapEntry] = []
     chosen: list[tuple[str, nn.Module]] = []
     for name, module in candidates:
