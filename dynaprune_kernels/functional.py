@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynaprune_kernels.layout import BlockLayout
+from dynaprune_kernels.memory_format import answers_channels_last
 
 
 class BlockSaliency(NamedTuple):
@@ -96,15 +97,19 @@ def block_sparse_conv2d(
     *,
     tap: Tensor | None = None,
     probe: Tensor | None = None,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """2-D convolution over the live blocks of ``W [out, in / groups, kh, kw]``.
 
     Args:
-        x: ``[N, in, H, W]`` or ``[in, H, W]``; channels-last memory avoids a copy.
+        x: ``[N, in, H, W]`` or ``[in, H, W]``; channels-last memory avoids copies.
         values, bias, tap, probe: as in :func:`block_sparse_linear`.
+        channels_last: memory format of the output and of the gradient of ``x``; by default that of ``x``. A
+            convolution answers in channels-last where its input or its weight is (see
+            :mod:`dynaprune_kernels.memory_format`): pass true where the dense weight would be.
 
     Returns:
-        ``[N, out, OH, OW]`` in channels-last memory.
+        ``[N, out, OH, OW]``.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, or an input smaller than the kernel.
@@ -118,7 +123,15 @@ def block_sparse_conv2d(
     layout.conv.output_size(x.shape[-2], x.shape[-1])
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     y = torch.ops.dynaprune.block_sparse_conv2d(
-        batch, values, bias, layout.index, layout.out_features, layout.conv, tap, probe
+        batch,
+        values,
+        bias,
+        layout.index,
+        layout.out_features,
+        layout.conv,
+        tap,
+        probe,
+        answers_channels_last(batch, channels_last),
     )
     return y if x.dim() == 4 else y.squeeze(0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynaprune_kernels.geometry import ConvGeometry, ceil_div
 from dynaprune_kernels.index import N_LIVE, N_SLOTS, OVERFLOW, column_list_of_block, column_lists, sections
+from dynaprune_kernels.memory_format import in_format
 
 
 def _entries(index: Tensor, rows: int, columns: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -133,22 +134,36 @@ def linear_probe(
 
 
 def conv2d_forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    out_channels: int,
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
-    """Convolution over live (tap, channel block) entries, ``[N, out_channels, OH, OW]`` channels-last."""
+    """Convolution over live (tap, channel block) entries, ``[N, out_channels, OH, OW]``.
+
+    In channels-last or in contiguous memory, as ``channels_last`` says.
+    """
     weight = dense_weight(values, index, out_channels, x.shape[1] // conv.groups, conv)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = in_format(x, channels_last)
     y = F.conv2d(x, weight, bias, conv[2:4], conv[4:6], conv[6:8], conv.groups)
-    return y.contiguous(memory_format=torch.channels_last)
+    return in_format(y, channels_last)
 
 
 def conv2d_dgrad(
-    dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    input_size: list[int],
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
-    """Gradient of the input, ``input_size``, channels-last memory."""
+    """Gradient of the input, ``input_size``, in channels-last or in contiguous memory."""
     weight = dense_weight(values, index, dy.shape[1], input_size[1] // conv.groups, conv)
     dx = _convolution_backward(dy, dy.new_empty(input_size), weight, conv, wgrad=False)
-    return dx.contiguous(memory_format=torch.channels_last)
+    return in_format(dx, channels_last)
 
 
 def conv2d_wgrad(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynaprune_kernels import _extension
 from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+from dynaprune_kernels.memory_format import in_format
 
 _raw = torch.ops.dynaprune_cpu
 
@@ -47,15 +48,26 @@ def linear_probe(
 
 
 def conv2d_forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    out_channels: int,
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
-    return _raw.conv2d_forward(x, values, bias, index, out_channels, conv)
+    return in_format(_raw.conv2d_forward(x, values, bias, index, out_channels, conv), channels_last)
 
 
 def conv2d_dgrad(
-    dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    input_size: list[int],
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
-    return _raw.conv2d_dgrad(dy, values, index, input_size, conv)
+    return in_format(_raw.conv2d_dgrad(dy, values, index, input_size, conv), channels_last)
 
 
 def conv2d_wgrad(

@@ -15,6 +15,7 @@ from dynaprune_kernels import _extension
 from dynaprune_kernels.backends.alignment import aligned_blocks, aligned_channels, aligned_rows, image, pixels
 from dynaprune_kernels.backends.precision import tf32_allowed
 from dynaprune_kernels.geometry import ConvGeometry
+from dynaprune_kernels.memory_format import in_format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCKS = (16, 32, 64, 128)
@@ -142,27 +143,41 @@ def linear_probe(
 
 
 def conv2d_forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    out_channels: int,
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
     if conv.pointwise:
-        return image(linear_forward(pixels(x), values, bias, index, out_channels), x.shape)
+        y = image(linear_forward(pixels(x), values, bias, index, out_channels), x.shape)
+        return in_format(y, channels_last)
     y = _raw().conv2d_forward(
         aligned_channels(x, conv.groups), aligned_blocks(values), bias, index, x.shape[1], out_channels, conv,
         tf32_allowed(conv=True),
     )  # fmt: skip
-    return y.permute(0, 3, 1, 2)
+    return in_format(y.permute(0, 3, 1, 2), channels_last)
 
 
 def conv2d_dgrad(
-    dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    input_size: list[int],
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
     if conv.pointwise:
-        return image(linear_dgrad(pixels(dy), values, index, input_size[1]), dy.shape)
+        return in_format(
+            image(linear_dgrad(pixels(dy), values, index, input_size[1]), dy.shape), channels_last
+        )
     dx = _raw().conv2d_dgrad(
         aligned_channels(dy), aligned_blocks(values), index, dy.shape[1], input_size, conv,
         tf32_allowed(conv=True),
     )  # fmt: skip
-    return dx.permute(0, 3, 1, 2)
+    return in_format(dx.permute(0, 3, 1, 2), channels_last)
 
 
 def conv2d_wgrad(

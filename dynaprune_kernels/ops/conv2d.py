@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.geometry import ConvGeometry
+from dynaprune_kernels.memory_format import new_image, suggests_channels_last
 from dynaprune_kernels.ops.registration import (
     OPS,
     accumulator,
@@ -29,11 +29,11 @@ from dynaprune_kernels.ops.registration import (
 
 define(
     "block_sparse_conv2d(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_channels, int[] conv, "
-    "Tensor? tap=None, Tensor? probe=None) -> Tensor"
+    "Tensor? tap=None, Tensor? probe=None, bool channels_last=True) -> Tensor"
 )
 define(
-    "block_sparse_conv2d_dgrad(Tensor dy, Tensor values, Tensor index, SymInt[] input_size, int[] conv) "
-    "-> Tensor"
+    "block_sparse_conv2d_dgrad(Tensor dy, Tensor values, Tensor index, SymInt[] input_size, int[] conv, "
+    "bool channels_last=True) -> Tensor"
 )
 define(
     "block_sparse_conv2d_wgrad(Tensor dy, Tensor x, Tensor index, SymInt capacity, int[] block, int[] conv) "
@@ -67,10 +67,6 @@ def _positions(image: Tensor) -> int:
     return int(image.shape[0] * image.shape[2] * image.shape[3])
 
 
-def _channels_last(like: Tensor, size: Any) -> Tensor:
-    return like.new_empty(size).to(memory_format=torch.channels_last)
-
-
 @implement("block_sparse_conv2d")
 def _forward(
     x: Tensor,
@@ -81,17 +77,25 @@ def _forward(
     conv: list[int],
     tap: Tensor | None = None,
     probe: Tensor | None = None,
+    channels_last: bool = True,
 ) -> Tensor:
     backend = _backend("conv2d_forward", x, out_channels, x.shape[1], values.shape[0], values.shape[1:], conv)
-    return backend.conv2d_forward(x, values, bias, index, out_channels, ConvGeometry(*conv))
+    return backend.conv2d_forward(x, values, bias, index, out_channels, ConvGeometry(*conv), channels_last)
 
 
 @implement("block_sparse_conv2d_dgrad")
-def _dgrad(dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: list[int]) -> Tensor:
+def _dgrad(
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    input_size: list[int],
+    conv: list[int],
+    channels_last: bool = True,
+) -> Tensor:
     backend = _backend(
         "conv2d_dgrad", dy, dy.shape[1], input_size[1], values.shape[0], values.shape[1:], conv
     )
-    return backend.conv2d_dgrad(dy, values, index, input_size, ConvGeometry(*conv))
+    return backend.conv2d_dgrad(dy, values, index, input_size, ConvGeometry(*conv), channels_last)
 
 
 @implement("block_sparse_conv2d_wgrad")
@@ -117,13 +121,16 @@ def _probe(
 
 
 @fake("block_sparse_conv2d")
-def _(x, values, bias, index, out_channels, conv, tap=None, probe=None):  # type: ignore[no-untyped-def]
-    return _channels_last(x, (x.shape[0], out_channels, *ConvGeometry(*conv).output_size(*x.shape[2:])))
+def _(  # type: ignore[no-untyped-def]
+    x, values, bias, index, out_channels, conv, tap=None, probe=None, channels_last=True
+):
+    size = (x.shape[0], out_channels, *ConvGeometry(*conv).output_size(*x.shape[2:]))
+    return new_image(x, size, channels_last)
 
 
 @fake("block_sparse_conv2d_dgrad")
-def _(dy, values, index, input_size, conv):  # type: ignore[no-untyped-def]
-    return _channels_last(dy, input_size)
+def _(dy, values, index, input_size, conv, channels_last=True):  # type: ignore[no-untyped-def]
+    return new_image(dy, input_size, channels_last)
 
 
 @fake("block_sparse_conv2d_wgrad")
@@ -146,18 +153,18 @@ def _(dy, x, index, capacity, block, conv, probe):  # type: ignore[no-untyped-de
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, index, _, conv, tap, probe = inputs
+    x, values, _, index, _, conv, tap, probe, channels_last = inputs
     check_tap(tap, x)
     ctx.save_for_backward(x, values, index, probe if tap is not None else None)
     ctx.has_tap = tap is not None
-    ctx.conv = conv
+    ctx.conv, ctx.channels_last = conv, channels_last
 
 
 def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, values, index, probe = ctx.saved_tensors
     dx = dw = db = dtap = None
     if ctx.needs_input_grad[0]:
-        dx = OPS.block_sparse_conv2d_dgrad(dy, values, index, x.shape, ctx.conv)
+        dx = OPS.block_sparse_conv2d_dgrad(dy, values, index, x.shape, ctx.conv, ctx.channels_last)
     if ctx.has_tap and ctx.needs_input_grad[6]:
         dw, signed = OPS.block_sparse_conv2d_wgrad_saliency(dy, x, values, index, ctx.conv)
         probed = None
@@ -170,22 +177,24 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dw = OPS.block_sparse_conv2d_wgrad(dy, x, index, values.shape[0], values.shape[1:], ctx.conv)
     if ctx.needs_input_grad[2]:
         db = dy.sum((0, 2, 3))
-    return dx, dw, db, None, None, None, dtap, None
+    return dx, dw, db, None, None, None, dtap, None, None
 
 
 def _dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
-    ctx.conv = inputs[4]
+    ctx.conv, ctx.channels_last = inputs[4:]
 
 
 def _dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     dy, values, index = ctx.saved_tensors
     ddy = dw = None
     if ctx.needs_input_grad[0]:
-        ddy = OPS.block_sparse_conv2d(ddx, values, None, index, dy.shape[1], ctx.conv)
+        ddy = OPS.block_sparse_conv2d(
+            ddx, values, None, index, dy.shape[1], ctx.conv, None, None, ctx.channels_last
+        )
     if ctx.needs_input_grad[1]:
         dw = OPS.block_sparse_conv2d_wgrad(dy, ddx, index, values.shape[0], values.shape[1:], ctx.conv)
-    return ddy, dw, None, None, None
+    return ddy, dw, None, None, None, None
 
 
 def _wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -198,9 +207,11 @@ def _wgrad_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
     ddw = ddw.contiguous()
     ddy = dx = None
     if ctx.needs_input_grad[0]:
-        ddy = OPS.block_sparse_conv2d(x, ddw, None, index, dy.shape[1], ctx.conv)
+        ddy = OPS.block_sparse_conv2d(
+            x, ddw, None, index, dy.shape[1], ctx.conv, None, None, suggests_channels_last(dy)
+        )
     if ctx.needs_input_grad[1]:
-        dx = OPS.block_sparse_conv2d_dgrad(dy, ddw, index, x.shape, ctx.conv)
+        dx = OPS.block_sparse_conv2d_dgrad(dy, ddw, index, x.shape, ctx.conv, suggests_channels_last(x))
     return ddy, dx, None, None, None, None
 
 

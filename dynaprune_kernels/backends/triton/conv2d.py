@@ -1,4 +1,7 @@
-"""Launchers of the convolution kernels. Memory is channels-last throughout."""
+"""Launchers of the convolution kernels, which read and write channels-last memory.
+
+An output that is wanted in contiguous memory is copied.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,40 @@ from dynaprune_kernels.backends.triton.kernels.conv2d_product import conv2d_prod
 from dynaprune_kernels.backends.triton.kernels.conv2d_wgrad import conv2d_probe_kernel, conv2d_wgrad_kernel
 from dynaprune_kernels.backends.triton.launch import check_int32, device_of, launch, precision
 from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+from dynaprune_kernels.memory_format import in_format
 
 
 def conv2d_forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_channels: int, conv: ConvGeometry
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    out_channels: int,
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
     if conv.pointwise:
-        return image(linear.linear_forward(pixels(x), values, bias, index, out_channels), x.shape)
+        y = image(linear.linear_forward(pixels(x), values, bias, index, out_channels), x.shape)
+        return in_format(y, channels_last)
     images, _, height, width = x.shape
     size = (images, out_channels, *conv.output_size(height, width))
-    return _product(x, values, bias, index, size, conv, dgrad=False)
+    return in_format(_product(x, values, bias, index, size, conv, dgrad=False), channels_last)
 
 
 def conv2d_dgrad(
-    dy: Tensor, values: Tensor, index: Tensor, input_size: list[int], conv: ConvGeometry
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    input_size: list[int],
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> Tensor:
     if conv.pointwise:
-        return image(linear.linear_dgrad(pixels(dy), values, index, input_size[1]), dy.shape)
+        dx = image(linear.linear_dgrad(pixels(dy), values, index, input_size[1]), dy.shape)
+        return in_format(dx, channels_last)
     images, channels, height, width = input_size
-    return _product(dy, values, None, index, (images, channels, height, width), conv, dgrad=True)
+    size = (images, channels, height, width)
+    return in_format(_product(dy, values, None, index, size, conv, dgrad=True), channels_last)
 
 
 def conv2d_wgrad(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dynaprune.nn.block_sparse import BlockSparseLayer, take_over_weight
 from dynaprune_kernels import BlockLayout, ConvGeometry, block_sparse_conv2d
+from dynaprune_kernels.memory_format import in_format, new_image, suggests_channels_last
 
 
 class BlockSparseConv2d(BlockSparseLayer):
@@ -18,27 +20,36 @@ class BlockSparseConv2d(BlockSparseLayer):
     Attributes:
         pad_before: left, right, top, bottom padding that ``F.pad`` adds before the op, or None: what the
             op's own symmetric zero padding cannot express.
+        weight_channels_last: whether the dense weight is channels-last. Outputs and input gradients then are,
+            too, as those of ``nn.Conv2d``. ``to(memory_format=...)`` changes it.
     """
 
     _dense_type: Any = nn.Conv2d
     _conv_forward = nn.Conv2d._conv_forward  # for code that holds nn.Conv2d.forward of the layer
 
     def __init__(
-        self, layout: BlockLayout, values: nn.Parameter, bias: nn.Parameter | None, plain: dict[str, Any]
+        self,
+        layout: BlockLayout,
+        values: nn.Parameter,
+        bias: nn.Parameter | None,
+        plain: dict[str, Any],
+        weight_channels_last: bool = False,
     ) -> None:
         super().__init__(layout, values, bias)
-        self._keep_settings(plain)
+        self._keep_settings(plain, weight_channels_last)
 
-    def _keep_settings(self, plain: dict[str, Any]) -> None:
+    def _keep_settings(self, plain: dict[str, Any], weight_channels_last: bool) -> None:
         self._plain = plain
         self.padding_mode: str = plain["padding_mode"]
         self.pad_before: tuple[int, ...] | None = plain["pad_before"]
+        self.weight_channels_last = weight_channels_last
 
     @classmethod
     def in_place_of(cls, layer: nn.Module, layout: BlockLayout) -> Any:
         _, plain = cls.settings_of(layer)
+        channels_last = _is_channels_last(cast(nn.Parameter, layer.weight))
         sparse = super().in_place_of(layer, layout)
-        sparse._keep_settings(plain)
+        sparse._keep_settings(plain, channels_last)
         return sparse
 
     @classmethod
@@ -66,8 +77,11 @@ class BlockSparseConv2d(BlockSparseLayer):
         layout = BlockLayout(
             conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
         )
+        channels_last = _is_channels_last(weight)
         take_over_weight(weight, layout)
-        return cls.in_place_of(conv, layout)
+        sparse = cls.in_place_of(conv, layout)
+        sparse.weight_channels_last = channels_last
+        return sparse
 
     @classmethod
     def settings_of(cls, conv: Any) -> tuple[ConvGeometry, dict[str, Any]]:
@@ -126,8 +140,25 @@ class BlockSparseConv2d(BlockSparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return block_sparse_conv2d(
-            self._padded(x), self.values, self.bias, self.layout, tap=self.tap, probe=self.probe
+            self._padded(x),
+            self.values,
+            self.bias,
+            self.layout,
+            tap=self.tap,
+            probe=self.probe,
+            channels_last=True if self.weight_channels_last else None,
         )
+
+    def _dense_view(self, dense: Tensor) -> Tensor:
+        return in_format(dense, self.weight_channels_last)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As for any module. What ``fn`` does to a dense weight's memory format is seen from a small one."""
+        small = self._dense_view(new_image(self.values, (2, 2, 1, 2), self.weight_channels_last))
+        super()._apply(fn, recurse)
+        small = fn(small)
+        self.weight_channels_last = _is_channels_last(small)
+        return self
 
     def _plain_layer(self) -> nn.Module:
         sizes = {key: value for key, value in self._plain.items() if key != "pad_before"}
@@ -143,7 +174,10 @@ class BlockSparseConv2d(BlockSparseLayer):
 
 
 class BlockSparseConv1d(BlockSparseConv2d):
-    """1-D convolution: the 2-D one with a kernel of height 1."""
+    """1-D convolution: the 2-D one with a kernel of height 1.
+
+    As for ``nn.Conv1d`` the input's format does not count. ``to(memory_format=...)`` leaves the weight alone.
+    """
 
     _dense_type = nn.Conv1d
     _conv_forward = nn.Conv1d._conv_forward
@@ -151,11 +185,22 @@ class BlockSparseConv1d(BlockSparseConv2d):
     def forward(self, x: Tensor) -> Tensor:
         image = self._padded(x).unsqueeze(-2)
         return block_sparse_conv2d(
-            image, self.values, self.bias, self.layout, tap=self.tap, probe=self.probe
+            image,
+            self.values,
+            self.bias,
+            self.layout,
+            tap=self.tap,
+            probe=self.probe,
+            channels_last=self.weight_channels_last,
         ).squeeze(-2)
 
     def to_blocks(self, weight: Tensor) -> Tensor:
         return super().to_blocks(weight.unsqueeze(2))
 
     def _dense_view(self, dense: Tensor) -> Tensor:
-        return dense.squeeze(2)
+        return super()._dense_view(dense).squeeze(2)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """Whether a dense weight ``[out, in, kh, kw]``, or ``[out, in, k]``, lies in channels-last memory."""
+    return suggests_channels_last(weight if weight.dim() == 4 else weight.unsqueeze(2))
