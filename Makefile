@@ -20,7 +20,7 @@ QUIETLY = > $(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log >&2; exit 1; }
 extra = $$($(BIN)/python -c 'import importlib.metadata as m; \
 	print(*(r.split(";")[0] for r in m.requires("dynaprune") if r.endswith("extra == \"$(1)\"")))')
 
-.PHONY: help demo test test-gpu-offline test-oldest test-newest sanitize fuzz fuzz-files gpu check bench families ext clean
+.PHONY: help demo test test-gpu-offline test-oldest test-newest sanitize fuzz fuzz-files fuzz-kernels gpu check bench families ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,10 +39,13 @@ test-gpu-offline: $(VENV)/.installed $(if $(NVCC),$(CUDA_LIBRARY))  ## GPU kerne
 sanitize: $(VENV)/.installed  ## the CUDA kernels on host threads under address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest -q -m sanitized --durations=10 $(PYTEST_ARGS)
 
-fuzz: fuzz-files  ## all that is fuzzed, minutes
+fuzz: fuzz-files fuzz-kernels  ## all that is fuzzed, minutes
 
 fuzz-files: $(VENV)/.installed  ## 10,000 mutated checkpoint files: refused, or loaded as they were saved
 	$(BIN)/python -m tests.fuzz.files
+
+fuzz-kernels: $(VENV)/.installed  ## 100,000 corrupted indices and as many malformed calls of the CPU ops, under AddressSanitizer
+	$(BIN)/python -m tests.fuzz.kernels
 
 # Both use the extensions of $(VENV), which work with any torch from 2.10 on; Triton's kernels are compiled by the one
 # version of Triton that their tables are for.

@@ -12,6 +12,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/flush_denormals.h"
+#include "cpu/index_check.h"
 #include "cpu/types.h"
 
 namespace dynaprune::bindings {
@@ -43,18 +44,24 @@ inline void check_values(const char* op, const char* name, const Tensor& values,
   check_same_dtype(op, name, values, other_name, other);
 }
 
-// The view of a packed index whose length must fit the sizes.
+// The view of a packed index whose length must fit the sizes, and in which a kernel may walk along `direction`.
 inline LayoutView view_index(const char* op, const Tensor& index, int64_t rows, int64_t columns, int64_t lists,
-                             int64_t capacity) {
+                             int64_t capacity, cpu::Lists direction, const cpu::ListGeometry* geometry) {
   check_cpu(op, "index", index);
   check_index(op, index, rows, columns, lists, capacity);
-  return layout_view(static_cast<const int32_t*>(index.const_data_ptr()), rows, columns, lists, capacity);
+  const LayoutView view =
+      layout_view(static_cast<const int32_t*>(index.const_data_ptr()), rows, columns, lists, capacity);
+  const cpu::IndexFault fault = cpu::index_fault(view, direction, geometry);
+  STD_TORCH_CHECK(fault.section == nullptr, op, ": index is corrupted: ", fault.section, "[", fault.at, "] is ",
+                  fault.value, ", expected ", fault.expected, " (something other than layout_update wrote to it)");
+  return view;
 }
 
 // The capacity that explains an index's length.
 inline int64_t capacity_of_index(const char* op, const Tensor& index, int64_t rows, int64_t lists) {
   check_cpu(op, "index", index);
   check_index_memory(op, index);
+  check_grid(op, rows, 0, lists, 0);
   const int64_t rest = index.numel() - packed_index_size(rows, lists, 0);
   STD_TORCH_CHECK(rest >= 0 && rest % 6 == 0, op, ": expected an index of ", packed_index_size(rows, lists, 0),
                   " + 6 x capacity elements for ", rows, " block rows and ", lists, " column lists, got ",

@@ -11,6 +11,7 @@ namespace dynaprune::bindings {
 namespace {
 
 using cpu::ConvShape;
+using cpu::Lists;
 using torch::headeronly::MemoryFormat;
 
 const cpu::ConvKernels& kernels() { return DYNAPRUNE_CHOOSE(conv_kernels); }
@@ -48,10 +49,11 @@ ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t 
   s.groups = conv[8];
   s.bi = bi;
   s.bo = bo;
-  STD_TORCH_CHECK(bi >= 1 && bo >= 1, op, ": expected blocks of at least 1 x 1, got ", bi, " x ", bo);
+  check_block_sizes(op, bi, bo);
   STD_TORCH_CHECK(s.images >= 0 && s.in >= 1 && s.height >= 1 && s.width >= 1 && out >= 1, op,
                   ": expected sizes of at least 1 (0 images are allowed), got input [", s.images, ", ", s.in, ", ",
                   s.height, ", ", s.width, "] and ", out, " output channels");
+  for (const int64_t size : {s.in, s.height, s.width, out}) check_size(op, "sizes", size);
   check_conv_channels(op, s.in, out, s.groups, bo);
   s.out_h = output_length(op, s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
   s.out_w = output_length(op, s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
@@ -59,23 +61,27 @@ ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t 
 }
 
 struct ConvGrid {
-  int64_t rows, columns, lists;
+  int64_t rows, channel_blocks, columns, lists;
 };
-ConvGrid conv_grid(const ConvShape& s) {
+ConvGrid conv_grid(const char* op, const ConvShape& s) {
   const int64_t channel_blocks = ceil_div(s.in / s.groups, s.bi);
-  return {ceil_div(s.out, s.bo), s.kernel_h * s.kernel_w * channel_blocks,
-          s.groups * channel_blocks * s.stride_h * s.stride_w};
+  return {ceil_div(s.out, s.bo), channel_blocks,
+          checked_product(op, "block columns", {s.kernel_h, s.kernel_w, channel_blocks}),
+          checked_product(op, "column lists", {s.groups, channel_blocks, s.stride_h, s.stride_w})};
 }
 
-LayoutView view_conv(const char* op, const Tensor& index, const ConvShape& s, int64_t capacity) {
-  const ConvGrid grid = conv_grid(s);
-  return view_index(op, index, grid.rows, grid.columns, grid.lists, capacity);
+LayoutView view_conv(const char* op, const Tensor& index, const ConvShape& s, int64_t capacity, Lists direction) {
+  const ConvGrid grid = conv_grid(op, s);
+  const cpu::ListGeometry geometry{s.groups,   grid.channel_blocks, s.kernel_w,  s.stride_h,
+                                   s.stride_w, s.dilation_h,        s.dilation_w};
+  return view_index(op, index, grid.rows, grid.columns, grid.lists, capacity, direction, &geometry);
 }
 
 // `t` as dense NHWC memory; strides of tensors that are it already may look otherwise where a size is 1.
 Tensor nhwc(const char* op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
   check_dim(op, name, t, 4, "[N, C, H, W]");
+  check_storage(op, name, t);
   return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
 
@@ -121,7 +127,7 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
   const DType dtype = kernel_dtype(op, "x", x);
   check_values(op, "values", values, "x", x);
   const ConvShape s = conv_shape(op, x.sizes().data(), out_channels, values.size(1), values.size(2), conv);
-  const LayoutView layout = view_conv(op, index, s, values.size(0));
+  const LayoutView layout = view_conv(op, index, s, values.size(0), Lists::rows);
   std::optional<Tensor> dense_bias;
   if (bias) {
     check_cpu(op, "bias", *bias);
@@ -150,7 +156,7 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   check_values(op, "values", values, "dy", dy);
   const ConvShape s = conv_shape(op, input_size.data(), dy.size(1), values.size(1), values.size(2), conv);
   check_output_gradient(op, dy, s);
-  const LayoutView layout = view_conv(op, index, s, values.size(0));
+  const LayoutView layout = view_conv(op, index, s, values.size(0), Lists::columns);
   Tensor dx = new_nhwc(gradient, s.images, s.in, s.height, s.width);
   if (is_linear(s))
     check_memory(op, linear_kernels().dgrad(dtype, linear_shape(s), layout, gradient.const_data_ptr(),
@@ -165,7 +171,7 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
                     const Ints& conv) {
   const char* op = "conv2d_wgrad";
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
-  const LayoutView layout = view_conv(op, index, g.shape, capacity);
+  const LayoutView layout = view_conv(op, index, g.shape, capacity, Lists::rows);
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
   run_wgrad(op, g, layout, nullptr, dvalues.mutable_data_ptr(), nullptr);
   return dvalues;
@@ -176,7 +182,7 @@ std::tuple<Tensor, Tensor> conv2d_wgrad_saliency(const Tensor& dy, const Tensor&
   const char* op = "conv2d_wgrad_saliency";
   check_values(op, "values", values, "x", x);
   const Gradients g = gradients(op, dy, x, values.size(1), values.size(2), conv);
-  const LayoutView layout = view_conv(op, index, g.shape, values.size(0));
+  const LayoutView layout = view_conv(op, index, g.shape, values.size(0), Lists::rows);
   Tensor dvalues = torch::stable::new_empty(x, {values.size(0), values.size(1), values.size(2)});
   Tensor sums = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
   run_wgrad(op, g, layout, values.const_data_ptr(), dvalues.mutable_data_ptr(), sums.mutable_data_ptr());
@@ -187,8 +193,8 @@ Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
                     const Ints& conv) {
   const char* op = "conv2d_probe";
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
-  const ConvGrid grid = conv_grid(g.shape);
-  const LayoutView layout = view_conv(op, index, g.shape, capacity_of_index(op, index, grid.rows, grid.lists));
+  const ConvGrid grid = conv_grid(op, g.shape);
+  const LayoutView layout = view_conv(op, index, g.shape, capacity_of_index(op, index, grid.rows, grid.lists), Lists::rows);
   Tensor norms = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
   const void *gradient = g.dy.const_data_ptr(), *input = g.x.const_data_ptr();
   if (is_linear(g.shape))

@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(dynaprune_cpu, m) {
   m.def(
       "layout_update(Tensor(a!) mask, Tensor(b!) slot_of_block, Tensor(c!) index, int capacity, int groups, "
       "int[] kernel, int[] stride, int[] dilation, bool release) -> ()");
+  m.def(
+      "check_index(Tensor index, int rows, int columns, int capacity, int[] conv, bool by_column, int repeats=1) "
+      "-> ()");
   m.def("capability() -> str");
 }
 

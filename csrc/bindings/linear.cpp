@@ -8,6 +8,8 @@
 namespace dynaprune::bindings {
 namespace {
 
+using cpu::Lists;
+
 constexpr const char* kNoMemory = ": scratch memory could not be allocated";
 
 const cpu::LinearKernels& kernels() { return DYNAPRUNE_CHOOSE(linear_kernels); }
@@ -15,6 +17,7 @@ const cpu::LinearKernels& kernels() { return DYNAPRUNE_CHOOSE(linear_kernels); }
 void check_activation(const char* op, const char* name, const Tensor& t, const char* shape) {
   check_cpu(op, name, t);
   check_dim(op, name, t, 2, shape);
+  check_storage(op, name, t);
 }
 
 // Sizes of a layer from the activations on both sides.
@@ -24,13 +27,17 @@ cpu::LinearShape shape_of_gradients(const char* op, const Tensor& dy, const Tens
   check_same_dtype(op, "dy", dy, "x", x);
   STD_TORCH_CHECK(dy.size(0) == x.size(0), op, ": expected as many rows in dy as in x (", x.size(0), "), got ",
                   dy.size(0));
-  STD_TORCH_CHECK(bi >= 1 && bo >= 1, op, ": expected a block of at least 1 x 1, got ", bi, " x ", bo);
+  check_block_sizes(op, bi, bo);
   return {x.size(0), x.size(1), dy.size(1), bi, bo};
 }
 
-LayoutView view_linear(const char* op, const Tensor& index, const cpu::LinearShape& s, int64_t capacity) {
+LayoutView view_linear(const char* op, const Tensor& index, const cpu::LinearShape& s, int64_t capacity,
+                       cpu::Lists direction) {
+  check_size(op, "inputs", s.in);
+  check_size(op, "outputs", s.out);
   const int64_t columns = ceil_div(s.in, s.bi);
-  return view_index(op, index, ceil_div(s.out, s.bo), columns, columns, capacity);
+  const cpu::ListGeometry geometry{1, columns, 1, 1, 1, 1, 1};
+  return view_index(op, index, ceil_div(s.out, s.bo), columns, columns, capacity, direction, &geometry);
 }
 
 Tensor linear_forward(const Tensor& x, const Tensor& values, std::optional<Tensor> bias, const Tensor& index,
@@ -39,9 +46,8 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, std::optional<Tenso
   check_activation(op, "x", x, "[M, in]");
   const DType dtype = kernel_dtype(op, "x", x);
   check_values(op, "values", values, "x", x);
-  STD_TORCH_CHECK(out_features >= 0, op, ": expected out_features >= 0, got ", out_features);
   const cpu::LinearShape shape{x.size(0), x.size(1), out_features, values.size(1), values.size(2)};
-  const LayoutView layout = view_linear(op, index, shape, values.size(0));
+  const LayoutView layout = view_linear(op, index, shape, values.size(0), Lists::rows);
   std::optional<Tensor> dense_bias;
   if (bias) {
     check_cpu(op, "bias", *bias);
@@ -63,9 +69,8 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   check_activation(op, "dy", dy, "[M, out]");
   const DType dtype = kernel_dtype(op, "dy", dy);
   check_values(op, "values", values, "dy", dy);
-  STD_TORCH_CHECK(in_features >= 0, op, ": expected in_features >= 0, got ", in_features);
   const cpu::LinearShape shape{dy.size(0), in_features, dy.size(1), values.size(1), values.size(2)};
-  const LayoutView layout = view_linear(op, index, shape, values.size(0));
+  const LayoutView layout = view_linear(op, index, shape, values.size(0), Lists::columns);
   const Tensor gradient = torch::stable::contiguous(dy);
   Tensor dx = torch::stable::new_empty(dy, {shape.m, shape.in});
   advise_huge_pages(dx);
@@ -79,8 +84,7 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const char* op = "linear_wgrad";
   const cpu::LinearShape shape = shape_of_gradients(op, dy, x, bi, bo);
   const DType dtype = kernel_dtype(op, "x", x);
-  STD_TORCH_CHECK(capacity >= 0, op, ": expected capacity >= 0, got ", capacity);
-  const LayoutView layout = view_linear(op, index, shape, capacity);
+  const LayoutView layout = view_linear(op, index, shape, capacity, Lists::rows);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
   advise_huge_pages(dvalues);
@@ -96,7 +100,7 @@ std::tuple<Tensor, Tensor> linear_wgrad_saliency(const Tensor& dy, const Tensor&
   check_values(op, "values", values, "x", x);
   const cpu::LinearShape shape = shape_of_gradients(op, dy, x, values.size(1), values.size(2));
   const DType dtype = kernel_dtype(op, "x", x);
-  const LayoutView layout = view_linear(op, index, shape, values.size(0));
+  const LayoutView layout = view_linear(op, index, shape, values.size(0), Lists::rows);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor dvalues = torch::stable::new_empty(x, {values.size(0), shape.bi, shape.bo});
   advise_huge_pages(dvalues);
@@ -112,8 +116,10 @@ Tensor linear_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const char* op = "linear_probe";
   const cpu::LinearShape shape = shape_of_gradients(op, dy, x, bi, bo);
   const DType dtype = kernel_dtype(op, "x", x);
+  check_size(op, "inputs", shape.in);
+  check_size(op, "outputs", shape.out);
   const int64_t capacity = capacity_of_index(op, index, ceil_div(shape.out, bo), ceil_div(shape.in, bi));
-  const LayoutView layout = view_linear(op, index, shape, capacity);
+  const LayoutView layout = view_linear(op, index, shape, capacity, Lists::rows);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor squares = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));
   STD_TORCH_CHECK(kernels().probe(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(),

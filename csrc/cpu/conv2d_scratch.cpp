@@ -20,8 +20,14 @@ struct Buffers {
 
 void* conv_scratch(ConvScratch kind, int64_t bytes) {
   thread_local Buffers buffers;
-  if (bytes > buffers.bytes[kind] || buffers.data[kind] == nullptr) {
-    const int64_t wanted = (bytes + bytes / 4 + kAlignment) / kAlignment * kAlignment;
+#if defined(__SANITIZE_ADDRESS__)
+  constexpr bool kExact = true;  // nothing kept, nothing spare: the sanitizer sees the first byte behind
+#else
+  constexpr bool kExact = false;
+#endif
+  if (kExact || bytes > buffers.bytes[kind] || buffers.data[kind] == nullptr) {
+    const int64_t spare = kExact ? kAlignment - 1 : bytes / 4 + kAlignment;
+    const int64_t wanted = (bytes + spare) / kAlignment * kAlignment;
     std::free(buffers.data[kind]);
     buffers.data[kind] = std::aligned_alloc(kAlignment, static_cast<size_t>(wanted));
     buffers.bytes[kind] = buffers.data[kind] == nullptr ? 0 : wanted;

@@ -30,13 +30,14 @@ bool layout_update(const LayoutShape& shape, bool release, unsigned char* mask, 
   for (int64_t b = 0; b < blocks; ++b) {
     const int32_t slot = slot_of_block[b];
     const bool live = mask[b] != 0, holds = (slot >= 0) & (live | !release);
-    invalid |= holds & (slot >= capacity);
+    invalid |= (slot < -1) | (holds & (slot >= capacity));
     wanting |= live & (slot < 0);
     int32_t& place = owner[size_t(holds & (slot < capacity) ? slot : capacity)];
     invalid |= holds & (place >= 0);
     place = holds ? int32_t(b) : -1;
   }
   if (invalid) return false;
+  for (int64_t b = 0; b < blocks; ++b) mask[b] = mask[b] != 0;  // later on, bytes are added up
   if (release)
     for (int64_t b = 0; b < blocks; ++b) slot_of_block[b] = mask[b] ? slot_of_block[b] : -1;
   int32_t overflow = 0;

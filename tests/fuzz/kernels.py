@@ -1,0 +1,227 @@
+"""Corrupted indices and malformed calls of the raw CPU ops: `python -m tests.fuzz.kernels`.
+
+Every call has to raise a Python exception or to return; where it returns for an index, what it returns
+has to be right for the blocks that the index lists. The reference in plain PyTorch only has to end
+without a crash. The compiled kernels run under AddressSanitizer, built into build/sanitized, in processes
+of their own: a signal, a report or a hang is a fault of the case at hand, which its seed and number
+repeat (`--seed S --first N --count 1`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import faulthandler
+import functools
+import os
+import random
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from tests.fuzz.corruptions import CORRUPTIONS, corrupted
+from tests.fuzz.kernel_problems import Problem, difference, draw_problem, public_calls, raw_calls
+from tests.fuzz.malformed_calls import all_calls, malformed
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZED = ROOT / "build" / "sanitized"
+SHARED_PROBLEM = 40  # cases in a row that are made of one layer
+LONGEST_SECONDS = 60  # of a case
+LARGEST_ALLOCATION_MIB = 2048
+
+Outcome = tuple[str, str]  # what was tried, what became of it
+
+
+@functools.lru_cache(maxsize=2)
+def _problem(seed: int, number: int) -> Problem:
+    return draw_problem(f"{seed}/layer/{number}")
+
+
+def try_index(seed: int, number: int) -> tuple[Outcome, str | None]:
+    """One op on one corrupted index. Returns the outcome, and what is wrong with it."""
+    pick = random.Random(f"{seed}/index/{number}")
+    p = _problem(seed, number // SHARED_PROBLEM)
+    kind = list(CORRUPTIONS)[number % len(CORRUPTIONS)]
+    index = corrupted(p, kind, pick)
+    backend = pick.choice(["raw", "raw", "cpu", "reference"])
+    calls = (raw_calls if backend == "raw" else public_calls)(p, index)
+    op = pick.choice(list(calls))
+    try:
+        if backend == "raw":
+            results = getattr(torch.ops.dynaprune_cpu, op)(*calls[op])
+        else:
+            os.environ["DYNAPRUNE_BACKEND"] = backend
+            name, *arguments = calls[op]
+            results = getattr(torch.ops.dynaprune, name)(*arguments)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "index is corrupted" in str(error):
+            return (kind, "refused as corrupted"), None
+        return (kind, f"refused: {type(error).__name__}"), None
+    if index.is_meta:
+        return (kind, "returned without memory"), None
+    if backend == "reference":
+        return (kind, "returned by the reference"), None
+    wrong = difference(p, op, index, results, lists_of=op)
+    return (kind, "right"), wrong and f"{kind} {backend} {op}: {wrong}"
+
+
+def try_call(seed: int, number: int) -> tuple[Outcome, str | None]:
+    """One malformed call, of the raw ops of the extension or of the ops in front of them."""
+    pick = random.Random(f"{seed}/call/{number}")
+    torch.manual_seed(pick.getrandbits(63))
+    calls = all_calls(_problem(seed, number // SHARED_PROBLEM))
+    namespace, op, arguments = calls[number % len(calls)]
+    os.environ["DYNAPRUNE_BACKEND"] = pick.choice(["cpu", "cpu", "reference"])
+    try:
+        getattr(getattr(torch.ops, namespace), op)(*malformed(arguments, pick))
+    except Exception as error:
+        return (f"{namespace}.{op}", f"refused: {type(error).__name__}"), None
+    return (f"{namespace}.{op}", "returned"), None
+
+
+KINDS = {"indices": try_index, "calls": try_call}
+
+
+def work(kind: str, seed: int, first: int, count: int, progress: Path) -> None:
+    """Run cases in this process; the number of the one at hand stands in ``progress``."""
+    torch.set_num_threads(2)
+    warnings.simplefilter("ignore")
+    outcomes: collections.Counter[Outcome] = collections.Counter()
+    with progress.open("wb", buffering=0) as at:
+        for number in range(first, first + count):
+            os.pwrite(at.fileno(), f"{number:<12}".encode(), 0)
+            faulthandler.dump_traceback_later(LONGEST_SECONDS, exit=True)
+            outcome, wrong = KINDS[kind](seed, number)
+            outcomes[outcome] += 1
+            if wrong:
+                print(f"WRONG {kind} seed {seed} number {number}: {wrong}", flush=True)
+    for (tried, became), times in sorted(outcomes.items()):
+        print(f"OUTCOME\t{tried}\t{became}\t{times}")
+    print("DONE", flush=True)
+
+
+def environment(sanitized: bool) -> dict[str, str]:
+    """Of a process that runs cases."""
+    paths = [str(SANITIZED)] if sanitized else []
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(ROOT / "python"), str(ROOT)])}
+    if sanitized:
+        compiler = os.environ.get("CXX", "c++").split()[-1]
+        found = [
+            subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+            for name in ("libasan.so", "libstdc++.so")
+        ]
+        variables["LD_PRELOAD"] = " ".join(found)
+        variables["ASAN_OPTIONS"] = (
+            "detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0:quarantine_size_mb=64:"
+            f"max_allocation_size_mb={LARGEST_ALLOCATION_MIB}"
+        )
+    return variables
+
+
+def build_sanitized() -> None:
+    """Compile the CPU kernels and their bindings with AddressSanitizer into build/sanitized."""
+    flags = "-fsanitize=address -fno-omit-frame-pointer"
+    variables = os.environ | {
+        "CFLAGS": f"{os.environ.get('CFLAGS', '')} {flags}",
+        "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} -fsanitize=address",
+        "DYNAPRUNE_NO_CUDA": "1",
+        "DEBUG": "0",
+    }
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(SANITIZED)]
+    command += ["--build-temp", str(SANITIZED.with_name("sanitized-temp"))]
+    subprocess.run(command, cwd=ROOT, env=variables, check=True, stdout=subprocess.DEVNULL)
+
+
+def run(
+    kind: str, seed: int, first: int, count: int, sanitized: bool
+) -> tuple[dict[Outcome, int], list[str]]:
+    """Run cases in a process of their own, in a new one after a case that ends it."""
+    outcomes: dict[Outcome, int] = {}
+    faults: list[str] = []
+    progress = Path(tempfile.gettempdir()) / f"dynaprune-fuzz-{os.getpid()}-{kind}-{first}"
+    end = first + count
+    while first < end:
+        command = [sys.executable, "-m", "tests.fuzz.kernels", "--seed", str(seed), "--work", kind]
+        command += ["--first", str(first), "--count", str(end - first), "--progress", str(progress)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(sanitized), capture_output=True, text=True)
+        lines = done.stdout.splitlines()
+        faults += [line for line in lines if line.startswith("WRONG")]
+        for line in lines:
+            if line.startswith("OUTCOME"):
+                _, tried, became, times = line.split("\t")
+                outcomes[tried, became] = outcomes.get((tried, became), 0) + int(times)
+        if lines and lines[-1] == "DONE":
+            break
+        at = int(progress.read_text()) if progress.exists() else first
+        faults.append(f"ENDED {kind} seed {seed} number {at}: code {done.returncode}\n{done.stderr[-4000:]}")
+        first = at + 1
+        if len(faults) > 20:
+            faults.append("given up")
+            break
+    progress.unlink(missing_ok=True)
+    return outcomes, faults
+
+
+def fuzz(
+    kind: str, seed: int, first: int, count: int, *, sanitized: bool, processes: int = 1
+) -> tuple[dict[Outcome, int], list[str]]:
+    """Run cases ``first`` .. ``first + count`` of ``kind``; outcomes by what was tried, and the faults."""
+    cuts = [first + count * i // processes for i in range(processes + 1)]
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        parts = pool.map(
+            lambda at: run(kind, seed, cuts[at], cuts[at + 1] - cuts[at], sanitized), range(processes)
+        )
+    outcomes: collections.Counter[Outcome] = collections.Counter()
+    faults: list[str] = []
+    for some, wrong in parts:
+        outcomes.update(some)
+        faults += wrong
+    return dict(outcomes), faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seed", type=int, default=None, help="drawn anew without one")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100_000, help="of each kind")
+    parser.add_argument("--kind", choices=KINDS, action="append")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--without-sanitizer", action="store_true")
+    parser.add_argument("--work", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, default=Path(os.devnull), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.work:
+        work(given.work, given.seed, given.first, given.count, given.progress)
+        return
+    if not given.without_sanitizer:
+        build_sanitized()
+    seed = secrets.randbelow(2**31) if given.seed is None else given.seed
+    failed = False
+    for kind in given.kind or KINDS:
+        begin = time.monotonic()
+        outcomes, faults = fuzz(
+            kind,
+            seed,
+            given.first,
+            given.count,
+            sanitized=not given.without_sanitizer,
+            processes=given.processes,
+        )
+        for (tried, became), times in sorted(outcomes.items()):
+            print(f"{kind:8} {tried:45} {became:32} {times:7}")
+        print(*faults, sep="\n")
+        seconds = time.monotonic() - begin
+        print(f"{kind}: seed {seed}, {sum(outcomes.values())} cases, {len(faults)} faults, {seconds:.0f} s")
+        failed |= bool(faults)
+    raise SystemExit(failed)
+
+
+if __name__ == "__main__":
+    main()
