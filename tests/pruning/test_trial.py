@@ -134,7 +134,8 @@ def test_losses_that_are_not_finite_reject_with_a_reason(value):
     broken = torch.full((N,), value)
     event = run_event([2, 1], lambda size: broken, state)
     assert event.accepted_index is None and event.rungs == ()
-    assert event.reason == "the losses of the model as it stands are not finite"
+    assert event.reason == f"{N} of {N} losses of the model as it stands are not finite"
+    assert not event.usable and state.unusable == state.unusable_in_a_row == 1
     assert state.scale is None and state.events == 1
     model = Model({2: 0.0, 1: 0.0})
     event = run_event([2, 1], lambda size: broken if size == 2 else model(size)[0], state)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.pruning import refusals
+from dynaprune.pruning.calibration import CalibrationTrial
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.example_inputs import ExampleInputs
 from dynaprune.pruning.optimizer_state import refuse_unsliceable, sliced_state
@@ -62,6 +63,8 @@ def attach(
             "expected a trial: self-paced pruning (target_sparsity=None) removes what passes it, nothing else"
         )
     inner = refusals.unwrap_model(model)
+    if isinstance(trial, CalibrationTrial):
+        trial.try_batch()
     optimizers = refusals.unwrap_optimizers(optimizer)
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
     before = BeforeSwap(

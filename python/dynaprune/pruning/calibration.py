@@ -27,7 +27,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+def calibration_mode(model: nn.Module, seed: int | None = None, *, training: bool = False) -> Iterator[None]:
     """Evaluate `model` for a trial, and put everything back.
 
     Inside: no gradients; every module in eval mode (all dropout variants, stochastic depth, and functional
@@ -50,11 +50,13 @@ def calibration_mode(model: nn.Module, seed: int | None = None) -> Iterator[None
         model: the module to evaluate.
         seed: seeds all these generators inside the block, so that code that draws even in eval mode draws the
             same in every evaluation; None leaves them.
+        training: leave every module but the dropout layers in training mode, for models that return losses in
+            that mode only (detection).
     """
     with ExitStack() as stack:
         stack.enter_context(_random_state_kept(_accelerators(model), seed))
         stack.enter_context(_buffers_kept(model))
-        stack.enter_context(_training_flags_kept(model))
+        stack.enter_context(_training_flags_kept(model, training))
         cached = torch.is_autocast_cache_enabled()
         stack.callback(torch.set_autocast_cache_enabled, cached)
         torch.set_autocast_cache_enabled(False)
@@ -83,7 +85,8 @@ class CalibrationTrial:
         collate: makes a batch of a list of items; default `torch.utils.data.default_collate`.
         cache: keep the event's batches (on the CPU) instead of fetching them again for each call.
 
-    `isolates_itself` tells the pruner that the calls already run in `calibration_mode`.
+    `isolates_itself` tells the pruner that the calls already run in `calibration_mode`. `in_training_mode`
+    says that the model gives losses in that mode only, as `try_batch` found out.
     """
 
     isolates_itself = True
@@ -123,6 +126,7 @@ class CalibrationTrial:
         self.collate = torch.utils.data.default_collate if collate is None else collate
         self.cache = cache
         self.draws = 0
+        self.in_training_mode = False
         self._batches: list[list[int]] = []
         self._cached: list[Any] | None = None
 
@@ -135,6 +139,35 @@ class CalibrationTrial:
         self._cached = None
         self.draws += 1
 
+    def try_batch(self) -> None:
+        """Find out whether one batch gives usable losses, in evaluation or else in training mode.
+
+        No draw is consumed, and the model and the random states stay as they are.
+
+        Raises:
+            ValueError: neither mode does, with what the loss got and what it should return.
+        """
+        count = min(self.samples, self.batch_size)
+        device = _device(self.model)
+        failures = []
+        for training in (False, True):
+            batch: Any = None
+            try:
+                with calibration_mode(self.model, seed=self.seed, training=training):
+                    batch = _moved(self.collate([self.dataset[i] for i in range(count)]), device)
+                    _check_batch(*_split(self.loss(self.model, batch)), count)
+            except Exception as error:
+                mode = "training" if training else "evaluation"
+                failures.append((f"in {mode} mode {type(error).__name__}: {error}", error))
+            else:
+                self.in_training_mode = training
+                return
+        raise ValueError(
+            "the trial cannot be evaluated: expected loss(model, batch) to return one floating-point loss "
+            f"per sample, shape ({count},), for a batch that is {_outline(batch)}; "
+            + "; ".join(said for said, _ in failures)
+        ) from failures[0][1]
+
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         """Losses [samples] float64 on the model's device, classes [samples] int64 or None, as last drawn.
 
@@ -145,7 +178,8 @@ class CalibrationTrial:
         losses: list[Tensor] = []
         classes: list[Tensor] = []
         device = _device(self.model)
-        with calibration_mode(self.model, seed=self.seed * 1_000_003 + self.draws):
+        seed = self.seed * 1_000_003 + self.draws
+        with calibration_mode(self.model, seed=seed, training=self.in_training_mode):
             for expected, batch in self._fetch():
                 found, label = _split(self.loss(self.model, _moved(batch, device)))
                 _check_batch(found, label, expected)
@@ -209,6 +243,16 @@ def _described(value: Any) -> str:
     return (
         f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     )
+
+
+def _outline(value: Any) -> str:
+    """Kinds and shapes of a batch, in a line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_outline(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        shown = ", ".join(map(_outline, value[:4])) + (", ..." if len(value) > 4 else "")
+        return f"a {type(value).__name__} of ({shown})"
+    return _described(value)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -285,8 +329,14 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
+def _is_dropout(module: nn.Module) -> bool:
+    """torch's dropout layers, and those that drop paths or depth as they are named everywhere."""
+    names = {"DropPath", "StochasticDepth", "DropBlock2d"}
+    return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in names
+
+
 @contextmanager
-def _training_flags_kept(model: nn.Module) -> Iterator[None]:
+def _training_flags_kept(model: nn.Module, as_in_training: bool) -> Iterator[None]:
     if model in _CALIBRATING:
         yield
         return
@@ -295,7 +345,8 @@ def _training_flags_kept(model: nn.Module) -> Iterator[None]:
     _CALIBRATING.add(model)
     try:
         for module, training in flags:
-            module.training = _is_norm(module) and (training or all_batch)
+            active = not _is_dropout(module) if as_in_training else _is_norm(module)
+            module.training = active and (training or all_batch)
         yield
     finally:
         _CALIBRATING.discard(model)

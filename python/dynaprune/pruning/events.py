@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _WHOLE_MODEL = "the whole model"
+UNUSABLE_IN_A_ROW = 3
 
 
 @dataclass
@@ -165,12 +166,15 @@ def _remove(pruner: Pruner, wish: int, total: int, live: int) -> int:
         removals.untested += found
         return found
     event = _try(pruner, selection)
+    _say_unusable(pruner, event)
     accepted = event.accepted_size or 0
     if accepted:
         release(pruner, selection.first(accepted))
         removals.passed += accepted
     backlog = wish - accepted
     forced = min(pruner.pace.forced(step, total, max(0, live - accepted), backlog), found - accepted)
+    if not event.usable:
+        forced = 0  # a trial that says nothing is no reason to remove anything
     if forced > 0:
         remaining = _selection(pruner, forced)
         forced = len(remaining)
@@ -182,6 +186,21 @@ def _remove(pruner: Pruner, wish: int, total: int, live: int) -> int:
         {"step": step, "wish": wish, "passed": accepted, "forced": forced, "p_values": p_values, **summary}
     )
     return accepted + forced
+
+
+def _say_unusable(pruner: Pruner, event: TrialEvent) -> None:
+    """Warn of the first trial without usable losses; the third in a row is an error."""
+    state = pruner.trial_state
+    if event.usable:
+        return
+    said = (
+        f"the trial at step {pruner.steps} says nothing: {event.reason}. Nothing is removed on its account. "
+        "Look for samples with NaN or infinite values in its data, or for a model that has diverged"
+    )
+    if state.unusable_in_a_row >= UNUSABLE_IN_A_ROW:
+        raise RuntimeError(f"{said}. It is the trial number {state.unusable_in_a_row} in a row that does")
+    if state.unusable == 1:
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
 
 
 def _try(pruner: Pruner, selection: Selection) -> TrialEvent:

@@ -49,6 +49,8 @@ def report(pruner: Pruner) -> dict[str, Any]:
             "accepted": trials.accepted,
             "allowance_spent": trials.spent,
             "smallest_sample": trials.smallest_sample,
+            "samples_left_out": trials.left_out,
+            "unusable": trials.unusable,
             "seconds": trials.seconds,
             "share": trials.seconds / seconds if seconds > 0 else 0.0,
         },

@@ -80,6 +80,8 @@ class TrialState:
     """What a run of trials remembers: the scale in nats, the allowance spent, and the costs.
 
     `smallest_sample` is the least n of any event: the level that n really has belongs in the report.
+    `left_out` counts samples without a finite loss, `unusable` the events that had too many of them, and
+    `unusable_in_a_row` those since the last usable one.
     """
 
     scale: float | None = None
@@ -89,6 +91,9 @@ class TrialState:
     evaluations: int = 0
     seconds: float = 0.0
     smallest_sample: int | None = None
+    left_out: int = 0
+    unusable: int = 0
+    unusable_in_a_row: int = 0
 
     def allowance_left(self, rules: TrialRules) -> float:
         """Nats of mean loss that further removals may still add; infinite before the first event."""
@@ -101,12 +106,18 @@ class TrialState:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over every figure of a `state_dict`; ValueError when the keys do not fit."""
+        """Take over every figure of a `state_dict`; ValueError when the keys do not fit.
+
+        States of earlier versions have no counts of unusable losses.
+        """
         names = {item.name for item in fields(self)}
-        if set(state) != names:
+        if not names - _COUNTS_OF_LOSSES <= set(state) <= names:
             raise ValueError(f"expected a trial state with the keys {sorted(names)}, got {sorted(state)}")
         for name, value in state.items():
             setattr(self, name, value)
+
+
+_COUNTS_OF_LOSSES = {"left_out", "unusable", "unusable_in_a_row"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,8 @@ class TrialEvent:
 
     `accepted_index` and `accepted_size` are None when nothing passed; then nothing may be removed by trial.
     `baseline_loss` and `tolerance` are None when the event ended before they were known; `reason` says why it
-    ended.
+    ended. `left_out` samples had no finite loss as the model stands. An event with too many of them (see
+    `MAX_LEFT_OUT`) is not `usable`: nothing was tested.
     """
 
     accepted_index: int | None
@@ -142,11 +154,16 @@ class TrialEvent:
     allowance_left: float
     seconds: float
     reason: str
+    left_out: int
+    usable: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, fit for JSON (figures that are not finite become None)."""
         return _plain(asdict(self))
 
+
+# Share of the samples that may be without a finite loss: the others are tested.
+MAX_LEFT_OUT = 0.01
 
 # Acceptance rate of a whole event of three sets, each harming by exactly the tolerance, at threshold 0.01:
 # the worst of the shapes promised in docs/trial.md, by n. As printed by benchmarks/trial_level.py.
@@ -197,7 +214,8 @@ def run_event(
         rules: thresholds and tolerances; default `TrialRules()`.
 
     Returns:
-        The event. A non-finite loss rejects with a reason and is no error.
+        The event. Samples without a finite loss as the model stands are left out, up to `MAX_LEFT_OUT` of
+        them; more end the event. A loss that is not finite without the candidates alone rejects.
 
     Raises:
         TypeError, ValueError: for candidates that are not decreasing sizes, and for losses or classes of a
@@ -213,10 +231,15 @@ def run_event(
     losses, classes = _losses_and_classes(evaluate(None))
     check_losses(losses, classes)
     draft.evaluations += 1
+    finite, given = losses.detach().isfinite(), losses.numel()
+    draft.left_out = given - int(finite.sum())
+    if draft.left_out > MAX_LEFT_OUT * given:
+        draft.usable = False
+        said = f"{draft.left_out} of {given} losses of the model as it stands are not finite"
+        return draft.finish(started, said)
+    losses, classes = losses[finite], None if classes is None else classes[finite.to(classes.device)]
     draft.samples = losses.numel()
     draft.baseline = float(losses.detach().double().mean())
-    if not math.isfinite(draft.baseline):
-        return draft.finish(started, "the losses of the model as it stands are not finite")
     if draft.scale is None:
         draft.scale = _scale(rules, draft.baseline, classes)
     left = max(0.0, rules.allowance * draft.scale - state.spent)
@@ -227,6 +250,9 @@ def run_event(
         before = time.perf_counter()
         removed, _ = _losses_and_classes(evaluate(size))
         draft.evaluations += 1
+        check_losses(removed, None)
+        if removed.numel() == given:
+            removed = removed[finite.to(removed.device)]
         test = paired_test(removed, losses, draft.tolerance, classes)
         accepted = test.p_value < level
         reason = test.reason or _verdict(test, level, accepted)
@@ -252,6 +278,8 @@ class _Draft:
     accepted: int | None = None
     charged: float = 0.0
     scale: float | None = None
+    left_out: int = 0
+    usable: bool = True
 
     def __post_init__(self) -> None:
         self.scale = self.state.scale
@@ -264,6 +292,9 @@ class _Draft:
         state.accepted += self.accepted is not None
         state.evaluations += self.evaluations
         state.seconds += seconds
+        state.left_out += self.left_out
+        state.unusable += not self.usable
+        state.unusable_in_a_row = 0 if self.usable else state.unusable_in_a_row + 1
         if self.samples is not None:
             state.smallest_sample = min(self.samples, state.smallest_sample or self.samples)
         return TrialEvent(
@@ -279,6 +310,8 @@ class _Draft:
             allowance_left=state.allowance_left(self.rules),
             seconds=seconds,
             reason=reason,
+            left_out=self.left_out,
+            usable=self.usable,
         )
 
 
