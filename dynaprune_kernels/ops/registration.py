@@ -59,6 +59,11 @@ def autograd(name: str, backward: Any, setup: Any) -> None:
     )
 
     def call(*given: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"dynaprune::{name} does not run under torch.func's transforms (grad, vmap, jvp): use "
+                "torch.autograd.grad, or plain layers (dynaprune.nn.swap_back, pruner.finalize)"
+            )
         if not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*given)

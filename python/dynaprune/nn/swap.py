@@ -112,7 +112,12 @@ def swap_layers(
     if not chosen:
         raise ValueError(
             "expected a model with at least one prunable layer, got none: "
-            + ("; ".join(f"{e.name}: {e.reason}" for e in entries) or f"no layer of type {_names(types)}")
+            + "; ".join(
+                [
+                    *_unsupported(model),
+                    *([f"{e.name}: {e.reason}" for e in entries] or [f"no layer of type {_names(types)}"]),
+                ]
+            )
         )
     for name, module in chosen:
         SPARSE_TYPES[type(module)].from_dense(module, block).reads.name = name
@@ -127,6 +132,17 @@ def swap_back(model: nn.Module) -> nn.Module:
     for module in [m for m in model.modules() if isinstance(m, BlockSparseLayer)]:
         module.to_dense()
     return model
+
+
+def _unsupported(model: nn.Module) -> list[str]:
+    """What else has matrices, by type: layers that have no block-sparse form."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        known = isinstance(module, (*SPARSE_TYPES, nn.Embedding, BlockSparseLayer))
+        if not known and isinstance(weight, nn.Parameter) and weight.dim() >= 2:
+            found[f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"] += 1
+    return [f"{count} layers of type {name} have no block-sparse form" for name, count in found.items()]
 
 
 def _names(types: Sequence[type[nn.Module]]) -> str:

@@ -100,6 +100,8 @@ def refuse_unsliceable(
     twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     twin.param_groups = [{**group, "params": [parameter]}]
     twin.state = defaultdict(dict)
+    if callable(to_training := getattr(twin, "train", None)):
+        to_training()  # schedule-free optimizers step in training mode only
     devices = [like.device.index or 0] if like.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         for _ in range(_DRY_STEPS):
@@ -113,6 +115,12 @@ def refuse_unsliceable(
                     twin.state[parameter] = made
                     twin.step()
             except Exception as error:
+                if "closure" in str(error).lower():
+                    raise ValueError(
+                        f"cannot attach to {kind}: its step runs the closure itself, as sharpness-aware "
+                        "minimisation does, and a trial step has none; attach to the optimizer that it wraps "
+                        f"(optimizer.base_optimizer, often), got {type(error).__name__}: {error}"
+                    ) from error
                 raise ValueError(
                     f"cannot attach to {kind}: its step fails on a weight of 3-D blocks "
                     f"({type(error).__name__}: {error})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -347,8 +348,12 @@ class Pruner:
         load_pruner_state(self, state)
 
     def detach(self) -> None:
-        """Stop watching and pruning; the model keeps its block-sparse layers."""
+        """Stop watching and pruning; the model keeps its block-sparse layers.
+
+        Warns where the target sparsity is not reached.
+        """
         if self._hooks is not None:
+            self._say_unreached()
             self._hooks.remove()
             self._hooks = None
         for handle in self._loads:
@@ -364,6 +369,24 @@ class Pruner:
             layer.disable_tap_()
             layer.probe.fill_(False)
             layer.copy_watch.owned = False
+
+    def _say_unreached(self) -> None:
+        target, total = self.config.target_sparsity, self.config.total_steps
+        if target is None or self.target_reached:
+            return
+        missing = (
+            ""
+            if self.steps >= (total or 0)
+            else (
+                ": were there fewer steps than total_steps (accumulation, another optimizer, an early end)?"
+            )
+        )
+        warnings.warn(
+            f"pruning ends at a sparsity of {self.sparsity:.1%}, short of the target's {target:.1%}, after "
+            f"{self.steps} of {total} optimizer steps{missing}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def finalize(self) -> nn.Module:
         """Detach, give the model plain layers again (smaller where neurons were cut), and return it.

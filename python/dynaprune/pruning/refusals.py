@@ -112,6 +112,8 @@ def _optimizer_reason(optimizer: torch.optim.Optimizer) -> str | None:
     for name in names:
         if any(known.lower() in name.lower() for known in _NEED_MATRICES):
             return f"{name} needs 2-D weights, and a block-sparse layer trains a list of blocks"
+    if isinstance(getattr(optimizer, "base_optimizer", None), torch.optim.Optimizer):
+        return "it steps another optimizer: attach to that one, its base_optimizer"
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return "it has no step hooks (its __init__ does not call torch.optim.Optimizer's)"
     return None
