@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from tests.integrations.trainer_cases import (
 )
 
 
-def rejecting() -> Tensor:
-    return torch.full((64,), torch.nan)
+def rejecting() -> Callable[[], Tensor]:
+    """A trial that nothing passes: losses that grow by 1 from call to call."""
+    calls = iter(range(1, 100))
+    return lambda: torch.full((64,), float(next(calls)))
 
 
 def counting(first: int = 0) -> Any:
@@ -38,7 +41,7 @@ def counting(first: int = 0) -> Any:
 def test_the_best_model_may_have_an_earlier_structure(tmp_path: Path) -> None:
     """Nothing passes the trial, so blocks go by force, also after the schedule's end at step 20."""
     pruning = DynaPruneCallback(
-        bert(), settings(target_sparsity=0.9, floor=0.3, neurons=False), trial=rejecting
+        bert(), settings(target_sparsity=0.9, floor=0.3, neurons=False), trial=rejecting()
     )
     run = trainer(
         tmp_path,

@@ -57,6 +57,13 @@ def test_an_ordinary_training_says_nothing(changes: dict[str, Any]) -> None:
         pruner.finalize()
 
 
+class Still(torch.optim.SGD):
+    """Leaves the weights as they are, whatever the gradients."""
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
 class TrainMode(torch.optim.Adam):
     """Steps in training mode only, as schedule-free optimizers do."""
 
@@ -148,3 +155,46 @@ def test_functional_transforms_are_refused_by_name(transform: str) -> None:
 
     with pytest.raises(RuntimeError, match=r"does not run under torch\.func's transforms.*swap_back"):
         grad(of)(weights, x) if transform == "grad" else vmap(grad(of), (None, 0))(weights, x.unsqueeze(1))
+
+
+@pytest.mark.parametrize(
+    ("factor", "named"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "all zero")]
+)
+def test_gradients_that_stop_being_usable_stop_the_pruning_until_they_are_again(
+    factor: float, named: str
+) -> None:
+    model = mlp()
+    optimizer = Still(model.parameters())
+    pruner = dynaprune.attach(model, optimizer, settings(total_steps=100, interval=2, end=0.6))
+
+    def run(first: int, last: int, times: float) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            (loss_of(model, step) * times).backward()
+            optimizer.step()
+
+    run(0, 6, 1.0)
+    with pytest.warns(RuntimeWarning, match=f"are {named} in 8 observations up to step 14") as said:
+        run(6, 30, factor)
+    assert len([each for each in said if "nothing is removed" in str(each.message)]) == 1
+    stopped = pruner.sparsity
+    assert pruner.report()["observing"]["gradients_are"] == named
+    with pytest.warns(RuntimeWarning, match="usable again at step 31: pruning goes on"):
+        run(30, 70, 1.0)
+    assert pruner.report()["observing"]["gradients_are"] == "usable"
+    assert pruner.sparsity > stopped and pruner.target_reached
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 0.0])
+def test_single_steps_without_usable_gradients_are_normal(factor: float) -> None:
+    model = mlp()
+    optimizer = Still(model.parameters())
+    pruner = dynaprune.attach(model, optimizer, settings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.filterwarnings("ignore", "block-sparse ops on cpu run on the dense backend")
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            (loss_of(model, step) * (factor if step % 4 == 3 else 1.0)).backward()
+            optimizer.step()
+    assert pruner.target_reached

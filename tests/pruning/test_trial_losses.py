@@ -1,4 +1,4 @@
-"""A trial goes the way of a training batch, or is refused at attach; infinite and NaN losses are told apart."""
+"""A trial goes the way of a training batch, or is refused at attach; NaN losses are sorted out."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from dynaprune_kernels import BlockSaliency, block_saliency
 
 OBSERVE_SHARE = 0.02
 OBSERVATIONS_PER_INTERVAL = 8
+# Observations in a row after which gradients that are not finite, or all zero, are no accident.
+LASTING = 8
 # Nominal FLOP/s, bytes/s and seconds per small op, by device type: only their ratios decide, and they are
 # constants, so that two runs observe the same steps.
 _MACHINES = {"cpu": (2e11, 2e10, 5e-6), "cuda": (3e14, 2e12, 5e-6)}
@@ -137,12 +139,22 @@ class Observed:
         observations, discarded: steps shown to the score, and steps with gradients that are not finite.
         seconds: time spent.
         layers: names of layers of which any gradient was seen.
+        not_finite_in_a_row, zero_in_a_row: the latest observations of such gradients, without a scaler.
     """
 
     observations: int = 0
     discarded: int = 0
     seconds: float = 0.0
     layers: set[str] = field(default_factory=set)
+    not_finite_in_a_row: int = 0
+    zero_in_a_row: int = 0
+
+    @property
+    def trouble(self) -> str:
+        """What has been wrong with the gradients for :data:`LASTING` observations; empty where nothing is."""
+        if self.not_finite_in_a_row >= LASTING:
+            return "not finite"
+        return "all zero" if self.zero_in_a_row >= LASTING else ""
 
 
 def observe(
@@ -161,12 +173,19 @@ def observe(
         if layer.values.grad is not None:
             saliency = block_saliency(layer.values, layer.values.grad, layer.layout)
             seen[name] = saliency if scale is None else _unscaled(saliency, scale)
-    if seen and _usable(list(seen.values()), found_inf):
+    if not seen:
+        return
+    finite, zero = _finite_and_zero(list(seen.values()))
+    skipped = found_inf is not None and bool(torch.as_tensor(found_inf).sum() != 0)
+    if found_inf is None:
+        observed.not_finite_in_a_row = 0 if finite else observed.not_finite_in_a_row + 1
+        observed.zero_in_a_row = observed.zero_in_a_row + 1 if zero else 0
+    if finite and not skipped:
         for name, saliency in seen.items():
             score.observe(name, layers[name], saliency)
             observed.layers.add(name)
         observed.observations += 1
-    elif seen:
+    else:
         observed.discarded += 1
     observed.seconds += time.perf_counter() - started
 
@@ -181,14 +200,13 @@ def _unscaled(saliency: BlockSaliency, scale: Any) -> BlockSaliency:
     )
 
 
-def _usable(saliencies: list[BlockSaliency], found_inf: Any) -> bool:
-    """Whether all sums are finite and no scaler found an infinity: one host sync per device."""
+def _finite_and_zero(saliencies: list[BlockSaliency]) -> tuple[bool, bool]:
+    """Whether all sums are finite, and whether all gradients are zero: one host sync per device."""
     device = saliencies[0].grad_square.device
-    sums = torch.stack([(s.grad_square.sum() + s.weight_grad_abs.sum()).to(device) for s in saliencies])
-    bad = ~torch.isfinite(sums).all()
-    if found_inf is not None:
-        bad |= torch.as_tensor(found_inf, device=device).sum() != 0
-    return not bool(bad)
+    squares = torch.stack([s.grad_square.sum().to(device) for s in saliencies])
+    products = torch.stack([s.weight_grad_abs.sum().to(device) for s in saliencies])
+    finite, zero = torch.stack([torch.isfinite(squares + products).all(), (squares == 0).all()]).tolist()
+    return finite, zero
 
 
 def refuse_without_gradients(

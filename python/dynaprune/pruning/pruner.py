@@ -21,6 +21,7 @@ from dynaprune.pruning.first_batch import FirstBatch, check_first_batch
 from dynaprune.pruning.following import Copy, Followers
 from dynaprune.pruning.neuron_groups import NeuronMap
 from dynaprune.pruning.observe import (
+    LASTING,
     Observed,
     RowCounter,
     StepHooks,
@@ -133,7 +134,9 @@ class Pruner:
         if self.nothing_left():
             return
         if self.observe_every == NOT_OBSERVED_YET or step % self.observe_every == 0:
+            before = self.observed.trouble
             observe(layers, self.score, optimizer, self.observed)
+            self._say_trouble(before, step)
         if self.config.regrow > 0:
             self._read_taps(layers, probing=self.pace.due(step))
 
@@ -160,7 +163,7 @@ class Pruner:
             self._rows = None
         if self.observe_every == NOT_OBSERVED_YET:
             self.observe_every = observation_period(self.layers, self.rows, self.pace.interval)
-        if self.pace.due(self.steps):
+        if self.pace.due(self.steps) and not self.observed.trouble:
             with torch.no_grad():
                 run_pruning_event(self)
             self.probes.clear()
@@ -369,6 +372,18 @@ class Pruner:
             layer.disable_tap_()
             layer.probe.fill_(False)
             layer.copy_watch.owned = False
+
+    def _say_trouble(self, before: str, step: int) -> None:
+        """Warn where gradients stop being usable for good, and where they are again."""
+        now = self.observed.trouble
+        if now and not before:
+            said = (
+                f"the gradients of the prunable weights are {now} in {LASTING} observations up to step {step}"
+            )
+            warnings.warn(f"{said}: nothing is removed until they are usable", RuntimeWarning, stacklevel=4)
+        elif before and not now:
+            said = f"the gradients of the prunable weights are usable again at step {step}: pruning goes on"
+            warnings.warn(said, RuntimeWarning, stacklevel=4)
 
     def _say_unreached(self) -> None:
         target, total = self.config.target_sparsity, self.config.total_steps

@@ -57,6 +57,8 @@ def report(pruner: Pruner) -> dict[str, Any]:
         "observing": {
             "every": pruner.observe_every,
             "observations": observed.observations,
+            "discarded": observed.discarded,
+            "gradients_are": observed.trouble or "usable",
             "seconds": observed.seconds,
             "share": observed.seconds / seconds if seconds > 0 else 0.0,
         },
