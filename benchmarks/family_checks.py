@@ -54,7 +54,7 @@ class Rows(Dataset[tuple[dict[str, Tensor], Tensor]]):
         return {key: value[index] for key, value in self.inputs.items()}, self.targets[index]
 
     def double(self) -> Rows:
-        """The same rows in float64, in which training does not amplify what is rounded."""
+        """The same rows in float64."""
         twin = copy.copy(self)
         twin.inputs = {k: v.double() if v.is_floating_point() else v for k, v in self.inputs.items()}
         twin.targets = self.targets.double()
@@ -145,6 +145,8 @@ def examine(family: Family) -> Outcome:
             optimizer.step()
     pruner.detach()
     after_training(family, model, example)
+    if family.in_float64:
+        dense, rows = dense.double(), rows.double()
     follows_masked_twin(dense, rows)
     removals = pruner.removals
     not_cut = "; ".join(sorted({f"{reason}" for reason in removals.neurons_refused.values()}))
@@ -198,7 +200,6 @@ def after_training(family: Family, model: nn.Module, example: dict[str, Tensor])
 
 def follows_masked_twin(dense: nn.Module, rows: Rows) -> None:
     """Without cuts: training with live masks is training the dense network with masks multiplied in."""
-    dense, rows = dense.double(), rows.double()
     model, twin = copy.deepcopy(dense), copy.deepcopy(dense)
     optimizer, other = torch.optim.SGD(model.parameters(), 1e-2), torch.optim.SGD(twin.parameters(), 1e-2)
     pruner = dynaprune.attach(model, optimizer, settings(neurons=False, total_steps=TWIN_STEPS, interval=2))
