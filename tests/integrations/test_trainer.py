@@ -29,6 +29,7 @@ from tests.integrations.trainer_cases import (
     trainer,
     transformers,
 )
+from tests.rounding import agree
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,14 @@ def test_from_pretrained_gives_the_pruned_model(whole: Any, tmp_path: Path) -> N
     run, _, out = whole
     expected = logits(run.model)
     model = loaded_model(out / f"checkpoint-{STEPS}")
-    assert torch.equal(logits(model), expected)
+    assert agree(logits(model), expected)
     assert all(map(torch.equal, masks(model), masks(run.model)))
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(loaded_model(tmp_path / "again")), expected)
+    assert agree(logits(loaded_model(tmp_path / "again")), expected)
     pruning = DynaPruneCallback(model, settings(target_sparsity=0.3))
     trainer(tmp_path / "further", pruning, max_steps=10).train()
     assert pruning.pruner.steps == 10 and pruning.pruner.target_reached
-    assert torch.equal(logits(loaded_model(tmp_path / "further" / "checkpoint-10")), logits(model))
+    assert agree(logits(loaded_model(tmp_path / "further" / "checkpoint-10")), logits(model))
 
 
 def test_from_pretrained_without_dynaprune_stops(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +128,7 @@ def test_plain_layers_need_no_mention_where_nothing_was_cut(tmp_path: Path) -> N
     assert '"quantization_config": null' in (tmp_path / "config.json").read_text()
     loaded = loaded_model(tmp_path)
     assert not any(isinstance(module, BlockSparseLayer) for module in loaded.modules())
-    assert torch.equal(logits(loaded), logits(model))
+    assert agree(logits(loaded), logits(model))
 
 
 def test_plain_layers_of_other_widths_load_too(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_plain_layers_of_other_widths_load_too(tmp_path: Path) -> None:
     loaded = loaded_model(tmp_path)
     assert not any(isinstance(module, BlockSparseLayer) for module in loaded.modules())
     assert structure_manifest(loaded) == structure_manifest(model)
-    assert torch.equal(logits(loaded), logits(model))
+    assert agree(logits(loaded), logits(model))
 
 
 def test_a_checkpoint_without_a_pruner_cannot_be_resumed(whole: Any, tmp_path: Path) -> None:
@@ -239,4 +240,4 @@ def test_the_documented_script(tmp_path: Path) -> None:
     names = {"model_name": start, "output_dir": out, "train_dataset": Rows(256, 0)}
     done = run_example(dynaprune.DynaPruneCallback.__doc__, names)
     assert done["pruning"].pruner.target_reached
-    assert torch.equal(logits(done["smaller"].cpu()), logits(done["model"].cpu()))
+    assert agree(logits(done["smaller"].cpu()), logits(done["model"].cpu()))

@@ -24,6 +24,7 @@ from tests.integrations.trainer_cases import (
     trainer,
     transformers,
 )
+from tests.rounding import agree
 
 
 def rejecting() -> Callable[[], Tensor]:
@@ -57,7 +58,7 @@ def test_the_best_model_may_have_an_earlier_structure(tmp_path: Path) -> None:
     assert pruning.pruner.sparsity == pytest.approx(logged[20], abs=1e-12)
     best = loaded_model(tmp_path / "checkpoint-20")
     assert all(map(torch.equal, masks(best), masks(run.model)))
-    assert torch.equal(logits(best), logits(run.model))
+    assert agree(logits(best), logits(run.model))
     assert not pruning.pruner.report()["target_reached"]
 
 

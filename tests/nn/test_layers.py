@@ -20,6 +20,7 @@ from dynaprune_kernels import (
     block_sparse_conv2d,
     block_sparse_linear,
 )
+from tests.rounding import agree
 
 SPARSE: dict[type[nn.Module], Any] = {
     nn.Linear: BlockSparseLinear,
@@ -100,7 +101,7 @@ def test_to_blocks_and_back_loses_nothing_and_keeps_the_parameters(name: str) ->
     assert type(back) is type(dense) and back.weight is weight and back.bias is bias and not back.training
     assert torch.equal(back.weight, before[0]) and torch.equal(back.weight.grad, before[1])
     assert back.extra_repr() == before[2]
-    assert torch.equal(back(x), expected)
+    assert agree(back(x), expected)
 
 
 def test_a_mask_given_at_the_swap_leaves_the_dead_blocks_out() -> None:
@@ -199,11 +200,11 @@ def test_a_copy_is_independent(name: str) -> None:
     sparse(x).sum().backward()
     before = sparse(x).detach()
     twin = copy.deepcopy(sparse)
-    assert torch.equal(twin(x), before)
+    assert agree(twin(x), before)
     twin.layout.update_(torch.zeros_like(twin.layout.mask))
     with torch.no_grad():
         twin.values.add_(1)
-    assert torch.equal(sparse(x), before) and not torch.equal(twin(x), before)
+    assert agree(sparse(x), before) and not agree(twin(x), before)
     assert twin.tap is not sparse.tap
 
 
@@ -221,7 +222,7 @@ def test_a_state_dict_of_another_structure_resizes_the_layer(name: str, grows: b
     parameter = target.values
     target.load_state_dict(copy.deepcopy(source.state_dict()))
     assert target.values is parameter
-    assert torch.equal(target(x), source(x))
+    assert agree(target(x), source(x))
     assert target.layout.capacity == source.layout.capacity
     assert torch.equal(target.layout.index, source.layout.index)
     target(x).sum().backward()
