@@ -29,6 +29,7 @@ from dynaprune_kernels import (
     reference,
 )
 from tests.kernels.drawn_cases import Conv, Linear, conv_cases, linear_cases, make_layout
+from tests.kernels.strides import strides_that_count
 
 # c of the tolerance: n rounded partial sums of random terms are off by about half an eps * (|a| |b|) whatever
 # n is, and by about 3 in the worst of 1e5 results; bounds for certain grow with n and would see nothing.
@@ -114,12 +115,6 @@ def assert_close(
         f"{name}: {int(wrong.sum())} of {wrong.numel()} entries, first at {wrong.nonzero()[0].tolist()}: "
         f"got {got[wrong][0]}, expected {truth[wrong][0]}, allowed error {allowed[wrong][0]}"
     )
-
-
-def strides_that_count(image: Tensor) -> list[int]:
-    """Strides of the dimensions that have more than one element; none of an empty image."""
-    strides = zip(image.shape, image.stride(), strict=True)
-    return [stride for size, stride in strides if size > 1] if image.numel() else []
 
 
 @contextmanager

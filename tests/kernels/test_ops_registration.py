@@ -96,18 +96,19 @@ def calls(conv: ConvGeometry | None, dtype: torch.dtype) -> dict[str, tuple[Any,
         "forward": (OPS.block_sparse_conv2d, (x, w, b, index, 16, conv)),
         "forward without bias": (OPS.block_sparse_conv2d, (x, w, None, index, 16, conv)),
         "forward with tap": (OPS.block_sparse_conv2d, (x, w, b, index, 16, conv, tap, on)),
+        "forward, contiguous": (OPS.block_sparse_conv2d, (x, w, b, index, 16, conv, tap, on, False)),
         "dgrad": (OPS.block_sparse_conv2d_dgrad, (dy, w, index, list(x.shape), conv)),
+        "dgrad, contiguous": (OPS.block_sparse_conv2d_dgrad, (dy, w, index, list(x.shape), conv, False)),
         "wgrad": (OPS.block_sparse_conv2d_wgrad, (dy, x, index, capacity, block, conv)),
         "wgrad_saliency": (OPS.block_sparse_conv2d_wgrad_saliency, (p.dy, p.x, values, index, conv)),
         "probe": (OPS.conv2d_gradient_probe, (p.dy, p.x, index, capacity, block, conv, on)),
     }
 
 
-NAMES = list(calls(None, torch.float32))
+NAMES = [(family, name) for family in ("linear", "conv2d") for name in calls(CASES[family], torch.float32)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("family", ["linear", "conv2d"])
+@pytest.mark.parametrize(("family", "name"), NAMES)
 def test_opcheck(family: str, name: str, backend: str) -> None:
     op, arguments = calls(CASES[family], torch.float32)[name]
     torch.library.opcheck(op, arguments)

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 import dynaprune
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, swap_layers
+from dynaprune.nn.block_sparse import take_over_weight
 from dynaprune.tasks.resnet import CifarResNet
+from dynaprune_kernels import BlockLayout
+from tests.kernels.strides import strides_that_count
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 LAYERS: dict[str, Any] = {
@@ -24,11 +27,6 @@ LAYERS: dict[str, Any] = {
     "one input": lambda: nn.Conv2d(1, 16, 3, padding=1),
 }
 SIZES = {"image": (3, 5, 7), "one image": (1, 6, 6), "one pixel": (4, 1, 1), "one row": (2, 1, 8)}
-
-
-def strides_that_count(tensor: Tensor) -> list[int]:
-    """Strides of the dimensions that have more than one element."""
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def gradient_and_output(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +78,32 @@ def test_the_format_of_the_model_can_change_after_the_swap(of_model: Any) -> Non
     plain = sparse.to_dense()
     assert strides_that_count(plain.weight) == strides_that_count(dense.weight)
     assert strides_that_count(plain(x)) == strides_that_count(dense(x))
+
+
+@pytest.mark.parametrize("of_weight", FORMATS.values(), ids=list(FORMATS))
+def test_a_layer_changed_by_hand_keeps_the_format_of_its_weight(of_weight: Any) -> None:
+    dense = nn.Conv2d(16, 24, 3).double().to(memory_format=of_weight)
+    sparse = copy.deepcopy(dense)
+    geometry, _ = BlockSparseConv2d.settings_of(sparse)
+    layout = BlockLayout(24, 16, 8, conv=geometry)
+    BlockSparseConv2d.in_place_of(sparse, layout)
+    take_over_weight(sparse.values, layout)
+    x = torch.randn(2, 16, 6, 6).double()
+    assert strides_that_count(sparse.weight) == strides_that_count(dense.weight)
+    assert strides_that_count(sparse(x)) == strides_that_count(dense(x))
+    torch.testing.assert_close(sparse(x), dense(x))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(16, 24, 3), lambda: nn.Conv1d(16, 24, 3)])
+def test_a_weight_that_is_in_blocks_too_early_is_refused(make: Any) -> None:
+    conv = make()
+    type_: Any = BlockSparseConv2d if isinstance(conv, nn.Conv2d) else BlockSparseConv1d
+    geometry, _ = type_.settings_of(conv)
+    layout = BlockLayout(24, 16, 8, conv=geometry)
+    take_over_weight(conv.weight, layout)
+    with pytest.raises(ValueError, match=r"the dense weight of shape \(24, 16, 3.*after in_place_of"):
+        type_.in_place_of(conv, layout)
+    assert type(conv) in (nn.Conv1d, nn.Conv2d)
 
 
 def test_unbatched_and_one_dimensional_inputs() -> None:

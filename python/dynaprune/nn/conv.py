@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -46,8 +47,20 @@ class BlockSparseConv2d(BlockSparseLayer):
 
     @classmethod
     def in_place_of(cls, layer: nn.Module, layout: BlockLayout) -> Any:
+        """As for every layer. The memory format of the dense weight is kept, so blocks come afterwards.
+
+        Raises:
+            ValueError: a weight that has not the shape of the dense layer's.
+        """
         _, plain = cls.settings_of(layer)
-        channels_last = _is_channels_last(cast(nn.Parameter, layer.weight))
+        weight = cast(nn.Parameter, layer.weight)
+        shape = (plain["out_channels"], plain["in_channels"] // plain["groups"], *plain["kernel_size"])
+        if weight.shape != shape:
+            raise ValueError(
+                f"expected the dense weight of shape {shape}, whose memory format the layer keeps, got shape "
+                f"{tuple(weight.shape)}; bring it into blocks after in_place_of"
+            )
+        channels_last = _is_channels_last(weight)
         sparse = super().in_place_of(layer, layout)
         sparse._keep_settings(plain, channels_last)
         return sparse
@@ -77,10 +90,8 @@ class BlockSparseConv2d(BlockSparseLayer):
         layout = BlockLayout(
             conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
         )
-        channels_last = _is_channels_last(weight)
-        take_over_weight(weight, layout)
         sparse = cls.in_place_of(conv, layout)
-        sparse.weight_channels_last = channels_last
+        take_over_weight(weight, layout)
         return sparse
 
     @classmethod
@@ -137,6 +148,14 @@ class BlockSparseConv2d(BlockSparseLayer):
     def dense_shape(self) -> torch.Size:
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         return torch.Size(shape)
+
+    def dense_stride(self) -> tuple[int, ...]:
+        """Strides of the dense weight: those of its memory format."""
+        if not self.weight_channels_last:
+            return super().dense_stride()
+        _, inputs, *taps = self.dense_shape()
+        of_taps = (inputs * taps[1], inputs) if len(taps) == 2 else (inputs,)
+        return (inputs * math.prod(taps), 1, *of_taps)
 
     def forward(self, x: Tensor) -> Tensor:
         return block_sparse_conv2d(
