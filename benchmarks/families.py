@@ -3,25 +3,31 @@
 Every family runs in a process of its own with a time limit: attach, 30 steps with pruning events and
 cuts of neurons, outputs compared with dense references at each stage, save and load, deep copy,
 ``torch.compile``. The result is a CSV file. The exit status is 1 where an output is wrong, a process
-hangs or dies, or an error comes that is no refusal.
+hangs or dies, or an error comes that is no refusal. Every row says of which commit it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from benchmarks.family_models import families
+from dynaprune.metrics import environment
 
 RESULTS = Path(__file__).parent / "results" / "families.csv"
-COLUMNS = ("family", "library", "verdict", "swapped", "sparsity", "neurons", "reason", "not_cut", "seconds")
+COLUMNS = (
+    *("family", "library", "verdict", "swapped", "sparsity", "neurons", "cut", "not_cut", "reason"),
+    *("seconds", "version", "torch", "dynaprune", "commit"),
+)
 
 
 def examined(name: str, limit: float) -> dict[str, object]:
@@ -50,8 +56,6 @@ def examined(name: str, limit: float) -> dict[str, object]:
 
 def one(name: str) -> None:
     """Print a family's outcome as JSON."""
-    import torch
-
     from benchmarks.family_checks import quietly
 
     torch.set_num_threads(1)
@@ -59,10 +63,27 @@ def one(name: str) -> None:
     print(json.dumps(quietly(family)._asdict()))
 
 
+def read(path: Path) -> dict[str, dict[str, object]]:
+    """The rows of a CSV file by family; none where there is no file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {row["family"]: dict(row) for row in csv.DictReader(file)}
+
+
+def write(path: Path, rows: dict[str, dict[str, object]]) -> None:
+    """A CSV file of the rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
 def main() -> int:
     """Run the families named, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="families; all by default")
+    parser.add_argument("names", nargs="*", help="families, whose rows are replaced; all by default")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=300, help="seconds per family")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
@@ -73,24 +94,24 @@ def main() -> int:
     known = {family.name: family for family in families()}
     if unknown := set(chosen.names) - set(known):
         parser.error(f"expected families among {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    rows = []
+    where = environment(torch.device("cpu"))
+    own = {"commit": where["commit"], **{each: where["versions"][each] for each in ("torch", "dynaprune")}}
+    written = read(chosen.out) if chosen.names else {}
+    verdicts = []
     for name in chosen.names or known:
-        row = {"family": name, "library": known[name].library, **examined(name, chosen.limit)}
-        rows.append(row)
+        library = known[name].library
+        row = {"family": name, "library": library, "version": version(library), **own}
+        row |= examined(name, chosen.limit)
+        written[name] = row
+        write(chosen.out, written)
         figures = (
             f"{row['swapped']:.0%} swapped, {row['sparsity']:.0%} sparse, {row['neurons']} neurons cut"
             if row["verdict"] == "works"
             else str(row["reason"])[:160]
         )
         print(f"{name:30} {row['verdict']:8} {row['seconds']:6} s  {figures}", flush=True)
-    versions = {lib: importlib.metadata.version(lib) for lib in ("torch", *{row["library"] for row in rows})}
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    with chosen.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    verdicts = [row["verdict"] for row in rows]
-    print(", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))), "with", versions)
+        verdicts.append(row["verdict"])
+    print(", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))), "at", own["commit"])
     return int(any(verdict not in ("works", "refused") for verdict in verdicts))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import dynaprune
 from benchmarks.family_models import Family
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning import events
+from dynaprune.pruning.neuron_groups import widths_of
 
 BATCH, CALIBRATION, STEPS, TWIN_STEPS = 8, 32, 30, 12
 TARGET, BLOCK = 0.6, 8
@@ -28,14 +30,18 @@ NO_CHANGE = 1e-5
 
 
 class Outcome(NamedTuple):
-    """What became of a family; ``reason`` of a refusal or of what went wrong."""
+    """What became of a family; ``reason`` of a refusal or of what went wrong.
+
+    ``cut``: which layers lost outputs. ``not_cut``: why others kept theirs.
+    """
 
     verdict: str
     reason: str
-    swapped: float
-    sparsity: float
-    neurons: int
-    not_cut: str
+    swapped: float = 0.0
+    sparsity: float = 0.0
+    neurons: int = 0
+    cut: str = ""
+    not_cut: str = ""
 
 
 class Rows(Dataset[tuple[dict[str, Tensor], Tensor]]):
@@ -135,7 +141,7 @@ def examine(family: Family) -> Outcome:
     try:
         pruner = dynaprune.attach(model, optimizer, settings(), trial=trial)
     except (TypeError, ValueError) as error:
-        return Outcome("refused", str(error), 0.0, 0.0, 0, "")
+        return Outcome("refused", str(error))
     check("outputs after attach", evaluated(model, example), before, SAME_FUNCTION)
     swapped = swapped_share(model, dense)
     with cuts_compared(model, example):
@@ -144,13 +150,14 @@ def examine(family: Family) -> Outcome:
             losses(model, rows.batch(step)).mean().backward()
             optimizer.step()
     pruner.detach()
+    cut = outputs_cut(widths_of(dense), widths_of(model))
     after_training(family, model, example)
     if family.in_float64:
         dense, rows = dense.double(), rows.double()
     follows_masked_twin(dense, rows)
     removals = pruner.removals
     not_cut = "; ".join(sorted({f"{reason}" for reason in removals.neurons_refused.values()}))
-    return Outcome("works", "", swapped, pruner.sparsity, removals.neurons, not_cut)
+    return Outcome("works", "", swapped, pruner.sparsity, removals.neurons, cut, not_cut)
 
 
 def swapped_share(model: nn.Module, dense: nn.Module) -> float:
@@ -163,6 +170,20 @@ def swapped_share(model: nn.Module, dense: nn.Module) -> float:
     embedded = {id(m.weight) for m in dense.modules() if isinstance(m, nn.Embedding)}
     weights = sum(p.numel() for p in dense.parameters() if p.dim() > 1 and id(p) not in embedded)
     return sparse / weights
+
+
+def outputs_cut(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> str:
+    """Outputs that layers with weights lost, of those they had: ``layers.*.fc 16 of 128``.
+
+    Layers whose names differ in numbers only count together. Norms are left out.
+    """
+    lost: dict[str, list[int]] = {}
+    for name, (outputs, inputs) in before.items():
+        if inputs:
+            counts = lost.setdefault(re.sub(r"\d+", "*", name), [0, 0])
+            counts[0] += outputs - after[name][0]
+            counts[1] += outputs
+    return "; ".join(f"{name} {gone} of {had}" for name, (gone, had) in lost.items() if gone)
 
 
 @contextmanager
@@ -232,6 +253,6 @@ def quietly(family: Family) -> Outcome:
         try:
             return examine(family)
         except Wrong as error:
-            return Outcome("wrong", str(error), 0.0, 0.0, 0, "")
+            return Outcome("wrong", str(error))
         except Exception as error:
-            return Outcome("error", f"{type(error).__name__}: {error}", 0.0, 0.0, 0, "")
+            return Outcome("error", f"{type(error).__name__}: {error}")

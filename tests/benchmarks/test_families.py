@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,35 @@ def test_a_sound_network_works() -> None:
     found = family_checks.quietly(family())
     assert (found.verdict, found.reason) == ("works", "")
     assert found.sparsity >= family_checks.TARGET and found.neurons > 0 and 0.9 < found.swapped < 1
+    assert found.cut == f"layers.* {found.neurons} of 132"
+
+
+def test_outputs_cut_count_by_kind_of_layer() -> None:
+    before = {"0.fc": (64, 32), "1.fc": (64, 32), "1.norm": (32, 0), "head": (4, 64)}
+    after = {"0.fc": (48, 32), "1.fc": (56, 32), "1.norm": (24, 0), "head": (4, 48)}
+    assert family_checks.outputs_cut(before, after) == "*.fc 24 of 128"
+
+
+def test_rows_of_families_named_replace_those_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = [Family(name, "torch", Network, lambda n: {}) for name in ("a", "b")]
+    monkeypatch.setattr(families, "families", lambda: known)
+    out = tmp_path / "families.csv"
+
+    def sweep(verdict: str, *names: str) -> int:
+        row = {"verdict": verdict, "reason": "so, and so", "seconds": 1.0}
+        monkeypatch.setattr(families, "examined", lambda *_: row)
+        monkeypatch.setattr(sys, "argv", ["families", *names, "--out", str(out)])
+        return families.main()
+
+    assert sweep("refused") == 0
+    assert sweep("wrong", "b") == 1
+    rows = families.read(out)
+    assert {name: row["verdict"] for name, row in rows.items()} == {"a": "refused", "b": "wrong"}
+    assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows.values())
+    assert sweep("refused") == 0
+    assert {row["verdict"] for row in families.read(out).values()} == {"refused"}
 
 
 @pytest.mark.parametrize(
