@@ -141,9 +141,15 @@ class DynaPruneLightningCallback(Callback):
             )
 
     def _make_trial(
-        self, trainer: Trainer, module: nn.Module, loss: Callable[[nn.Module, Any], Losses]
+        self, trainer: Trainer, module: LightningModule, loss: Callable[[nn.Module, Any], Losses]
     ) -> CalibrationTrial:
-        loader = trainer.train_dataloader
+        loader, precision = trainer.train_dataloader, trainer.precision_plugin
+
+        def move(batch: Any) -> Any:
+            """The way of a training batch in Lightning's fit loop."""
+            batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
+            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
         dataset = self._calibration if self._calibration is not None else getattr(loader, "dataset", None)
         return CalibrationTrial(
             module,
@@ -153,6 +159,8 @@ class DynaPruneLightningCallback(Callback):
             batch_size=max(_batch_size(trainer) or 1, 64),
             seed=self.config.seed,
             collate=getattr(loader, "collate_fn", None),
+            move=move,
+            context=precision.forward_context,
         )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:

@@ -84,6 +84,9 @@ class CalibrationTrial:
         seed: of the sampling; independent of every global generator.
         collate: makes a batch of a list of items; default `torch.utils.data.default_collate`.
         cache: keep the event's batches (on the CPU) instead of fetching them again for each call.
+        move: makes of a collated batch what `loss` gets; default: its tensors on the model's device.
+        context: makes a context manager for each evaluation; what training computes in, autocast for example:
+            `lambda: torch.autocast("cuda", torch.bfloat16)`.
 
     `isolates_itself` tells the pruner that the calls already run in `calibration_mode`. `in_training_mode`
     says that the model gives losses in that mode only, as `try_batch` found out.
@@ -101,6 +104,8 @@ class CalibrationTrial:
         seed: int = 0,
         collate: Callable[[list[Any]], Any] | None = None,
         cache: bool = True,
+        move: Callable[[Any], Any] | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected the model as an nn.Module, got {type(model).__name__}")
@@ -110,6 +115,11 @@ class CalibrationTrial:
             )
         if not callable(loss):
             raise TypeError(f"expected loss as a callable loss(model, batch), got {type(loss).__name__}")
+        if not (callable(context) and (move is None or callable(move))):
+            raise TypeError(
+                f"expected move(batch) and context() as callables, got {type(move).__name__} and "
+                f"{type(context).__name__}"
+            )
         if len(dataset) < MIN_SAMPLES or samples < MIN_SAMPLES or batch_size < 1:
             raise ValueError(
                 f"expected a data set and samples of at least {MIN_SAMPLES} and a batch_size of at least 1, "
@@ -125,6 +135,8 @@ class CalibrationTrial:
         self.seed = seed
         self.collate = torch.utils.data.default_collate if collate is None else collate
         self.cache = cache
+        self.move = self._to_device if move is None else move
+        self.context = context
         self.draws = 0
         self.in_training_mode = False
         self._batches: list[list[int]] = []
@@ -148,13 +160,12 @@ class CalibrationTrial:
             ValueError: neither mode does, with what the loss got and what it should return.
         """
         count = min(self.samples, self.batch_size)
-        device = _device(self.model)
         failures = []
         for training in (False, True):
             batch: Any = None
             try:
-                with calibration_mode(self.model, seed=self.seed, training=training):
-                    batch = _moved(self.collate([self.dataset[i] for i in range(count)]), device)
+                with calibration_mode(self.model, seed=self.seed, training=training), self.context():
+                    batch = self.move(self.collate([self.dataset[i] for i in range(count)]))
                     _check_batch(*_split(self.loss(self.model, batch)), count)
             except Exception as error:
                 mode = "training" if training else "evaluation"
@@ -164,7 +175,8 @@ class CalibrationTrial:
                 return
         raise ValueError(
             "the trial cannot be evaluated: expected loss(model, batch) to return one floating-point loss "
-            f"per sample, shape ({count},), for a batch that is {_outline(batch)}; "
+            f"per sample, shape ({count},), for a batch that is {_outline(batch)} (where training computes "
+            "under autocast, give the trial context=lambda: torch.autocast(...)); "
             + "; ".join(said for said, _ in failures)
         ) from failures[0][1]
 
@@ -177,11 +189,10 @@ class CalibrationTrial:
             self.redraw()
         losses: list[Tensor] = []
         classes: list[Tensor] = []
-        device = _device(self.model)
         seed = self.seed * 1_000_003 + self.draws
-        with calibration_mode(self.model, seed=seed, training=self.in_training_mode):
+        with calibration_mode(self.model, seed=seed, training=self.in_training_mode), self.context():
             for expected, batch in self._fetch():
-                found, label = _split(self.loss(self.model, _moved(batch, device)))
+                found, label = _split(self.loss(self.model, self.move(batch)))
                 _check_batch(found, label, expected)
                 losses.append(found.double())
                 if label is not None:
@@ -205,6 +216,9 @@ class CalibrationTrial:
         if self.draws > 0:
             self.draws -= 1
             self.redraw()
+
+    def _to_device(self, batch: Any) -> Any:
+        return _moved(batch, _device(self.model))
 
     def _fetch(self) -> Iterator[tuple[int, Any]]:
         if self._cached is not None:
