@@ -60,7 +60,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "nested": lambda m, t: "[" * 100_000,
     "a list": lambda m, t: "[]",
     "another format": top("format", "other"),
-    "a later version": top("version", 2),
+    "a later version": top("version", 3),
     "a version that is true": top("version", True),
     "a version that is a float": top("version", 1.0),
     "a version that is text": top("version", "1"),

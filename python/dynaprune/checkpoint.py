@@ -71,9 +71,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """Give ``model`` the structure and the weights of a file written by :func:`save`, in place.
 
-    Dense layers become block-sparse where the file's are, and the reverse; widths follow the file. Parameters
-    stay the same objects, on their devices and in their dtypes. A warning names tensors that hold NaN,
-    infinite parameters and negative variances.
+    Dense layers become block-sparse where the file's are, and the reverse. Parameters stay the same objects,
+    on their devices and in their dtypes. A warning names tensors that hold NaN, infinite parameters and
+    negative variances.
+
+    Widths follow the file where neurons were cut. Each width of the model has to be the file's, or the one
+    that the file's network was built with: a head of other classes is refused. Files of version 1 of the
+    structure do not say what the network was built with. They load into a model of the same or of larger
+    widths; where only outputs differ, or only inputs, they are refused too.
 
     Args:
         model: freshly built, or of any structure pruned from the same network; or a function that builds it.

@@ -10,7 +10,7 @@ keeps with a state dict), and ``load_state_dict`` resize the model to the manife
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.swap import SPARSE_TYPES
+from dynaprune.original_widths import note_original_widths_, original_widths, refuse_other_widths
 from dynaprune.pruning.attention_heads import find_attentions
 from dynaprune_kernels import BlockLayout
 from dynaprune_kernels.geometry import MAX_BLOCK, MIN_BLOCK, conv_grid, linear_grid
 
-FORMAT, VERSION = "dynaprune-structure", 1
+FORMAT, VERSION = "dynaprune-structure", 2
 METADATA_KEY = "dynaprune"
 CARRIED_PREFIX = "_dynaprune."
+_ORIGINALS = ("original_out", "original_in")
 _MAX_LAYERS, _MAX_SIZE = 100_000, 2**31 - 1
 
 _SPARSE = (BlockSparseLinear, BlockSparseConv2d, BlockSparseConv1d)
@@ -52,6 +54,7 @@ class LayerShape:
         type: class name. out, in_: widths; norms and PReLU have ``out`` only.
         groups: of a convolution.
         block, capacity: ``(bo, bi)`` and slots of a block-sparse layer.
+        original: out and in before anything was cut; None where it is not known (manifests of version 1).
     """
 
     type: str
@@ -60,6 +63,7 @@ class LayerShape:
     groups: int = 1
     block: tuple[int, int] | None = None
     capacity: int = 0
+    original: tuple[int, int] | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what does not apply is left out."""
@@ -70,6 +74,10 @@ class LayerShape:
             entry["groups"] = self.groups
         if self.block is not None:
             entry.update(block=list(self.block), capacity=self.capacity)
+        original = self.original or (self.out, self.in_)
+        for key, width, before in zip(_ORIGINALS, (self.out, self.in_), original, strict=True):
+            if width != before:
+                entry[key] = before
         return entry
 
 
@@ -90,18 +98,20 @@ def layer_shape(module: Any) -> LayerShape | None:
     if issubclass(type_, BlockSparseLayer):
         layout = module.layout
         groups = layout.conv.groups if layout.conv else 1
-        return LayerShape(
+        shape = LayerShape(
             kind, layout.out_features, layout.in_features, groups, layout.block, layout.capacity
         )
-    if kind == "Linear":
-        return LayerShape(kind, module.out_features, module.in_features)
-    if issubclass(type_, _CONVOLUTIONS):
-        return LayerShape(kind, module.out_channels, module.in_channels, module.groups)
-    return LayerShape(kind, module.num_parameters if kind == "PReLU" else module.num_features)
+    elif kind == "Linear":
+        shape = LayerShape(kind, module.out_features, module.in_features)
+    elif issubclass(type_, _CONVOLUTIONS):
+        shape = LayerShape(kind, module.out_channels, module.in_channels, module.groups)
+    else:
+        shape = LayerShape(kind, module.num_parameters if kind == "PReLU" else module.num_features)
+    return replace(shape, original=original_widths(module) or (shape.out, shape.in_))
 
 
 def read_manifest(manifest: Any) -> dict[str, LayerShape]:
-    """The layers of a manifest from outside, every value checked.
+    """The layers of a manifest from outside, every value checked. One of version 1 says no original widths.
 
     Raises:
         ValueError: not a manifest, of a later version, or with values that no layer can have.
@@ -109,18 +119,18 @@ def read_manifest(manifest: Any) -> dict[str, LayerShape]:
     if not isinstance(manifest, Mapping) or manifest.get("format") != FORMAT:
         raise ValueError(f"expected a structure manifest of format {FORMAT!r}, got {str(manifest)[:80]}")
     version = manifest.get("version")
-    if type(version) is not int or version != VERSION:
-        raise ValueError(f"expected a manifest of version {VERSION}, got {str(version)[:40]!r}")
+    if type(version) is not int or version not in (1, VERSION):
+        raise ValueError(f"expected a manifest of version 1 or {VERSION}, got {str(version)[:40]!r}")
     layers = manifest.get("layers")
     if not isinstance(layers, Mapping) or len(layers) > _MAX_LAYERS:
         raise ValueError(f"expected at most {_MAX_LAYERS} layers by name, got {type(layers).__name__}")
-    return {name: _read_layer(name, entry) for name, entry in layers.items()}
+    return {name: _read_layer(name, entry, version) for name, entry in layers.items()}
 
 
-def _read_layer(name: Any, entry: Any) -> LayerShape:
+def _read_layer(name: Any, entry: Any, version: int) -> LayerShape:
     if not isinstance(name, str) or len(name) > 1000 or not isinstance(entry, Mapping):
         raise ValueError(f"expected a layer's name and its shape, got {str(name)[:80]!r}: {str(entry)[:80]}")
-    known = {"type", "out", "in", "groups", "block", "capacity"}
+    known = {"type", "out", "in", "groups", "block", "capacity", *(_ORIGINALS if version > 1 else ())}
     if not set(entry) <= known:
         raise ValueError(
             f"layer {name!r}: expected the keys {sorted(known)}, got {sorted(map(str, entry))[:20]}"
@@ -142,8 +152,14 @@ def _read_layer(name: Any, entry: Any) -> LayerShape:
     out, in_, groups = size("out"), size("in") if widths else 0, size("groups", 1)
     if out % groups or in_ % groups:
         raise ValueError(f"layer {name!r}: expected widths divisible by groups={groups}, got {out} and {in_}")
+    first = (size(_ORIGINALS[0], out), size(_ORIGINALS[1], in_) if widths else 0)
+    original = first if version > 1 else None
+    if first[0] < out or first[1] < in_:
+        raise ValueError(
+            f"layer {name!r}: expected original widths from {out} and {in_} up, got {first[0]} and {first[1]}"
+        )
     if not issubclass(type_, BlockSparseLayer):
-        return LayerShape(kind, out, in_, groups)
+        return LayerShape(kind, out, in_, groups, original=original)
     block = entry.get("block")
     if not (
         isinstance(block, (list, tuple))
@@ -153,7 +169,7 @@ def _read_layer(name: Any, entry: Any) -> LayerShape:
         raise ValueError(
             f"layer {name!r}: expected two block sizes from {MIN_BLOCK} to {MAX_BLOCK}, got {block!r}"
         )
-    return LayerShape(kind, out, in_, groups, (block[0], block[1]), size("capacity"))
+    return LayerShape(kind, out, in_, groups, (block[0], block[1]), size("capacity"), original)
 
 
 def own_state(model: nn.Module) -> dict[str, Any]:
@@ -167,25 +183,28 @@ def expected_shapes(model: nn.Module, manifest: Any) -> dict[str, tuple[int, ...
     """Shape of every tensor of ``model.state_dict()`` once the model has the structure of ``manifest``.
 
     Raises:
-        ValueError: a manifest that is wrong in itself, or of another model: layers of other names or kinds.
+        ValueError: a manifest that is wrong in itself, or of another model: layers of other names or kinds,
+            or of other widths (see :func:`refuse_other_widths`).
     """
     wanted = read_manifest(manifest)
-    mine = {name: module for name, module in model.named_modules() if layer_shape(module)}
+    found = {name: shape for name, module in model.named_modules() if (shape := layer_shape(module))}
+    mine = {name: model.get_submodule(name) for name in found}
     missing, foreign = sorted(set(mine) - set(wanted)), sorted(set(wanted) - set(mine))
     if missing or foreign:
         raise ValueError(
             f"expected the structure of this model, got another's: without layers {missing[:5]}, "
             f"with unknown layers {foreign[:5]}"
         )
+    refuse_other_widths((name, found[name], wanted[name]) for name in found)
     shapes: dict[str, tuple[int, ...]] = {}
-    changed = {name for name, module in mine.items() if layer_shape(module) != wanted[name]}
+    changed = {name for name in found if found[name] != wanted[name]}
     prefixes = tuple(_prefix(name) for name in changed)
     for key, tensor in own_state(model).items():
         if isinstance(tensor, Tensor) and not (prefixes and _owned(key, prefixes)):
             shapes[key] = tuple(tensor.shape)
     for name in changed:
-        for key, shape in _tensor_shapes(name, mine[name], wanted[name]).items():
-            shapes[_prefix(name) + key] = shape
+        for key, size in _tensor_shapes(name, mine[name], wanted[name]).items():
+            shapes[_prefix(name) + key] = size
     return shapes
 
 
@@ -288,9 +307,12 @@ def apply_structure(model: nn.Module, manifest: Any) -> nn.Module:
     attentions = find_attentions(model)
     for name, shape in read_manifest(manifest).items():
         module = model.get_submodule(name)
-        if layer_shape(module) == shape:
-            continue
-        _reshape_(module, shape)
+        before = layer_shape(module)
+        assert before is not None
+        original = shape.original or before.original
+        if before != shape:
+            _reshape_(module, shape)
+        note_original_widths_(module, None if original == (shape.out, shape.in_) else original)
     for attention in attentions:
         attention.set_counts(model)
     return model

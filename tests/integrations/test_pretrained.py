@@ -114,3 +114,22 @@ def test_a_foreign_structure_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config.replace("layer.0.output.dense", "layer.9.output.dense"))
     with pytest.raises(ValueError, match="expected the structure of this model, got another's"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [5, 1])
+def test_another_number_of_labels_is_refused(labels: int, tmp_path: Path) -> None:
+    """The head would come back with the saved one's width, and the config would say another."""
+    config = transformers.BertConfig(vocab_size=50, num_labels=3, **SIZES)
+    model = transformers.BertForSequenceClassification(config)
+    prune(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"'classifier' has {labels} outputs here and 3 in what is loaded"):
+        type(model).from_pretrained(tmp_path, num_labels=labels)
+    loaded = type(model).from_pretrained(tmp_path)
+    loaded.classifier = torch.nn.Linear(32, labels)  # as the error advises
+    loaded.config.num_labels = loaded.num_labels = labels
+    loaded.save_pretrained(tmp_path / "task")
+    again = type(model).from_pretrained(tmp_path / "task").eval()
+    x = torch.randint(2, 40, (3, 12))
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, loaded.eval()(x).logits)

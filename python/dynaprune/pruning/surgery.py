@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.nn.parameter import replace_parameter_data_
+from dynaprune.original_widths import note_original_widths_, original_widths
 from dynaprune.pruning.optimizer_state import rewrite_state, sliced_state
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -117,12 +118,19 @@ class Surgery:
         """
         if reason := cannot_cut(module):
             raise ValueError(f"expected a layer that can be cut, got {module}: {reason}")
+        self._note_original(module)
         if isinstance(module, BlockSparseLayer):
             self._cut_blocks(module, outputs, inputs)
         elif is_channelwise(module):
             self._cut_channels(module, ~(outputs | inputs))
         else:
             self._cut_dense(module, ~outputs, ~inputs)
+
+    def _note_original(self, module: nn.Module) -> None:
+        shape = layer_shape(module)
+        if shape is not None and original_widths(module) is None:
+            self._undo.append(lambda: note_original_widths_(module, None))
+            note_original_widths_(module, (shape.out, shape.in_))
 
     def _cut_blocks(self, layer: BlockSparseLayer, outputs: Tensor, inputs: Tensor) -> None:
         layout = layer.layout
