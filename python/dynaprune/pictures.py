@@ -193,9 +193,10 @@ def _verdict(report: dict[str, Any]) -> str:
     if baseline:
         parts.append(f"test accuracy {100 * baseline['test_accuracy']:.1f} % dense")
     if pruned:
-        parts.append(
-            f"{100 * pruned['test_accuracy']:.1f} % pruned at {100 * pruned['sparsity']:.0f} % sparsity"
-        )
+        sizes = f"{100 * pruned['sparsity']:.0f} % sparsity"
+        if "sparsity_of_model" in pruned:
+            sizes += f" ({100 * pruned['sparsity_of_model']:.0f} % of all parameters)"
+        parts.append(f"{100 * pruned['test_accuracy']:.1f} % pruned at {sizes}")
     flops = report["ratios"].get("flops_per_step_last")
     if flops is not None:
         parts.append(f"last step at {100 * flops:.0f} % of the FLOPs")

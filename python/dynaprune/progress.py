@@ -53,7 +53,7 @@ class EpochProgress:
             f"accuracy {row['validation_accuracy']:.3f}"
         )
         if row["sparsity"]:
-            note += f"  sparsity {row['sparsity']:.3f}"
+            note += f"  sparsity {row['sparsity']:.3f} ({row['sparsity_of_model']:.3f} of all parameters)"
         if self._bar is not None:
             self._bar.update(self._task, note=note)
         elif not self.quiet and (row["epoch"] == 1 or row["epoch"] % max(1, self.epochs // _LINES) == 0):

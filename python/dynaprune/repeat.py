@@ -18,6 +18,7 @@ __all__ = ["corrected_interval", "plan", "repeat", "summarise", "summary_markdow
 
 _PROMISES = (
     ("sparsity", "pruned", "sparsity of the prunable weights", "share", min),
+    ("sparsity_of_model", "pruned", "sparsity of all parameters", "share", min),
     ("parameters_active", "ratios", "live parameters, pruned / baseline", "number", max),
     ("training_state_bytes", "ratios", "training state, pruned / baseline", "number", max),
     ("memory_bytes_last", "ratios", "memory of the last steps, pruned / baseline", "number", max),
@@ -244,6 +245,6 @@ def _line(number: int, runs: int, name: str, report: dict[str, Any]) -> str:
     return (
         f"{number:>4}/{runs}  {name:<18}"
         f" accuracy {baseline['test_accuracy']:.4f} -> {pruned['test_accuracy']:.4f}"
-        f"  sparsity {pruned['sparsity']:.3f}"
+        f"  sparsity {pruned['sparsity']:.3f} ({pruned['sparsity_of_model']:.3f} of all parameters)"
         f"  step / dense twin {report['ratios'].get('step_seconds_last_to_dense', 0):.2f}"
     )

@@ -50,7 +50,7 @@ REMOVALS = (
     "removed_untested",
     "blocks_removed_with_neurons",
 )
-PRUNED_METRICS = ("sparsity", "target_reached", *REMOVALS, "step_seconds_dense")
+PRUNED_METRICS = ("sparsity", "sparsity_of_model", "target_reached", *REMOVALS, "step_seconds_dense")
 
 
 def write_text(path: Path, text: str, *, sync: bool = True) -> None:
@@ -142,6 +142,7 @@ _LABELS = {
     "flops_per_step_last": ("FLOPs of the last step", "flops"),
     "flops_total": ("FLOPs of the whole training", "flops"),
     "sparsity": ("sparsity of the prunable weights", "share"),
+    "sparsity_of_model": ("sparsity of all parameters", "share"),
     "target_reached": ("target reached", "truth"),
     "blocks_removed": ("blocks removed", "count"),
     "neurons_removed": ("neurons removed", "count"),
@@ -221,11 +222,36 @@ _NOTES = """\
 - Peak memory of the process is its largest resident set (CUDA: of the allocator). A run that starts dense
   cannot lower it. The peak of the last 20 steps starts from what is held then, the libraries included; on
   the CPU free pages of the allocator are handed back first, in both arms.
-- FLOPs are counted in forward and backward at every change of the structure (block-sparse operations
-  count live blocks); the total includes the trials.
+- Sparsity of the prunable weights leaves out what stays whole; sparsity of all parameters counts each
+  parameter once, biases and norms too.
+- FLOPs are counted in forward and backward at every change of the structure: those of the whole network's
+  matrix products and convolutions, of what stays whole too (block-sparse operations count live blocks). The
+  total includes the trials.
 - The step times at the end are those of 20 further steps after training (40 for the comparison in turn);
   the weights that are tested were kept before them.
 """
+
+
+def what_stays_whole(report: dict[str, Any]) -> list[str]:
+    """The pruned network's parameters that no pruning can reach, by reason, largest first."""
+    said = (report["pruned"] or {}).get("pruner") or {}
+    if "parameters" not in said:
+        return []
+    layers, sizes = said["layers"].values(), said["parameters"]
+    reasons = dict.fromkeys(layer["exempt"] for layer in layers if layer["exempt"])
+    rows = [
+        (reason, [layer["weights"] for layer in layers if layer["exempt"] == reason]) for reason in reasons
+    ]
+    rows = sorted(rows, key=lambda row: -sum(row[1]))
+    rows.append(("biases, parameters of norms, and other vectors", [sizes["other"]]))
+    lines = ["## What stays whole", ""]
+    lines += [f"{shown(sizes['prunable'] / sizes['total'], 'share')} of all parameters are prunable.", ""]
+    lines += ["| why | layers | parameters | share of all |", "|---|---:|---:|---:|"]
+    for reason, weights in rows:
+        count = "" if reason == rows[-1][0] else f"{len(weights)}"
+        share = shown(sum(weights) / sizes["total"], "share")
+        lines.append(f"| {reason} | {count} | {shown(sum(weights), 'count')} | {share} |")
+    return [*lines, ""]
 
 
 def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> None:
@@ -239,6 +265,7 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
     if note := data_of(report).get("note"):
         lines += ["", f"**{note}**"]
     lines += ["", *[f"![{name.removesuffix('.png')}]({name})" for name in pictures], ""]
+    lines += what_stays_whole(report)
     lines += ["## How this was measured", "", _NOTES]
     for arm in ("baseline", "pruned"):
         if report[arm]:

@@ -87,7 +87,7 @@ def _check_figures(path: Path, prefix: str, result: dict[str, Any], numbers: Seq
     for key in numbers:
         if not is_number(result.get(key)):
             raise _wrong(path, f"{prefix}{key}", "a number", result.get(key))
-    for key in (*METRICS, "sparsity", "step_seconds_dense"):
+    for key in (*METRICS, "sparsity", "sparsity_of_model", "step_seconds_dense"):
         if result.get(key) is not None and not is_number(result[key]):
             raise _wrong(path, f"{prefix}{key}", "a number or null", result[key])
     data = result.get("data")

@@ -61,6 +61,10 @@ class DenseStructure:
         """Share of the prunable weights that are gone."""
         return 0.0
 
+    def sparsity_of_model(self) -> float:
+        """Share of all parameters that are gone."""
+        return 0.0
+
     def parameters_active(self) -> int:
         """Number of live parameter values."""
         return self.parameters_total
@@ -217,6 +221,10 @@ class PrunedStructure(DenseStructure):
         """Share of the weights of the prunable layers, as they were at the start, that is gone."""
         return self.pruner.sparsity
 
+    def sparsity_of_model(self) -> float:
+        """Share of all parameters, as they were at the start, that is gone."""
+        return self.pruner.sparsity_of_model
+
     def parameters_active(self) -> int:
         """Live values: of block-sparse weights those of live blocks, of everything else all."""
         return self.pruner.live_parameters
@@ -231,6 +239,7 @@ class PrunedStructure(DenseStructure):
         return {
             **super().facts(),
             "sparsity": self.sparsity(),
+            "sparsity_of_model": self.sparsity_of_model(),
             "target_reached": self.target_reached(),
             **{name: said[name] for name in REMOVALS},
             "density_by_layer": self.pruner.density(),

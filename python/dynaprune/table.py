@@ -29,6 +29,7 @@ _FIGURES = (
     ("flops_total", "FLOPs of the whole training", "flops", "ratio"),
     ("step_seconds_last", "step time", "time", "ratio"),
     ("sparsity", "sparsity of the prunable weights", "share", None),
+    ("sparsity_of_model", "sparsity of all parameters", "share", None),
 )
 _SCORE_LABELS = {
     "test_accuracy": "test accuracy",

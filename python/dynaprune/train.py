@@ -151,6 +151,7 @@ def _train(
                     "step_seconds": metrics.median_seconds(arm.step_seconds[-metrics.STEPS_TIMED :]),
                     "target_reached": structure.target_reached(),
                     "best": best,
+                    "sparsity_of_model": structure.sparsity_of_model(),
                 }
             )
             write_csv(out / "history.csv", done.history)

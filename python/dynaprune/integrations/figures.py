@@ -12,6 +12,7 @@ def figures(pruner: Pruner) -> dict[str, float]:
 
     - ``density``, ``sparsity``: share of the prunable layers' weights, as they were at first, that live, and
       that are gone.
+    - ``sparsity_of_model``: share of all the model's parameters, as they were at first, that is gone.
     - ``live_parameters``: values that live: of block-sparse weights those of live blocks, of the rest all.
     - ``flops_saving``: share of the prunable layers' multiplications, as they were at first, that is saved:
       weights gone times rows (tokens, output positions) seen; 0 before the first step.
@@ -21,6 +22,7 @@ def figures(pruner: Pruner) -> dict[str, float]:
     return {
         "density": 1 - pruner.sparsity,
         "sparsity": pruner.sparsity,
+        "sparsity_of_model": pruner.sparsity_of_model,
         "live_parameters": float(pruner.live_parameters),
         "flops_saving": 1 - now / full if full else 0.0,
     }

@@ -54,7 +54,7 @@ class DynaPruneLightningCallback(Callback):
     ``EarlyStopping`` and ``ModelCheckpoint(monitor=...)`` of the trainer count nothing as the best: any later
     score beats what they have seen. The same happens once more when the target is reached after the end.
 
-    Logs get ``density``, ``sparsity``, ``live_parameters`` and ``flops_saving``.
+    Logs get ``density``, ``sparsity``, ``sparsity_of_model``, ``live_parameters`` and ``flops_saving``.
 
     Args:
         config: default ``PruningConfig()``; ``total_steps`` may be left open.

@@ -58,8 +58,9 @@ class DynaPruneCallback(TrainerCallback):
     ``EarlyStoppingCallback`` therefore waits too. ``patience`` here is the same rule with one thing more:
     it also starts anew at a structural change.
 
-    Logs get ``density``, ``sparsity``, ``live_parameters`` and ``flops_saving``, in ``state.log_history`` and
-    for callbacks after this one. Reporters named by ``report_to`` come before it and do not see them.
+    Logs get ``density``, ``sparsity``, ``sparsity_of_model``, ``live_parameters`` and ``flops_saving``, in
+    ``state.log_history`` and for callbacks after this one. Reporters named by ``report_to`` come before it
+    and do not see them.
 
     Args:
         model: the Trainer's, on any device; no ``model_init``.

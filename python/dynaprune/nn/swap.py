@@ -16,6 +16,7 @@ from dynaprune.nn.block_sparse import BlockSparseLayer
 from dynaprune.nn.conv import BlockSparseConv1d, BlockSparseConv2d
 from dynaprune.nn.linear import BlockSparseLinear
 from dynaprune.nn.own_behaviour import own_behaviour, weights_in_functions
+from dynaprune.nn.weight_account import held_weights, kind
 from dynaprune_kernels.geometry import check_block, padding_ratio
 
 SPARSE_TYPES: dict[type[nn.Module], Any] = {
@@ -136,12 +137,12 @@ def swap_back(model: nn.Module) -> nn.Module:
 
 def _unsupported(model: nn.Module) -> list[str]:
     """What else has matrices, by type: layers that have no block-sparse form."""
-    found: Counter[str] = Counter()
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        known = isinstance(module, (*SPARSE_TYPES, nn.Embedding, BlockSparseLayer))
-        if not known and isinstance(weight, nn.Parameter) and weight.dim() >= 2:
-            found[f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"] += 1
+    holders = {
+        id(held.layer): held.layer
+        for held in held_weights(model)
+        if held.entry and not isinstance(held.layer, (*SPARSE_TYPES, nn.Embedding, BlockSparseLayer))
+    }
+    found = Counter(kind(layer) for layer in holders.values())
     return [f"{count} layers of type {name} have no block-sparse form" for name, count in found.items()]
 
 

@@ -36,6 +36,7 @@ from dynaprune.pruning.reporting import load_pruner_state, pruner_state, report
 from dynaprune.pruning.score import make_score
 from dynaprune.pruning.stale_copies import watch_copies
 from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState, minimum_interval
+from dynaprune.pruning.whole_model import ModelSize, model_size
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
 SELF_PACED_INTERVAL = 50
@@ -52,7 +53,8 @@ class Pruner:
 
     Attributes:
         layers: the block-sparse layers that are pruned, by name.
-        exempt: layers that stay dense, with the reason.
+        exempt: layers of the types to prune that stay dense, with the reason; the report has the others too.
+        size_at_attach: values in all the model's parameters, as they were at attach.
         steps: optimizer steps seen; with several optimizers, rounds in which each has stepped.
         structure_version: grows with every structural change; early stopping restarts its patience on it.
     """
@@ -90,6 +92,8 @@ class Pruner:
         self.original_shapes = {name: dense_shape(layer) for name, layer in layers.items()}
         self._blocks = {name: layer.layout.blocks for name, layer in layers.items()}
         self.units_total = sum(self._blocks.values())
+        weights = {name: math.prod(shape) for name, shape in self.original_shapes.items()}
+        self.size_at_attach = model_size(model, layers, exempt, weights)
         self.steps = self.structure_version = self.compactions = 0
         self.observe_every = config.observe_every or NOT_OBSERVED_YET
         self.history: list[dict[str, Any]] = []
@@ -255,6 +259,8 @@ class Pruner:
         self.live_weights = dict(state["live_weights"])
         self.original_shapes = {name: tuple(shape) for name, shape in state["original_shapes"].items()}
         self.units_total = int(state["units_total"])
+        if "size_at_attach" in state:  # states of earlier versions have none
+            self.size_at_attach = ModelSize(**state["size_at_attach"])
         self._prepare_next_step()
         self.neuron_map = None
         self._loaded_slots, self._shapes = dict(state["slots"]), []
@@ -295,6 +301,11 @@ class Pruner:
     def sparsity(self) -> float:
         """Share of the prunable weights, as they were at attach, that is gone."""
         return 1 - sum(self.live_weights.values()) / sum(math.prod(s) for s in self.original_shapes.values())
+
+    @property
+    def sparsity_of_model(self) -> float:
+        """Share of all the model's parameters, as they were at attach, that is gone; each counts once."""
+        return 1 - self.live_parameters / self.size_at_attach.total
 
     @property
     def live_parameters(self) -> int:
@@ -397,7 +408,8 @@ class Pruner:
             )
         )
         warnings.warn(
-            f"pruning ends at a sparsity of {self.sparsity:.1%}, short of the target's {target:.1%}, after "
+            f"pruning ends at a sparsity of {self.sparsity:.1%} ({self.sparsity_of_model:.1%} of all "
+            f"parameters), short of the target's {target:.1%}, after "
             f"{self.steps} of {total} optimizer steps{missing}",
             RuntimeWarning,
             stacklevel=3,

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dynaprune.pruning.first_batch import exempt_later
+from dynaprune.pruning.whole_model import report_layers
 
 if TYPE_CHECKING:
     from dynaprune.pruning.pruner import Pruner
@@ -22,9 +23,10 @@ def report(pruner: Pruner) -> dict[str, Any]:
     blocks = sum(layer.layout.live_count() for layer in pruner.layers.values())
     removals, observed, trials = pruner.removals, pruner.observed, pruner.trial_state
     seconds = time.perf_counter() - pruner.started
-    density = pruner.density()
+    size = pruner.size_at_attach
     return {
         "sparsity": pruner.sparsity,
+        "sparsity_of_model": pruner.sparsity_of_model,
         "target_sparsity": pruner.config.target_sparsity,
         "target_reached": pruner.target_reached,
         "steps": pruner.steps,
@@ -37,9 +39,12 @@ def report(pruner: Pruner) -> dict[str, Any]:
         "removed_passed": removals.passed,
         "removed_forced": removals.forced,
         "removed_untested": removals.untested,
-        "layers": {
-            **{name: {"density": density[name], "exempt": ""} for name in pruner.layers},
-            **{name: {"density": 1.0, "exempt": reason} for name, reason in pruner.exempt.items()},
+        "layers": report_layers(pruner),
+        "parameters": {
+            "total": size.total,
+            "prunable": sum(size.layers[name] for name in pruner.layers),
+            "other": size.other,
+            "live": pruner.live_parameters,
         },
         "trials": {
             "tested": pruner.trial is not None,
@@ -93,6 +98,7 @@ def pruner_state(pruner: Pruner) -> dict[str, Any]:
         "live_weights": dict(pruner.live_weights),
         "original_shapes": {name: list(shape) for name, shape in pruner.original_shapes.items()},
         "units_total": pruner.units_total,
+        "size_at_attach": asdict(pruner.size_at_attach),
         "exempt_later": dict(pruner.exempt_later),
         "slots": {name: layer.layout.slot_of_block.clone() for name, layer in pruner.layers.items()},
     }

@@ -1,0 +1,81 @@
+"""What a pruner's figures are of the whole network: every Parameter once, the dense rest with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dynaprune.nn import BlockSparseLayer
+from dynaprune.nn.weight_account import held_weights, why_whole
+
+if TYPE_CHECKING:
+    from dynaprune.pruning.pruner import Pruner
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Values in a model's Parameters, each Parameter once.
+
+    Attributes:
+        layers: weights by the name of a report's entry: a layer, or a Parameter of a layer with several.
+        other: biases, parameters of norms, and other vectors.
+    """
+
+    layers: dict[str, int]
+    other: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.layers.values()) + self.other
+
+
+def model_size(
+    model: nn.Module,
+    layers: Mapping[str, BlockSparseLayer],
+    exempt: Mapping[str, str],
+    weights: Mapping[str, int],
+) -> ModelSize:
+    """Count ``model``, in which ``layers`` hold as many weights as ``weights`` says by name."""
+    pruned = {id(layer.values): weights[name] for name, layer in layers.items()}
+    found: dict[str, int] = {}
+    other = 0
+    for held in held_weights(model, [*layers, *exempt]):
+        size = 0 if held.counted_under else pruned.get(id(held.parameter), held.parameter.numel())
+        if held.entry:
+            found[held.entry] = found.get(held.entry, 0) + size
+        else:
+            other += size
+    return ModelSize(found, other)
+
+
+def report_layers(pruner: Pruner) -> dict[str, dict[str, Any]]:
+    """Every weight of the model by layer: its density, why it stays whole, and its weights at attach.
+
+    A weight that is tied to another counts there, and has no weights of its own here.
+    """
+    at_attach = pruner.size_at_attach.layers
+    now = model_size(pruner.model, pruner.layers, pruner.exempt, pruner.live_weights).layers
+    density = pruner.density()
+    reasons = {**dict.fromkeys(pruner.layers, ""), **pruner.exempt}
+    trained = {id(p) for o in pruner.optimizers for group in o.param_groups for p in group["params"]}
+    for held in held_weights(pruner.model, reasons):
+        if not held.entry:
+            continue
+        if held.entry not in reasons:
+            reasons[held.entry] = why_whole(held)
+            if not held.parameter.requires_grad:
+                reasons[held.entry] += "; it is frozen"
+            elif id(held.parameter) not in trained:
+                reasons[held.entry] += "; no optimizer given holds it"
+        if held.counted_under and reasons[held.entry]:
+            reasons[held.entry] += f"; it counts under {held.counted_under}"
+    lines = {}
+    for name, reason in reasons.items():
+        first = at_attach.get(name, now.get(name, 0))
+        left = density[name] if name in density else now.get(name, 0) / first if first else 1.0
+        lines[name] = {"density": left, "exempt": reason, "weights": first}
+    return lines
