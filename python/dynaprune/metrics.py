@@ -38,20 +38,12 @@ def median_seconds(seconds: list[float]) -> float | None:
 
 def flops_of(run: Callable[[], Any]) -> tuple[Any, int]:
     """``(run(), its floating point operations)`` by torch's counter: block-sparse ops count their live
-    blocks. Fused attention on the CPU, which torch's counter leaves out, is counted as it is on a GPU."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+    blocks, and so are products that torch's counter leaves out (see `dynaprune.flop_formulas`)."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
+    from dynaprune.flop_formulas import uncounted_by_torch
 
-    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-    fused_on_cpu = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
+    with FlopCounterMode(display=False, custom_mapping=uncounted_by_torch()) as counter:
         result = run()
     return result, int(counter.get_total_flops())
 

@@ -63,6 +63,52 @@ def test_attention_counts_its_products_fused_or_not(dropout: float) -> None:
     assert flops == (6 if dropout else 7) * product
 
 
+LAYERS: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], int]] = {
+    "LSTM": (nn.LSTM(16, 8), (torch.randn(5, 3, 16),), 15 * 32 * (16 + 8)),
+    "LSTM in both directions, of two layers": (
+        nn.LSTM(16, 8, 2, bidirectional=True, batch_first=True),
+        (torch.randn(5, 3, 16),),
+        15 * 2 * 32 * (16 + 8 + 16 + 8),
+    ),
+    "LSTM in float64": (nn.LSTM(16, 8).double(), (torch.randn(5, 3, 16).double(),), 15 * 32 * (16 + 8)),
+    "GRU": (nn.GRU(16, 8), (torch.randn(5, 3, 16),), 15 * 24 * (16 + 8)),
+    "LSTMCell": (nn.LSTMCell(16, 8), (torch.randn(3, 16),), 3 * 32 * (16 + 8)),
+    "Bilinear": (nn.Bilinear(4, 5, 6), (torch.randn(3, 4), torch.randn(3, 5)), 3 * 4 * 5 * 6),
+    "ConvTranspose2d": (nn.ConvTranspose2d(4, 8, 3), (torch.randn(1, 4, 6, 6),), 36 * 4 * 8 * 9),
+    "Conv3d": (nn.Conv3d(4, 8, 3), (torch.randn(1, 4, 5, 5, 5),), 27 * 4 * 8 * 27),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_stay_whole_count_their_products(name: str) -> None:
+    layer, inputs, products = LAYERS[name]
+    with torch.no_grad():
+        assert metrics.flops_of(lambda: layer(*inputs))[1] == 2 * products
+
+    def step() -> None:
+        outputs = layer(*(x.clone().requires_grad_() for x in inputs))
+        (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
+
+    counted = metrics.flops_of(step)[1]
+    if name.startswith("LSTMCell") or name in ("GRU", "LSTM in float64"):
+        # Unfused: the first state is a constant, whose gradient nobody asks for.
+        assert 2 * 2 * products < counted <= 2 * 3 * products
+    else:
+        operands = 3 if name == "Bilinear" else 2  # one product for the gradient of each
+        assert counted == 2 * (1 + operands) * products
+
+
+def test_stacked_experts_count_every_row_once() -> None:
+    x, weights = torch.randn(10, 16, requires_grad=True), torch.randn(2, 16, 8, requires_grad=True)
+    ends = torch.tensor([4, 10], dtype=torch.int32)
+
+    def step() -> None:
+        y = torch._grouped_mm(x.bfloat16(), weights.bfloat16(), offs=ends)
+        y.backward(torch.ones(10, 8, dtype=torch.bfloat16))
+
+    assert metrics.flops_of(step)[1] == 2 * 3 * 10 * 16 * 8
+
+
 def test_counting_flops_does_not_change_the_step() -> None:
     weights = []
     for count in (False, True):
