@@ -108,6 +108,15 @@ def test_the_measured_figures_belong_together(compared: tuple[Path, str]) -> Non
     gone = pruned["sparsity"] * sum(products[:3])
     assert parameters - pruned["parameters_active"] == pytest.approx(gone, abs=1024 + 2)
     assert pruned["flops_per_step_last"] < 0.6 * dense
+    assert pruned["sparsity_of_model"] == pytest.approx(1 - pruned["parameters_active"] / parameters)
+    said = pruned["pruner"]["parameters"]
+    assert (said["total"], said["prunable"], said["other"]) == (parameters, sum(products[:3]), 3 * 1024 + 10)
+    markdown = (compared[0] / "report.md").read_text()
+    assert f"| sparsity of all parameters |  | {100 * pruned['sparsity_of_model']:.2f} % |" in markdown
+    classifier = "the classifier (the last Linear) stays dense unless named"
+    assert f"| {classifier} | 1 | 10,240 | {100 * 10240 / parameters:.2f} % |" in markdown
+    assert "| biases, parameters of norms, and other vectors |  | 3,082 |" in markdown
+    assert "of all parameters)" in compared[1]
     assert pruned["training_state_bytes"] < 0.7 * baseline["training_state_bytes"]
     assert pruned["blocks_removed"] >= pruned["removed_passed"] + pruned["removed_forced"] > 1000
     assert pruned["removed_untested"] == 0

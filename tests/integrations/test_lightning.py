@@ -104,7 +104,7 @@ def test_the_same_as_the_plain_loop(tmp_path: Path) -> None:
     assert report["layers"]["net.4"]["exempt"].startswith("the classifier")
     assert_equal(dense_weights(module), dense_weights(model))
     assert float(run.logged_metrics["sparsity"]) == pytest.approx(pruning.pruner.sparsity)
-    assert {"density", "live_parameters", "flops_saving"} <= set(run.logged_metrics)
+    assert {"density", "sparsity_of_model", "live_parameters", "flops_saving"} <= set(run.logged_metrics)
 
 
 def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path: Path) -> None:

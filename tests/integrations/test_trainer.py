@@ -67,6 +67,7 @@ def test_logs_tell_how_far_it_is(whole: Any) -> None:
     values = {id(layer.values) for layer in pruning.pruner.layers.values()}
     rest = sum(p.numel() for p in run.model.parameters() if id(p) not in values)
     assert rows[-1]["live_parameters"] == live + rest
+    assert rows[-1]["sparsity_of_model"] == pruning.pruner.sparsity_of_model < rows[-1]["sparsity"]
 
 
 @pytest.mark.parametrize("step", [10, 20])

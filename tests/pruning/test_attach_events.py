@@ -271,6 +271,7 @@ def test_the_report_is_plain_and_complete() -> None:
     assert report["layers"]["4"] == {
         "density": 1.0,
         "exempt": "the classifier (the last Linear) stays dense unless named",
+        "weights": 4 * 64,
     }
     history = report["history"]
     assert history[0] == {"step": 0, "sparsity": 0.0, "density": {"0": 1.0, "2": 1.0}}

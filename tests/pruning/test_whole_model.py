@@ -272,8 +272,10 @@ def test_a_tied_weight_counts_once() -> None:
 
 def test_frozen_weights_and_those_that_no_optimizer_holds_say_so() -> None:
     torch.manual_seed(0)
-    model = Beside(nn.ModuleList([nn.Embedding(5, 8), nn.GRU(32, 8), nn.Linear(32, 32), nn.Linear(32, 32)]),
-                   lambda m, x: m[3](m[2](x)) + m[0](rows(x)).mean() + m[1](x)[0].mean())
+    model = Beside(
+        nn.ModuleList([nn.Embedding(5, 8), nn.GRU(32, 8), nn.Linear(32, 32), nn.Linear(32, 32)]),
+        lambda m, x: m[3](m[2](x)) + m[0](rows(x)).mean() + m[1](x)[0].mean(),
+    )
     model.other[0].requires_grad_(False)
     model.other[2].requires_grad_(False)
     held = [p for name, p in model.named_parameters() if not name.startswith(("other.1", "other.3"))]
@@ -342,7 +344,7 @@ def test_a_state_of_an_earlier_version_keeps_the_size_that_was_found_at_attach()
 
 
 def test_an_end_before_the_target_names_both_figures() -> None:
-    model, optimizer, pruner, total = attach_beside("Embedding")
+    model, optimizer, pruner, _ = attach_beside("Embedding")
     train(model, optimizer, 9)
     said = f"{pruner.sparsity:.1%} \\({pruner.sparsity_of_model:.1%} of all parameters\\)"
     with pytest.warns(RuntimeWarning, match=f"ends at a sparsity of {said}, short of"):

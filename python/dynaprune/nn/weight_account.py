@@ -87,7 +87,7 @@ def why_whole(held: HeldWeight) -> str:
         return f"{type_} has no block-sparse form"
     if held.parameter.dim() == 3:
         return (
-            f"{shape[0]} matrices of {shape[1]}x{shape[2]} in one parameter of {type_} (stacked experts or the "
-            "like), which has no block-sparse form"
+            f"{shape[0]} matrices of {shape[1]}x{shape[2]} in one parameter of {type_} (stacked experts or "
+            "the like), which has no block-sparse form"
         )
     return f"a parameter of {type_} itself, which has no block-sparse form"
