@@ -11,14 +11,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaprune_kernels.backends.memory import with_memory
 from dynaprune_kernels.geometry import ConvGeometry, ceil_div
-from dynaprune_kernels.index import N_LIVE, N_SLOTS, OVERFLOW, column_list_of_block, column_lists, sections
+from dynaprune_kernels.index import (
+    N_LIVE,
+    N_SLOTS,
+    OVERFLOW,
+    IndexSections,
+    column_list_of_block,
+    column_lists,
+    sections,
+)
 from dynaprune_kernels.memory_format import in_format
 
 
+def _refuse_first(section: str, wrong: Tensor, places: Tensor, numbers: Tensor, expected: str) -> None:
+    """Raise ValueError that names the first of a section's ``numbers`` that is ``wrong``, and its place."""
+    if bool(wrong.any()):
+        at = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(
+            f"index is corrupted: {section}[{int(places[at])}] is {int(numbers[at])}, expected {expected} "
+            "(something other than layout_update wrote to it)"
+        )
+
+
+def _check_entries(s: IndexSections, rows: int, columns: int, capacity: int) -> None:
+    """Raise ValueError unless header and column lists list every block and every slot at most once.
+
+    ``block_of_slot`` has to name the block of each entry, so that an entry with another one's slot is wrong.
+    """
+    live = int(s.header[N_LIVE])
+    if not 0 <= live <= capacity:
+        raise ValueError(
+            f"index is corrupted: header[{N_LIVE}] is {live}, expected a number of live blocks up to the "
+            f"capacity {capacity} (something other than layout_update wrote to it)"
+        )
+    entry = torch.arange(capacity)
+    for name, numbers, limit in (
+        ("col_rows", s.col_rows, rows),
+        ("col_cols", s.col_cols, columns),
+        ("col_slots", s.col_slots, capacity),
+    ):
+        wrong = torch.where(entry < live, (numbers < 0) | (numbers >= limit), numbers != -1)
+        _refuse_first(name, wrong, entry, numbers, f"0 to {limit - 1} in {live} live blocks, -1 behind them")
+    entry, slots = entry[:live], s.col_slots[:live].long()
+    block = s.col_rows[:live].long() * columns + s.col_cols[:live]
+    named = s.block_of_slot[slots]
+    _refuse_first("block_of_slot", named != block, slots, named, "the block that lists the slot")
+    times = torch.bincount(block, minlength=rows * columns)[block]
+    _refuse_first("col_slots", times > 1, entry, slots, "the slot of a block that is listed once")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the host may look at the numbers: neither does it wait for a device, nor is this a trace."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
 def _entries(index: Tensor, rows: int, columns: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """Block number and slot of each of ``capacity`` entries (int64); dead entries point one past the end."""
+    """Block number and slot of each of ``capacity`` entries (int64); dead entries point one past the end.
+
+    On a CPU a corrupted index raises ValueError. On a GPU, and in compiled code, torch's own indexing stops
+    at numbers outside the tensors, and an index that is wrong within them is taken at its word.
+    """
     s = sections(index, rows, capacity)
+    if _readable(index):
+        _check_entries(s, rows, columns, capacity)
     live = s.col_slots >= 0
     block = torch.where(live, s.col_rows.long() * columns + s.col_cols.long(), rows * columns)
     return block, torch.where(live, s.col_slots.long(), capacity)
@@ -99,6 +156,7 @@ def _grid(
     return ceil_div(out_features, bo), taps * ceil_div(in_features, bi)
 
 
+@with_memory
 def linear_forward(
     x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int
 ) -> Tensor:
@@ -106,21 +164,25 @@ def linear_forward(
     return F.linear(x, dense_weight(values, index, out_features, x.shape[1]), bias)
 
 
+@with_memory
 def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) -> Tensor:
     """``dx = dy W`` over live blocks, ``[tokens, in]``."""
     return dy @ dense_weight(values, index, dy.shape[1], in_features)
 
 
+@with_memory
 def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int]) -> Tensor:
     """``dW = dy^T x`` at live blocks, ``[capacity, bi, bo]``, zeros in unlisted slots and in padding."""
     return _wgrad_from_dense(dy.t() @ x, index, capacity, block, None)
 
 
+@with_memory
 def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """wgrad and, per block, the signed sum of weight x gradient (float32, or float64 of float64 input)."""
     return _wgrad_saliency_from_dense(dy.t() @ x, values, index, None)
 
 
+@with_memory
 def linear_probe(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
 ) -> Tensor:
@@ -133,6 +195,7 @@ def linear_probe(
     return _probe_from_dense(dy.t() @ x, index, capacity, block, None, probe)
 
 
+@with_memory
 def conv2d_forward(
     x: Tensor,
     values: Tensor,
@@ -152,6 +215,7 @@ def conv2d_forward(
     return in_format(y, channels_last)
 
 
+@with_memory
 def conv2d_dgrad(
     dy: Tensor,
     values: Tensor,
@@ -166,6 +230,7 @@ def conv2d_dgrad(
     return in_format(dx, channels_last)
 
 
+@with_memory
 def conv2d_wgrad(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
 ) -> Tensor:
@@ -173,6 +238,7 @@ def conv2d_wgrad(
     return _wgrad_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv)
 
 
+@with_memory
 def conv2d_wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
@@ -180,6 +246,7 @@ def conv2d_wgrad_saliency(
     return _wgrad_saliency_from_dense(_dense_conv_wgrad(dy, x, conv), values, index, conv)
 
 
+@with_memory
 def conv2d_probe(
     dy: Tensor,
     x: Tensor,
@@ -274,6 +341,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@with_memory
 def block_saliency(
     values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
@@ -295,6 +363,7 @@ def block_saliency(
     return stats, neuron
 
 
+@with_memory
 def layout_update(
     mask: Tensor,
     slot_of_block: Tensor,
@@ -303,16 +372,33 @@ def layout_update(
     conv: ConvGeometry | None,
     release: bool,
 ) -> None:
-    """Rebuild slots and indices from ``mask`` in place (see :meth:`BlockLayout.update_` for the rules)."""
+    """Rebuild slots and indices from ``mask`` in place (see :meth:`BlockLayout.update_` for the rules).
+
+    A byte of ``mask`` that is not 0 is true, whatever it is. On a GPU a slot outside the capacity counts as
+    none, and a slot of two blocks stays one of both: to refuse them would wait for the device.
+
+    Raises:
+        ValueError: on a CPU, slots outside -1 .. capacity - 1, or a slot of two blocks.
+    """
     rows, columns = mask.shape
     blocks, device = rows * columns, mask.device
     lists = column_lists(columns, conv)
     s = sections(index, rows, capacity)
     number = torch.arange(blocks, device=device)
-    live = mask.reshape(-1).clone()
+    live = mask.reshape(-1).view(torch.uint8) != 0
     slot = slot_of_block.reshape(-1).long()
+    below = slot < -1
     if release:
         slot = torch.where(live, slot, -1)
+    outside = below | (slot >= capacity)
+    if _readable(slot):
+        held = slot[slot >= 0]
+        if bool(outside.any()) or held.unique().numel() != held.numel():
+            raise ValueError(
+                f"layout_update: expected slots of slot_of_block from -1 on and below capacity {capacity}, "
+                "each at most once"
+            )
+    slot = torch.where(outside, -1, slot)
 
     has_slot = slot >= 0
     taken = torch.zeros(capacity + 1, dtype=torch.bool, device=device)

@@ -1,10 +1,10 @@
 """Corrupted indices and malformed calls of the raw CPU ops: `python -m tests.fuzz.kernels`.
 
 Every call has to raise a Python exception or to return; where it returns for an index, what it returns
-has to be right for the blocks that the index lists. The reference in plain PyTorch only has to end
-without a crash. The compiled kernels run under AddressSanitizer, built into build/sanitized, in processes
-of their own: a signal, a report or a hang is a fault of the case at hand, which its seed and number
-repeat (`--seed S --first N --count 1`).
+has to be right for the blocks that the index lists. The reference in plain PyTorch goes by the column
+lists whatever the op. The compiled kernels run under AddressSanitizer, built into build/sanitized, in
+processes of their own: a signal, a report or a hang is a fault of the case at hand, which its seed and
+number repeat (`--seed S --first N --count 1`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from tests.fuzz.corruptions import CORRUPTIONS, corrupted
-from tests.fuzz.kernel_problems import Problem, difference, draw_problem, public_calls, raw_calls
+from tests.fuzz.kernel_problems import BY_COLUMN, Problem, difference, draw_problem, public_calls, raw_calls
 from tests.fuzz.malformed_calls import all_calls, malformed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,14 +61,12 @@ def try_index(seed: int, number: int) -> tuple[Outcome, str | None]:
             name, *arguments = calls[op]
             results = getattr(torch.ops.dynaprune, name)(*arguments)
     except Exception as error:
-        if isinstance(error, RuntimeError) and "index is corrupted" in str(error):
+        if isinstance(error, RuntimeError | ValueError) and "index is corrupted" in str(error):
             return (kind, "refused as corrupted"), None
         return (kind, f"refused: {type(error).__name__}"), None
     if index.is_meta:
         return (kind, "returned without memory"), None
-    if backend == "reference":
-        return (kind, "returned by the reference"), None
-    wrong = difference(p, op, index, results, lists_of=op)
+    wrong = difference(p, op, index, results, lists_of=BY_COLUMN[0] if backend == "reference" else op)
     return (kind, "right"), wrong and f"{kind} {backend} {op}: {wrong}"
 
 
@@ -89,22 +87,18 @@ def try_call(seed: int, number: int) -> tuple[Outcome, str | None]:
 KINDS = {"indices": try_index, "calls": try_call}
 
 
-def work(kind: str, seed: int, first: int, count: int, progress: Path) -> None:
-    """Run cases in this process; the number of the one at hand stands in ``progress``."""
+def work(kind: str, seed: int, first: int, count: int, log: Path) -> None:
+    """Run cases in this process. ``log`` counts each one before it runs, and says what became of it after."""
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")
-    outcomes: collections.Counter[Outcome] = collections.Counter()
-    with progress.open("wb", buffering=0) as at:
+    with log.open("ab", buffering=0) as to:
         for number in range(first, first + count):
-            os.pwrite(at.fileno(), f"{number:<12}".encode(), 0)
+            to.write(f"CASE\t{number}\n".encode())
             faulthandler.dump_traceback_later(LONGEST_SECONDS, exit=True)
-            outcome, wrong = KINDS[kind](seed, number)
-            outcomes[outcome] += 1
+            (tried, became), wrong = KINDS[kind](seed, number)
+            to.write(f"OUTCOME\t{tried}\t{became}\n".encode())
             if wrong:
-                print(f"WRONG {kind} seed {seed} number {number}: {wrong}", flush=True)
-    for (tried, became), times in sorted(outcomes.items()):
-        print(f"OUTCOME\t{tried}\t{became}\t{times}")
-    print("DONE", flush=True)
+                to.write(f"WRONG {kind} seed {seed} number {number}: {wrong}\n".encode())
 
 
 def environment(sanitized: bool) -> dict[str, str]:
@@ -143,29 +137,36 @@ def run(
     kind: str, seed: int, first: int, count: int, sanitized: bool
 ) -> tuple[dict[Outcome, int], list[str]]:
     """Run cases in a process of their own, in a new one after a case that ends it."""
-    outcomes: dict[Outcome, int] = {}
+    outcomes: collections.Counter[Outcome] = collections.Counter()
     faults: list[str] = []
-    progress = Path(tempfile.gettempdir()) / f"dynaprune-fuzz-{os.getpid()}-{kind}-{first}"
     end = first + count
     while first < end:
-        command = [sys.executable, "-m", "tests.fuzz.kernels", "--seed", str(seed), "--work", kind]
-        command += ["--first", str(first), "--count", str(end - first), "--progress", str(progress)]
-        done = subprocess.run(command, cwd=ROOT, env=environment(sanitized), capture_output=True, text=True)
-        lines = done.stdout.splitlines()
-        faults += [line for line in lines if line.startswith("WRONG")]
+        with tempfile.TemporaryDirectory(prefix="dynaprune-fuzz-") as folder:
+            log = Path(folder) / "log"
+            command = [sys.executable, "-m", "tests.fuzz.kernels", "--seed", str(seed), "--work", kind]
+            command += ["--first", str(first), "--count", str(end - first), "--log", str(log)]
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(sanitized), capture_output=True, text=True
+            )
+            lines = log.read_text().splitlines() if log.exists() else []
+        begun = 0
         for line in lines:
-            if line.startswith("OUTCOME"):
-                _, tried, became, times = line.split("\t")
-                outcomes[tried, became] = outcomes.get((tried, became), 0) + int(times)
-        if lines and lines[-1] == "DONE":
+            if line.startswith("CASE"):
+                begun += 1
+            elif line.startswith("OUTCOME"):
+                _, tried, became = line.split("\t")
+                outcomes[tried, became] += 1
+            else:
+                faults.append(line)
+        if done.returncode == 0 and begun == end - first:
             break
-        at = int(progress.read_text()) if progress.exists() else first
-        faults.append(f"ENDED {kind} seed {seed} number {at}: code {done.returncode}\n{done.stderr[-4000:]}")
-        first = at + 1
-        if len(faults) > 20:
+        at = f"number {first + begun - 1}" if begun else "before its first case"
+        faults.append(f"ENDED {kind} seed {seed} {at}: code {done.returncode}\n{done.stderr[-4000:]}")
+        if not begun or len(faults) > 20:
             faults.append("given up")
             break
-    progress.unlink(missing_ok=True)
+        outcomes["any", "ended the process"] += 1
+        first += begun
     return outcomes, faults
 
 
@@ -195,10 +196,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--without-sanitizer", action="store_true")
     parser.add_argument("--work", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--progress", type=Path, default=Path(os.devnull), help=argparse.SUPPRESS)
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
-        work(given.work, given.seed, given.first, given.count, given.progress)
+        work(given.work, given.seed, given.first, given.count, given.log)
         return
     if not given.without_sanitizer:
         build_sanitized()

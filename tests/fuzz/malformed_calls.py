@@ -91,15 +91,15 @@ def _numbers(numbers: list[int], pick: random.Random) -> Any:
 
 
 def malformed(arguments: list[Any], pick: random.Random) -> list[Any]:
-    """Other arguments; tensors that an op may write to are copies."""
+    """Other arguments, each broken at most once; tensors that an op may write to are copies."""
     arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    for _ in range(pick.choice([1, 1, 1, 2, 3])):
-        at = pick.randrange(len(arguments))
+    right = list(arguments)
+    for at in pick.sample(range(len(arguments)), min(pick.choice([1, 1, 1, 2, 3]), len(arguments))):
         value = arguments[at]
         if isinstance(value, bool):
             arguments[at] = pick.choice([None, 2, "x", not value])
         elif isinstance(value, Tensor):
-            tensors = [a for a in arguments if isinstance(a, Tensor)]
+            tensors = [a for a in right if isinstance(a, Tensor)]
             arguments[at] = pick.choice(tensors) if pick.random() < 0.2 else _tensor(value, pick)
         elif isinstance(value, int):
             arguments[at] = _integer(value, pick)

@@ -1,0 +1,182 @@
+"""Indices, slots, masks and storages that something else wrote to: a clear error, or a right result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, reference
+from dynaprune_kernels.index import sections
+from tests.kernels.packed_index import packed_index, updated_slots
+
+CONV = ConvGeometry(2, 3, 2, 1, 0, 1)
+
+
+@pytest.fixture(params=["cpu", "reference", "dense"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu" and not _extension.load().loaded:
+        pytest.skip(str(_extension.load().reason))
+    monkeypatch.setenv("DYNAPRUNE_BACKEND", request.param)
+    return request.param
+
+
+def layout_of(conv: ConvGeometry | None) -> BlockLayout:
+    """Three suspended and some dead blocks, two free slots."""
+    generator = torch.Generator().manual_seed(3)
+    layout = BlockLayout(40, 52, (8, 16), conv=conv)
+    mask = torch.rand(layout.mask.shape, generator=generator) < 0.4
+    layout = BlockLayout(40, 52, (8, 16), conv=conv, mask=mask, capacity=int(mask.sum()) + 2)
+    suspended = torch.zeros_like(mask)
+    suspended.view(-1)[mask.flatten().nonzero().flatten()[:3]] = True
+    layout.suspend_(suspended)
+    return layout
+
+
+def update(layout: BlockLayout, release: bool = False) -> None:
+    torch.ops.dynaprune.layout_update(
+        layout.mask, layout.slot_of_block, layout.index, layout.capacity, layout.conv, release
+    )
+
+
+@pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
+@pytest.mark.parametrize("name", ["mask", "slot_of_block", "index"])
+@pytest.mark.parametrize("left", [0, 1, -1], ids=["nothing", "one", "all but one"])
+def test_layout_update_refuses_a_shrunken_storage(
+    backend: str, name: str, conv: ConvGeometry | None, left: int
+) -> None:
+    layout = layout_of(conv)
+    tensor = getattr(layout, name).clone()
+    setattr(layout, name, tensor)
+    elements = left if left >= 0 else tensor.numel() - 1
+    size = elements * tensor.element_size()
+    tensor.untyped_storage().resize_(size)
+    arguments = (layout.mask, layout.slot_of_block, layout.index)
+    with pytest.raises(ValueError, match=rf"layout_update: expected {name} .* got a storage of {size} bytes"):
+        torch.ops.dynaprune.layout_update(*arguments, 40, conv, False)
+
+
+def other_strides(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+MALFORMED: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "mask of bytes": lambda t: [t[0].to(torch.uint8), *t[1:]],
+    "slots in int64": lambda t: [t[0], t[1].long(), t[2]],
+    "index in int64": lambda t: [*t[:2], t[2].long()],
+    "flat mask": lambda t: [t[0].flatten(), *t[1:]],
+    "slots of another grid": lambda t: [t[0], t[1][:-1].contiguous(), t[2]],
+    "no blocks": lambda t: [t[0][:0], t[1][:0], t[2]],
+    "short index": lambda t: [*t[:2], t[2][:-2].clone()],
+    "index of two dimensions": lambda t: [*t[:2], t[2][None]],
+    "apart mask": lambda t: [other_strides(t[0]), *t[1:]],
+    "apart slots": lambda t: [t[0], other_strides(t[1]), t[2]],
+    "apart index": lambda t: [*t[:2], other_strides(t[2])],
+    "one slot for all": lambda t: [t[0], t[1][:1, :1].expand(t[1].shape), t[2]],
+}
+
+
+@pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_layout_update_refuses_other_tensors(backend: str, kind: str, conv: ConvGeometry | None) -> None:
+    layout = layout_of(conv)
+    tensors = MALFORMED[kind]([layout.mask, layout.slot_of_block, layout.index])
+    with pytest.raises((ValueError, TypeError), match="layout_update"):
+        torch.ops.dynaprune.layout_update(*tensors, layout.capacity, conv, True)
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("slot", ["capacity", "far", "below", "lowest", "twice"])
+def test_layout_update_refuses_slots_that_are_none(backend: str, slot: str, release: bool) -> None:
+    layout = layout_of(None)
+    live = layout.mask.flatten().nonzero().flatten()
+    bad = {"capacity": layout.capacity, "far": 2**31 - 1, "below": -2, "lowest": -(2**31)}
+    bad["twice"] = int(layout.slot_of_block.view(-1)[live[1]])
+    layout.slot_of_block.view(-1)[live[0]] = bad[slot]
+    with pytest.raises((ValueError, RuntimeError), match="expected slots of slot_of_block from -1 on"):
+        update(layout, release)
+
+
+@pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
+@pytest.mark.parametrize("release", [False, True])
+def test_any_byte_but_zero_is_a_live_block(backend: str, release: bool, conv: ConvGeometry | None) -> None:
+    layout = layout_of(conv)
+    generator = torch.Generator().manual_seed(5)
+    written = torch.randint(0, 256, layout.mask.shape, generator=generator, dtype=torch.uint8)
+    written[torch.rand(layout.mask.shape, generator=generator) < 0.2] = 0
+    layout.mask.view(torch.uint8).copy_(written)
+    slots = layout.slot_of_block.numpy().copy()
+    mask, slots, dropped = updated_slots(written.numpy() != 0, slots, layout.capacity, release)
+    geometry = {"kernel": CONV[0:2], "stride": CONV[2:4], "dilation": CONV[6:8]} if conv else {}
+    expected = packed_index(mask, slots, layout.capacity, overflow=dropped, **geometry)
+    update(layout, release)
+    assert dropped > 0
+    assert layout.mask.view(torch.uint8).tolist() == mask.astype("uint8").tolist()
+    assert layout.slot_of_block.tolist() == slots.tolist()
+    assert layout.index.tolist() == expected.tolist()
+
+
+WRONG: list[tuple[str, int, int]] = [
+    ("header", 0, -1),
+    ("header", 0, 10_000),
+    ("col_rows", 0, -1),
+    ("col_rows", 1, 10_000),
+    ("col_cols", 0, -(2**31)),
+    ("col_cols", 2, 2**31 - 1),
+    ("col_slots", 0, -1),
+    ("col_slots", 3, 10_000),
+    ("col_slots", -1, 0),
+    ("block_of_slot", 4, 0),
+    ("col_slots twice", 3, 0),
+]
+
+
+@pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
+@pytest.mark.parametrize(("section", "at", "number"), WRONG)
+def test_the_reference_names_what_is_wrong_in_an_index(
+    monkeypatch: pytest.MonkeyPatch, section: str, at: int, number: int, conv: ConvGeometry | None
+) -> None:
+    monkeypatch.setenv("DYNAPRUNE_BACKEND", "reference")
+    layout = layout_of(conv)
+    s = sections(layout.index, layout.rows, layout.capacity)
+    if section == "block_of_slot":
+        at = int(s.col_slots[at])
+    if section == "col_slots twice":
+        section, number = "col_slots", int(s.col_slots[at])
+        for part in (s.col_rows, s.col_cols, s.col_slots):
+            part[at + 1] = part[at].item()
+    getattr(s, section)[at] = number
+    at %= getattr(s, section).numel()
+    values = torch.zeros(layout.capacity, 16, 8)
+    with pytest.raises(ValueError, match=rf"index is corrupted: {section}\[{at}\] is {number}, expected"):
+        reference.dense_weight(values, layout.index, 40, 52, conv)
+    calls = [
+        lambda: torch.ops.dynaprune.block_saliency(values, values, layout.index, layout.rows, layout.columns)
+    ]
+    if conv is None:
+        x, dy = torch.zeros(3, 52), torch.zeros(3, 40)
+        calls += [
+            lambda: torch.ops.dynaprune.block_sparse_linear(x, values, None, layout.index, 40),
+            lambda: torch.ops.dynaprune.block_sparse_linear_dgrad(dy, values, layout.index, 52),
+            lambda: torch.ops.dynaprune.block_sparse_linear_wgrad(dy, x, layout.index, len(values), [16, 8]),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match="index is corrupted"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["x", "values", "bias", "index"])
+def test_the_reference_refuses_a_shrunken_storage(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("DYNAPRUNE_BACKEND", "reference")
+    layout = layout_of(None)
+    given = {
+        "x": torch.zeros(3, 52),
+        "values": torch.zeros(layout.capacity, 16, 8),
+        "bias": torch.zeros(40),
+        "index": layout.index,
+    }
+    given[name].untyped_storage().resize_(4)
+    with pytest.raises(ValueError, match=rf"linear_forward: expected {name} .* got a storage of 4 bytes"):
+        torch.ops.dynaprune.block_sparse_linear(*given.values(), 40)
