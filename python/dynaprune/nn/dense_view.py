@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dynaprune.nn.adapters import merging_adapter
+
 if TYPE_CHECKING:
     from dynaprune.nn.block_sparse import BlockSparseLayer
 
@@ -109,10 +111,24 @@ class _Source:
     def write(self) -> None:
         """Bring what was changed in place into the live blocks; what was written elsewhere is dropped."""
         assert self._built is not None
+        adapter = merging_adapter(self.layer) if self._reads is not None else ""
         with torch.no_grad():
+            if adapter and self._lost():
+                self._built.copy_(self.layer.to_dense_shape(self._stored))
+                raise RuntimeError(
+                    f"{adapter} writes into removed blocks of layer {self.layer.reads.name or '(unnamed)'}: "
+                    "the merged layer would lose part of the adapter. Make the layer dense first "
+                    "(pruner.finalize() or dynaprune.swap_back), then merge"
+                )
             self.layer.write_slots_(self._stored, self._built)
             self._built.copy_(self.layer.to_dense_shape(self._stored))
         self._at = (self._stored._version, self._stored.data_ptr(), self.layer.layout.index._version)
+
+    def _lost(self) -> bool:
+        """Whether there is anything in blocks that are not live."""
+        assert self._built is not None
+        live = self.layer.to_dense_shape(torch.ones_like(self._stored))
+        return bool(((self._built != 0) & (live == 0)).any())
 
 
 class DenseView(Tensor):

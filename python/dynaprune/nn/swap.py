@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from dynaprune.nn.adapters import Adapters, find_adapters
 from dynaprune.nn.block_sparse import BlockSparseLayer
 from dynaprune.nn.conv import BlockSparseConv1d, BlockSparseConv2d
 from dynaprune.nn.linear import BlockSparseLinear
@@ -26,6 +27,7 @@ SPARSE_TYPES: dict[type[nn.Module], Any] = {
 }
 _FUNCTIONALLY_READ = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 MAX_PADDING = 1.25
+FROZEN = "it is frozen"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def swap_layers(
     Each layer stays the same object, with its hooks and attributes; only its class changes.
 
     The first convolution, the classifier (the last Linear) and layers that would store over 25% of padding
-    stay dense unless ``include`` names them; weights that something else reads stay dense always.
+    stay dense unless ``include`` names them; weights that something else reads, and adapters
+    (``dynaprune.nn.adapters``), stay dense always.
 
     Args:
         block_size: outputs and inputs per block, 8 to 128.
@@ -90,7 +93,8 @@ def swap_layers(
         if not any(matches(name, [pattern]) for name, _ in model.named_modules()):
             raise ValueError(f"expected a pattern that matches a module of the model, got {pattern!r}")
 
-    spared = _spared_by_default(candidates)
+    adapters = find_adapters(model)
+    spared = _spared_by_default([item for item in candidates if item[0] not in adapters.layers])
     readers = {**(exempt or {}), **dict(_outside_readers(model))}
     entries: list[SwapEntry] = []
     chosen: list[tuple[str, nn.Module]] = []
@@ -102,7 +106,9 @@ def swap_layers(
             reason = "not among the included names"
         elif include is None and name in spared:
             reason = spared[name]
-        elif why := readers.get(name) or _cannot_swap(module, block, named):
+        elif why := (
+            adapters.reason(name, named=named) or readers.get(name) or _cannot_swap(module, block, named)
+        ):
             if named:
                 raise ValueError(f"layer {name!r} was asked for by name but cannot be block-sparse: {why}")
             reason = why
@@ -110,6 +116,8 @@ def swap_layers(
             reason = ""
             chosen.append((name, module))
         entries.append(SwapEntry(name, reason))
+    if not chosen and adapters:
+        raise ValueError(_nothing_but_adapters(adapters, dict(candidates), entries))
     if not chosen:
         raise ValueError(
             "expected a model with at least one prunable layer, got none: "
@@ -123,6 +131,23 @@ def swap_layers(
     for name, module in chosen:
         SPARSE_TYPES[type(module)].from_dense(module, block).reads.name = name
     return entries
+
+
+def _nothing_but_adapters(
+    adapters: Adapters, candidates: Mapping[str, nn.Module], entries: Sequence[SwapEntry]
+) -> str:
+    rest = {entry.name: entry.reason for entry in entries if entry.name not in adapters.layers}
+    frozen = [candidates[name].weight for name, reason in rest.items() if reason == FROZEN]
+    weights = sum(weight.numel() for weight in frozen if isinstance(weight, Tensor))
+    others = "; ".join(f"{name}: {reason}" for name, reason in rest.items() if reason != FROZEN)
+    return (
+        f"cannot prune this model: adapters ({adapters.described()}) are never pruned, and of the "
+        f"{len(rest)} other layers {len(frozen)} are frozen ({weights:,} weights)"
+        f"{f' and the rest stays dense ({others})' if others else ''}. A frozen network is not pruned under "
+        "its adapters: train the network itself (requires_grad_(True), its weights in the optimizer), or "
+        "merge the adapters into it first (PEFT's merge_and_unload()). To adapt a pruned network, prune it "
+        "first, and add adapters after finalize()"
+    )
 
 
 def swap_back(model: nn.Module) -> nn.Module:
@@ -198,7 +223,7 @@ def _cannot_swap(module: nn.Module, block: tuple[int, int], named: bool) -> str 
     if reason := own_behaviour(module, SPARSE_TYPES[type(module)]):
         return reason
     if not weight.requires_grad:
-        return "it is frozen"
+        return FROZEN
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):

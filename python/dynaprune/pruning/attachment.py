@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dynaprune.nn import BlockSparseLayer, swap_layers
+from dynaprune.nn.adapters import find_adapters
+from dynaprune.nn.swap import FROZEN
 from dynaprune.pruning import refusals
 from dynaprune.pruning.calibration import CalibrationTrial
 from dynaprune.pruning.config import PruningConfig
@@ -92,7 +94,10 @@ def _take_layers(
     """Reasons of the exempt layers, the block-sparse layers, with their optimizer state moved, and whether
     they were compared with the plain ones."""
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
-    dense = {n: m for n, m in model.named_modules() if isinstance(m, config.layer_types)}
+    adapters = {n: why for n, why in find_adapters(model).layers.items() if n not in (config.include or ())}
+    dense = {
+        n: m for n, m in model.named_modules() if isinstance(m, config.layer_types) and n not in adapters
+    }
     for name, layer in sparse.items():
         watch = getattr(layer, "copy_watch", None)
         if isinstance(watch, CopyWatch) and watch.owned:
@@ -107,7 +112,12 @@ def _take_layers(
     _refuse_unsliceable(optimizers, [p for _, p in trainable], config.block_size)
     if sparse:
         foreign = [n for n, p in values.items() if id(p) not in held]
+        frozen = [n for n, p in values.items() if not p.requires_grad]
         exempt = {**dict.fromkeys(dense, _CAME_DENSE), **dict.fromkeys(foreign, _NOT_HELD)}
+        exempt |= {**dict.fromkeys(frozen, FROZEN), **adapters}
+        if all(n in exempt for n in sparse):
+            told = "; ".join(f"{n}: {exempt[n]}" for n in sparse)
+            raise ValueError(f"expected a block-sparse layer that can be pruned on, got none: {told}")
         _check_floors(config, [n for n in sparse if n not in exempt])
         return exempt, {n: layer for n, layer in sparse.items() if n not in exempt}, True
 

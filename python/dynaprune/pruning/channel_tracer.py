@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dynaprune.nn.adapters import find_adapters
 from dynaprune.pruning.channel_rules import Call, function_rule, rule_for
 from dynaprune.pruning.channel_sets import NEUTRAL, ChannelSets, Labels, latest, uniform
 from dynaprune.pruning.channel_storage import LabelStorage, storage_key
@@ -86,8 +87,13 @@ class ChannelTracer(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Calls of layers and modules are noticed, and so are all operations between them."""
         tied = _tied_modules(self._model)
+        adapters = find_adapters(self._model)
         with ExitStack() as stack:
             self._label_buffers()
+            for name, reason in (adapters.bases | adapters.layers).items():
+                if layer := self.graph.layers.get(name):  # also where the adapter is not active
+                    for channels in (layer.outputs, layer.inputs):
+                        self.sets.block(channels, f"{name!r} keeps its widths: {reason}")
             for name, module in self._model.named_modules():
                 self._label_parameters(name, module)
                 if isinstance(module, torch.jit.ScriptModule):
