@@ -232,6 +232,16 @@ def test_conv1d_layers_are_swapped_too() -> None:
     assert type(model[1]) is BlockSparseConv1d
 
 
+def test_many_layers_of_one_reason_are_told_by_their_number() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(40)), nn.Linear(64, 4))
+    model[:40].requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"40 layers \(0, ..., 39\): it is frozen; 40: the classifier"
+    ) as told:
+        swap_layers(model, 8)
+    assert len(str(told.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [

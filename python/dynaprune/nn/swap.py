@@ -28,6 +28,7 @@ SPARSE_TYPES: dict[type[nn.Module], Any] = {
 _FUNCTIONALLY_READ = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 MAX_PADDING = 1.25
 FROZEN = "it is frozen"
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def swap_layers(
             + "; ".join(
                 [
                     *_unsupported(model),
-                    *([f"{e.name}: {e.reason}" for e in entries] or [f"no layer of type {_names(types)}"]),
+                    _by_reason({e.name: e.reason for e in entries}) or f"no layer of type {_names(types)}",
                 ]
             )
         )
@@ -133,13 +134,27 @@ def swap_layers(
     return entries
 
 
+def _by_reason(reasons: Mapping[str, str]) -> str:
+    """Layers with the reason, few by name, many of one reason by their number and the first."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    told = [
+        f"{len(names)} layers ({names[0]}, ..., {names[-1]}): {reason}"
+        if len(names) > _FEW
+        else "; ".join(f"{name}: {reason}" for name in names)
+        for reason, names in groups.items()
+    ]
+    return "; ".join(told)
+
+
 def _nothing_but_adapters(
     adapters: Adapters, candidates: Mapping[str, nn.Module], entries: Sequence[SwapEntry]
 ) -> str:
     rest = {entry.name: entry.reason for entry in entries if entry.name not in adapters.layers}
     frozen = [candidates[name].weight for name, reason in rest.items() if reason == FROZEN]
     weights = sum(weight.numel() for weight in frozen if isinstance(weight, Tensor))
-    others = "; ".join(f"{name}: {reason}" for name, reason in rest.items() if reason != FROZEN)
+    others = _by_reason({name: reason for name, reason in rest.items() if reason != FROZEN})
     return (
         f"cannot prune this model: adapters ({adapters.described()}) are never pruned, and of the "
         f"{len(rest)} other layers {len(frozen)} are frozen ({weights:,} weights)"

@@ -214,7 +214,13 @@ def refuse_without_gradients(
 ) -> None:
     """Raise RuntimeError where no prunable weight of the optimizer has a gradient at its step."""
     if layers and all(layer.values.grad is None for layer in layers.values()):
+        what_to_do = "call backward first, and zero_grad after the step"
+        if not any(layer.values.requires_grad for layer in layers.values()):
+            what_to_do = (
+                "they were frozen after attach (as PEFT freezes what it adds adapters to); call "
+                "pruner.finalize() before that"
+            )
         raise RuntimeError(
             f"{type(optimizer).__name__}.step: expected gradients on the prunable weights, got None on all "
-            f"of {', '.join(list(layers)[:4])}: call backward first, and zero_grad after the step"
+            f"of {', '.join(list(layers)[:4])}: {what_to_do}"
         )
