@@ -39,12 +39,14 @@ class Adapters:
         guessed: names among them that are known by their shapes, not by their class.
         bases: layers that an adapter changes, by name, with the reason why they keep their widths.
         kinds: how many adapters there are, by kind.
+        merged: modules whose adapter is merged into the layer under it, by name.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
     guessed: set[str] = field(default_factory=set)
     bases: dict[str, str] = field(default_factory=dict)
     kinds: Counter[str] = field(default_factory=Counter)
+    merged: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.kinds)
@@ -69,6 +71,8 @@ def find_adapters(model: nn.Module) -> Adapters:
         own = [child for attribute, child in module._modules.items() if attribute not in _BASES and child]
         if module not in parts and "model" not in module._modules and (own or module._parameters):
             found.kinds[kind] += 1
+        if "base_layer" in module._modules and getattr(module, "merged", False) is True:
+            found.merged.append(name)
         parts.update(part for child in own for part in child.modules())
         for attribute, child in module._modules.items():
             for path in _layers_under(_join(name, attribute), child):
@@ -87,7 +91,7 @@ def peft_kind(module: Any) -> str:
     for base in type(module).__mro__:
         if base.__module__.startswith(_PEFT):
             return f"PEFT's {base.__module__.split('.')[2]}"
-        if base.__module__ == _SAVED_WHOLE and "original_module" in getattr(module, "_modules", {}):
+        if base.__module__ == _SAVED_WHOLE and "modules_to_save" in getattr(module, "_modules", {}):
             return "PEFT's modules_to_save"
     return ""
 

@@ -94,7 +94,14 @@ def _take_layers(
     """Reasons of the exempt layers, the block-sparse layers, with their optimizer state moved, and whether
     they were compared with the plain ones."""
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
-    adapters = {n: why for n, why in find_adapters(model).layers.items() if n not in (config.include or ())}
+    found = find_adapters(model)
+    if found.merged:
+        raise ValueError(
+            f"cannot prune a model with merged adapters ({len(found.merged)}, the first at "
+            f"{found.merged[0]}): they could not be taken out of removed blocks again. Call "
+            "unmerge_adapter(), or merge_and_unload() to merge for good"
+        )
+    adapters = {n: why for n in found.layers if (why := found.reason(n, named=n in (config.include or ())))}
     dense = {
         n: m for n, m in model.named_modules() if isinstance(m, config.layer_types) and n not in adapters
     }
