@@ -102,7 +102,8 @@ def block_sparse_conv2d(
     """2-D convolution over the live blocks of ``W [out, in / groups, kh, kw]``.
 
     Args:
-        x: ``[N, in, H, W]`` or ``[in, H, W]``; channels-last memory avoids copies.
+        x: ``[N, in, H, W]`` or ``[in, H, W]``. On a GPU channels-last memory avoids copies; the CPU kernels
+            read contiguous memory, too.
         values, bias, tap, probe: as in :func:`block_sparse_linear`.
         channels_last: memory format of the output and of the gradient of ``x``; by default that of ``x``. A
             convolution answers in channels-last where its input or its weight is (see

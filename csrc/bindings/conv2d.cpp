@@ -1,4 +1,5 @@
-// torch.ops.dynaprune_cpu.conv2d_*: checks the tensors, brings them into dense NHWC memory and calls the kernels.
+// torch.ops.dynaprune_cpu.conv2d_*: checks the tensors, copies those that are neither contiguous nor channels-last, and
+// calls the kernels. Forward and dgrad answer in channels-last memory or, where that argument is false, contiguous.
 //
 // conv = [kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups].
 #include "cpu/conv2d.h"
@@ -17,10 +18,11 @@ using torch::headeronly::MemoryFormat;
 const cpu::ConvKernels& kernels() { return DYNAPRUNE_CHOOSE(conv_kernels); }
 const cpu::LinearKernels& linear_kernels() { return DYNAPRUNE_CHOOSE(linear_kernels); }
 
-// A convolution that multiplies every pixel by the same matrix: NHWC memory is then a matrix of pixels x channels,
-// and the index that of a linear layer.
+// A convolution that multiplies every pixel by the same matrix: channels-last memory is then a matrix of pixels x
+// channels, and the index that of a linear layer.
 bool is_linear(const ConvShape& s) {
-  return s.kernel_h * s.kernel_w * s.stride_h * s.stride_w * s.groups == 1 && s.padding_h == 0 && s.padding_w == 0;
+  return s.kernel_h * s.kernel_w * s.stride_h * s.stride_w * s.groups == 1 && s.padding_h == 0 && s.padding_w == 0 &&
+         s.x_channels_last && s.y_channels_last;
 }
 cpu::LinearShape linear_shape(const ConvShape& s) { return {s.images * s.height * s.width, s.in, s.out, s.bi, s.bo}; }
 
@@ -49,6 +51,7 @@ ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t 
   s.groups = conv[8];
   s.bi = bi;
   s.bo = bo;
+  s.x_channels_last = s.y_channels_last = true;
   check_block_sizes(op, bi, bo);
   STD_TORCH_CHECK(s.images >= 0 && s.in >= 1 && s.height >= 1 && s.width >= 1 && out >= 1, op,
                   ": expected sizes of at least 1 (0 images are allowed), got input [", s.images, ", ", s.in, ", ",
@@ -77,17 +80,23 @@ LayoutView view_conv(const char* op, const Tensor& index, const ConvShape& s, in
   return view_index(op, index, grid.rows, grid.columns, grid.lists, capacity, direction, &geometry);
 }
 
-// `t` as dense NHWC memory; strides of tensors that are it already may look otherwise where a size is 1.
-Tensor nhwc(const char* op, const char* name, const Tensor& t) {
+// A tensor in one of the two formats that the kernels read; where it is in both, channels-last.
+struct Image {
+  Tensor tensor;
+  bool channels_last;
+};
+Image dense_image(const char* op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
   check_dim(op, name, t, 4, "[N, C, H, W]");
   check_storage(op, name, t);
-  return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+  const bool one_channel_or_pixel = t.size(1) == 1 || t.size(2) * t.size(3) == 1;
+  if (t.is_contiguous() && !one_channel_or_pixel) return {t, false};
+  return {torch::stable::contiguous(t, MemoryFormat::ChannelsLast), true};
 }
 
-Tensor new_nhwc(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+Tensor new_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
   return torch::stable::empty({n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 void check_output_gradient(const char* op, const Tensor& dy, const ConvShape& s) {
@@ -95,7 +104,7 @@ void check_output_gradient(const char* op, const Tensor& dy, const ConvShape& s)
                   s.images, ", ", s.out, ", ", s.out_h, ", ", s.out_w, "], got shape ", shape_of(dy));
 }
 
-// Both operands of a weight gradient, in dense NHWC memory, with the sizes of their convolution.
+// Both operands of a weight gradient, with the sizes of their convolution.
 struct Gradients {
   Tensor dy, x;
   ConvShape shape;
@@ -103,9 +112,12 @@ struct Gradients {
 };
 Gradients gradients(const char* op, const Tensor& dy, const Tensor& x, int64_t bi, int64_t bo,
                     const Ints& conv) {
-  Gradients g{nhwc(op, "dy", dy), nhwc(op, "x", x), {}, kernel_dtype(op, "x", x)};
+  const Image gradient = dense_image(op, "dy", dy), input = dense_image(op, "x", x);
+  Gradients g{gradient.tensor, input.tensor, {}, kernel_dtype(op, "x", x)};
   check_same_dtype(op, "dy", dy, "x", x);
   g.shape = conv_shape(op, x.sizes().data(), dy.size(1), bi, bo, conv);
+  g.shape.x_channels_last = input.channels_last;
+  g.shape.y_channels_last = gradient.channels_last;
   check_output_gradient(op, dy, g.shape);
   return g;
 }
@@ -121,12 +133,14 @@ void run_wgrad(const char* op, const Gradients& g, const LayoutView& layout, con
 }
 
 Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
-                      int64_t out_channels, const Ints& conv) {
+                      int64_t out_channels, const Ints& conv, bool channels_last) {
   const char* op = "conv2d_forward";
-  const Tensor input = nhwc(op, "x", x);
+  const Image input = dense_image(op, "x", x);
   const DType dtype = kernel_dtype(op, "x", x);
   check_values(op, "values", values, "x", x);
-  const ConvShape s = conv_shape(op, x.sizes().data(), out_channels, values.size(1), values.size(2), conv);
+  ConvShape s = conv_shape(op, x.sizes().data(), out_channels, values.size(1), values.size(2), conv);
+  s.x_channels_last = input.channels_last;
+  s.y_channels_last = channels_last || s.out == 1 || s.out_h * s.out_w == 1;
   const LayoutView layout = view_conv(op, index, s, values.size(0), Lists::rows);
   std::optional<Tensor> dense_bias;
   if (bias) {
@@ -134,35 +148,37 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
     check_bias(op, *bias, out_channels, x);
     dense_bias = torch::stable::contiguous(*bias);
   }
-  Tensor y = new_nhwc(input, s.images, s.out, s.out_h, s.out_w);
+  Tensor y = new_image(x, s.images, s.out, s.out_h, s.out_w, channels_last);
   const void* offsets = dense_bias ? dense_bias->const_data_ptr() : nullptr;
   if (is_linear(s))
-    check_memory(op, linear_kernels().forward(dtype, linear_shape(s), layout, input.const_data_ptr(),
+    check_memory(op, linear_kernels().forward(dtype, linear_shape(s), layout, input.tensor.const_data_ptr(),
                                               values.const_data_ptr(), offsets, y.mutable_data_ptr(),
                                               TorchWorkers()));
   else
-    kernels().forward(dtype, s, layout, TorchWorkers(), input.const_data_ptr(), values.const_data_ptr(), offsets,
+    kernels().forward(dtype, s, layout, TorchWorkers(), input.tensor.const_data_ptr(), values.const_data_ptr(), offsets,
                       y.mutable_data_ptr());
   return y;
 }
 
 Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
-                    const Ints& input_size, const Ints& conv) {
+                    const Ints& input_size, const Ints& conv, bool channels_last) {
   const char* op = "conv2d_dgrad";
   STD_TORCH_CHECK(input_size.size() == 4, op, ": expected input_size [N, C, H, W], got ", input_size.size(),
                   " numbers");
-  const Tensor gradient = nhwc(op, "dy", dy);
+  const Image gradient = dense_image(op, "dy", dy);
   const DType dtype = kernel_dtype(op, "dy", dy);
   check_values(op, "values", values, "dy", dy);
-  const ConvShape s = conv_shape(op, input_size.data(), dy.size(1), values.size(1), values.size(2), conv);
+  ConvShape s = conv_shape(op, input_size.data(), dy.size(1), values.size(1), values.size(2), conv);
+  s.x_channels_last = channels_last || s.in == 1 || s.height * s.width == 1;
+  s.y_channels_last = gradient.channels_last;
   check_output_gradient(op, dy, s);
   const LayoutView layout = view_conv(op, index, s, values.size(0), Lists::columns);
-  Tensor dx = new_nhwc(gradient, s.images, s.in, s.height, s.width);
+  Tensor dx = new_image(dy, s.images, s.in, s.height, s.width, channels_last);
   if (is_linear(s))
-    check_memory(op, linear_kernels().dgrad(dtype, linear_shape(s), layout, gradient.const_data_ptr(),
+    check_memory(op, linear_kernels().dgrad(dtype, linear_shape(s), layout, gradient.tensor.const_data_ptr(),
                                             values.const_data_ptr(), dx.mutable_data_ptr(), TorchWorkers()));
   else
-    kernels().dgrad(dtype, s, layout, TorchWorkers(), gradient.const_data_ptr(), values.const_data_ptr(),
+    kernels().dgrad(dtype, s, layout, TorchWorkers(), gradient.tensor.const_data_ptr(), values.const_data_ptr(),
                     dx.mutable_data_ptr());
   return dx;
 }

@@ -11,8 +11,11 @@ STABLE_TORCH_LIBRARY(dynaprune_cpu, m) {
   m.def("linear_wgrad_saliency(Tensor dy, Tensor x, Tensor values, Tensor index) -> (Tensor, Tensor)");
   m.def("linear_probe(Tensor dy, Tensor x, Tensor index, int bi, int bo) -> Tensor");
   m.def(
-      "conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_channels, int[] conv) -> Tensor");
-  m.def("conv2d_dgrad(Tensor dy, Tensor values, Tensor index, int[] input_size, int[] conv) -> Tensor");
+      "conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_channels, int[] conv, "
+      "bool channels_last=True) -> Tensor");
+  m.def(
+      "conv2d_dgrad(Tensor dy, Tensor values, Tensor index, int[] input_size, int[] conv, bool channels_last=True) "
+      "-> Tensor");
   m.def("conv2d_wgrad(Tensor dy, Tensor x, Tensor index, int capacity, int bi, int bo, int[] conv) -> Tensor");
   m.def("conv2d_wgrad_saliency(Tensor dy, Tensor x, Tensor values, Tensor index, int[] conv) -> (Tensor, Tensor)");
   m.def("conv2d_probe(Tensor dy, Tensor x, Tensor index, int bi, int bo, int[] conv) -> Tensor");

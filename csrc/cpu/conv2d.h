@@ -1,6 +1,7 @@
 // Block-sparse 2-D convolution on the CPU: forward, input gradient, weight gradient, saliency and probe.
 //
-// Tensors are dense NHWC: x [images, height, width, in], y and dy [images, out_h, out_w, out].
+// Tensors are dense, in channels-last memory (x [images, height, width, in], y and dy [images, out_h, out_w, out]) or
+// in contiguous memory (x [images, in, height, width], y and dy [images, out, out_h, out_w]).
 // values and dvalues [capacity, bi, bo]: W[row * bo + o, group_in index c * bi + i, tap] = values[slot, i, o]
 // for the entry with column tap * channel_blocks + c. Sums are kept in float (double for f64).
 #pragma once
@@ -14,6 +15,8 @@ struct ConvShape {
   int64_t images, in, height, width, out, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
   int64_t bi, bo;
+  bool x_channels_last;  // of x and dx
+  bool y_channels_last;  // of y and dy
 };
 
 // One instruction set's kernels. `bias` may be null. conv wgrad: `values` and `block_sums` (one float, double for

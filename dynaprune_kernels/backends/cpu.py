@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dynaprune_kernels import _extension
 from dynaprune_kernels.geometry import ConvGeometry, ceil_div
-from dynaprune_kernels.memory_format import in_format
 
 _raw = torch.ops.dynaprune_cpu
 
@@ -56,7 +55,7 @@ def conv2d_forward(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
-    return in_format(_raw.conv2d_forward(x, values, bias, index, out_channels, conv), channels_last)
+    return _raw.conv2d_forward(x, values, bias, index, out_channels, conv, channels_last)
 
 
 def conv2d_dgrad(
@@ -67,7 +66,7 @@ def conv2d_dgrad(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
-    return in_format(_raw.conv2d_dgrad(dy, values, index, input_size, conv), channels_last)
+    return _raw.conv2d_dgrad(dy, values, index, input_size, conv, channels_last)
 
 
 def conv2d_wgrad(

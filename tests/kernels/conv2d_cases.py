@@ -17,7 +17,10 @@ ORDER_OF_SUMS = 4.0
 
 
 class Case(NamedTuple):
-    """One convolution: sizes, block (outputs, inputs), hyper-parameters and the way its mask is drawn."""
+    """One convolution: sizes, block (outputs, inputs), hyper-parameters and the way its mask is drawn.
+
+    ``channels_last`` is the memory format that output and input gradient are wanted in.
+    """
 
     images: int
     inputs: int
@@ -32,6 +35,7 @@ class Case(NamedTuple):
     mask: str = "random"
     bias: bool = True
     seed: int = 0
+    channels_last: bool = True
 
     @property
     def conv(self) -> list[int]:
@@ -172,8 +176,8 @@ def run_kernels(case: Case, p: Problem) -> tuple[Tensor, ...]:
     ops = torch.ops.dynaprune_cpu
     bo, bi = case.block
     capacity = p.values.shape[0]
-    y = ops.conv2d_forward(p.x, p.values, p.bias, p.packed, case.outputs, case.conv)
-    dx = ops.conv2d_dgrad(p.dy, p.values, p.packed, list(p.x.shape), case.conv)
+    y = ops.conv2d_forward(p.x, p.values, p.bias, p.packed, case.outputs, case.conv, case.channels_last)
+    dx = ops.conv2d_dgrad(p.dy, p.values, p.packed, list(p.x.shape), case.conv, case.channels_last)
     dvalues = ops.conv2d_wgrad(p.dy, p.x, p.packed, capacity, bi, bo, case.conv)
     fused, saliency = ops.conv2d_wgrad_saliency(p.dy, p.x, p.values, p.packed, case.conv)
     probe = ops.conv2d_probe(p.dy, p.x, p.packed, bi, bo, case.conv)
@@ -214,8 +218,8 @@ def check(case: Case, dtype: torch.dtype) -> None:
     scale = dense_results(case, p, torch.float64, absolute=True)
     names = f"{case} {dtype}"
     assert y.dtype == dx.dtype == dvalues.dtype == dtype
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert dx.is_contiguous(memory_format=torch.channels_last)
+    wanted = torch.channels_last if case.channels_last else torch.contiguous_format
+    assert y.is_contiguous(memory_format=wanted) and dx.is_contiguous(memory_format=wanted), names
     assert_as_good(y, torchs[0], exact[0], scale[0], dtype, f"forward {names}")
     assert_as_good(dx, torchs[1], exact[1], scale[1], dtype, f"dgrad {names}")
 
@@ -278,4 +282,5 @@ def random_case(seed: int) -> Case:
         mask,
         bool(random.integers(2)),
         seed,
+        bool(random.integers(2)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -83,6 +84,39 @@ def test_same_bits_for_any_number_of_threads(seed: int, dtype: torch.dtype) -> N
         torch.set_num_threads(threads)
         for one, many in zip(alone, run_kernels(case, p), strict=True):
             assert torch.equal(one, many)
+
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+IN_FORMATS = [
+    *(random_case(seed) for seed in range(1000, 1060)),
+    *NETWORK[:4],
+    Case(3, 24, 40, (8, 8), (16, 16)),
+    Case(2, 16, 16, (4, 4), (16, 16)),
+    Case(2, 33, 17, (1, 1), (8, 8)),
+    Case(2, 20, 50, (3, 130), (24, 12), stride=(1, 2)),
+    Case(2, 20, 50, (7, 1), (16, 16), stride=(1, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_memory_format_changes_no_bit(dtype: torch.dtype) -> None:
+    """Sums have one order in either format, so all combinations of formats agree exactly.
+
+    Not so where a pointwise convolution is computed as a matrix product, in channels-last memory alone.
+    """
+    for case in IN_FORMATS:
+        if case.kernel == case.stride == (1, 1) and case.padding == (0, 0):
+            continue
+        p = make_problem(case, dtype)
+        expected = None
+        for of_x, of_dy, channels_last in itertools.product(FORMATS, FORMATS, (False, True)):
+            given = p._replace(x=p.x.contiguous(memory_format=of_x), dy=p.dy.contiguous(memory_format=of_dy))
+            results = run_kernels(case._replace(channels_last=channels_last), given)
+            for result in results[:2]:
+                assert result.is_contiguous(memory_format=FORMATS[channels_last])
+            expected = expected or results
+            for one, other in zip(results, expected, strict=True):
+                assert torch.equal(one, other), f"{case} {dtype} {of_x} {of_dy} {channels_last}"
 
 
 def test_image_results_do_not_depend_on_the_batch() -> None:
