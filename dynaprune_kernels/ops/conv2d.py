@@ -26,6 +26,7 @@ from dynaprune_kernels.ops.registration import (
     tap_gradient,
     weight_blocks,
 )
+from dynaprune_kernels.ops.transforms import of_directions
 
 define(
     "block_sparse_conv2d(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_channels, int[] conv, "
@@ -207,9 +208,10 @@ def _wgrad_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
     ddw = ddw.contiguous()
     ddy = dx = None
     if ctx.needs_input_grad[0]:
-        ddy = OPS.block_sparse_conv2d(
-            x, ddw, None, index, dy.shape[1], ctx.conv, None, None, suggests_channels_last(dy)
-        )
+        with of_directions():
+            ddy = OPS.block_sparse_conv2d(
+                x, ddw, None, index, dy.shape[1], ctx.conv, None, None, suggests_channels_last(dy)
+            )
     if ctx.needs_input_grad[1]:
         dx = OPS.block_sparse_conv2d_dgrad(dy, ddw, index, x.shape, ctx.conv, suggests_channels_last(x))
     return ddy, dx, None, None, None, None

@@ -24,6 +24,7 @@ from dynaprune_kernels.ops.registration import (
     tap_gradient,
     weight_blocks,
 )
+from dynaprune_kernels.ops.transforms import of_directions
 
 define(
     "block_sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_features, "
@@ -163,7 +164,8 @@ def _wgrad_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
     ddw = ddw.contiguous()
     ddy = dx = None
     if ctx.needs_input_grad[0]:
-        ddy = OPS.block_sparse_linear(x, ddw, None, index, dy.shape[1])
+        with of_directions():
+            ddy = OPS.block_sparse_linear(x, ddw, None, index, dy.shape[1])
     if ctx.needs_input_grad[1]:
         dx = OPS.block_sparse_linear_dgrad(dy, ddw, index, x.shape[1])
     return ddy, dx, None, None, None

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from dynaprune_kernels.geometry import ceil_div
 from dynaprune_kernels.index import N_LIVE
+from dynaprune_kernels.ops.transforms import transformable
 
 LIBRARY = torch.library.Library("dynaprune", "DEF")
 OPS = torch.ops.dynaprune
@@ -58,18 +60,18 @@ def autograd(name: str, backward: Any, setup: Any) -> None:
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
+    transformed = transformable(op, backward, setup)
+
     def call(*given: Any) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(
-                f"dynaprune::{name} does not run under torch.func's transforms (grad, vmap, jvp): use "
-                "torch.autograd.grad, or plain layers (dynaprune.nn.swap_back, pruner.finalize)"
-            )
+        if forward_ad._current_level >= 0:
+            return transformed(*given)
         if not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*given)
         return function.apply(*given, *defaults[len(given) :])
 
     LIBRARY.impl(name, call, "Autograd")
+    LIBRARY.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
 
 
 def no_autograd(name: str) -> None:

@@ -149,8 +149,9 @@ def test_first_and_second_derivatives_in_float64(family: str, kind: str, backend
     }
     function, inputs = functions[kind]
     inputs = tuple(t.clone().requires_grad_() for t in inputs)
-    torch.autograd.gradcheck(function, inputs, fast_mode=True)
-    torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    torch.autograd.gradcheck(function, inputs, fast_mode=True, check_batched_grad=True, **forward)
+    torch.autograd.gradgradcheck(function, inputs, fast_mode=True, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("family", ["linear", "conv2d"])
@@ -164,6 +165,23 @@ def test_what_has_no_second_derivative_says_so(family: str, backend: str) -> Non
     (grad,) = torch.autograd.grad(y.square().sum(), tap, create_graph=True)
     with pytest.raises(RuntimeError, match=r"it is a statistic, detach its inputs"):
         torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("name", ["block_saliency", "wgrad_saliency", "probe"])
+@pytest.mark.parametrize("family", ["linear", "conv2d"])
+def test_statistics_run_under_torch_func_and_have_no_derivative(family: str, name: str, backend: str) -> None:
+    op, (first, *rest) = calls(CASES[family], torch.float64)[name]
+
+    def of(tensor: Tensor) -> Tensor:
+        found = op(tensor, *rest)
+        return found if isinstance(found, Tensor) else torch.cat([part.flatten() for part in found])
+
+    several = torch.stack([first, 2 * first], 1)
+    expected = torch.stack([of(first), of(2 * first)])
+    torch.testing.assert_close(torch.func.vmap(of, 1)(several), expected)
+    for derive in (torch.func.jacrev, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match=r"it is a statistic, detach its inputs"):
+            derive(of)(first)
 
 
 def test_a_tap_of_the_wrong_dtype_is_refused() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
 import dynaprune
 from tests.pruning.attached import STEPS, adam, loss_of, mlp, settings, train
@@ -141,20 +140,6 @@ def test_gpt2s_layers_are_named() -> None:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
     with pytest.raises(ValueError, match="8 layers of type transformers's Conv1D have no block-sparse form"):
         dynaprune.attach(model, torch.optim.AdamW(model.parameters()), settings())
-
-
-@pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
-def test_functional_transforms_are_refused_by_name(transform: str) -> None:
-    model = mlp()
-    dynaprune.attach(model, torch.optim.SGD(model.parameters(), 0.1), settings())
-    weights = {name: value.detach() for name, value in model.named_parameters()}
-    x = torch.randn(4, 32)
-
-    def of(w: Any, rows: Any) -> Any:
-        return functional_call(model, w, (rows,)).sum()
-
-    with pytest.raises(RuntimeError, match=r"does not run under torch\.func's transforms.*swap_back"):
-        grad(of)(weights, x) if transform == "grad" else vmap(grad(of), (None, 0))(weights, x.unsqueeze(1))
 
 
 @pytest.mark.parametrize(

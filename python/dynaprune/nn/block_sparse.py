@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from dynaprune.nn.compiled_writes import refuse_writes
 from dynaprune.nn.dense_view import DenseView, WeightReads, dense_view
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune_kernels import BlockLayout
 from dynaprune_kernels.averaged_slots import whole_slots
+from dynaprune_kernels.ops.transforms import refuse_batch
 from dynaprune_kernels.placement import moved
 from dynaprune_kernels.reference import dense_to_blocks, dense_weight
 
@@ -109,13 +113,22 @@ class BlockSparseLayer(nn.Module):
             self.copy_watch.arrived(self)
         self.__dict__.setdefault("reads", WeightReads())
 
+    def _refuse_constant(self) -> None:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        if get_proxy_mode() is None:
+            raise RuntimeError(
+                f"the weight of layer {self.reads.name or '(unnamed)'} is read while torch.fx.symbolic_trace "
+                "runs, whose graph would keep a copy: use torch.export, or plain layers (dynaprune.swap_back)"
+            )
+
     @property
     def weight(self) -> Tensor:
         """The dense weight of the live blocks; gradients and in-place changes reach ``values``.
 
         It is built when an op needs it, not by its shape, dtype, device or ``requires_grad``. Under
-        ``torch.compile`` and ``torch.func`` it is the dense tensor itself, for reading: compiled code that
-        changes it is refused.
+        ``torch.compile``, ``torch.func`` and forward-mode differentiation it is the dense tensor itself, for
+        reading: compiled code that changes it is refused.
         """
         if torch.compiler.is_compiling():
             from torch._dynamo.comptime import comptime
@@ -123,8 +136,11 @@ class BlockSparseLayer(nn.Module):
             dense = self._dense(self.values)
             comptime(refuse_writes)
             return dense
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            refuse_batch(self.values)
             return self._dense(self.values)
+        if is_fx_symbolic_tracing():
+            self._refuse_constant()
         return dense_view(self)
 
     @weight.setter
@@ -136,6 +152,13 @@ class BlockSparseLayer(nn.Module):
         if name.split("_")[0] == "weight" or isinstance(param, DenseView):
             raise AttributeError(_NO_OTHER_WEIGHT)
         super().register_parameter(name, param)
+
+    def __prepare_scriptable__(self) -> Any:
+        name = self.reads.name or type(self).__name__
+        raise RuntimeError(
+            f"torch.jit.script cannot compile the block-sparse layer {name}: use torch.export or "
+            "torch.jit.trace, or give the model plain layers (dynaprune.swap_back, pruner.finalize)"
+        )
 
     def to_blocks(self, weight: Tensor) -> Tensor:
         """Cut a tensor shaped like the dense weight into ``[rows * columns, bi, bo]``, in block order."""
@@ -271,6 +294,12 @@ class BlockSparseLayer(nn.Module):
         self.layout.restore_(slots, values.shape[0])
         if values.shape != self.values.shape:
             replace_parameter_data_(self.values, self.values.new_empty(values.shape))
+
+
+def as_one_node(layer: BlockSparseLayer, x: Proxy) -> Any:
+    """``layer`` in a graph of ``torch.fx.symbolic_trace``: one node, as a layer of torch's own is."""
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
 
 
 def as_it_is(layer: BlockSparseLayer) -> BlockSparseLayer:

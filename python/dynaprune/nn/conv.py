@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from dynaprune.nn.block_sparse import BlockSparseLayer, take_over_weight
+from dynaprune.nn.block_sparse import BlockSparseLayer, as_one_node, take_over_weight
 from dynaprune_kernels import BlockLayout, ConvGeometry, block_sparse_conv2d
 from dynaprune_kernels.memory_format import in_format, new_image, suggests_channels_last
 
@@ -158,6 +159,8 @@ class BlockSparseConv2d(BlockSparseLayer):
         return (inputs * math.prod(taps), 1, *of_taps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_one_node(self, x)
         return block_sparse_conv2d(
             self._padded(x),
             self.values,
@@ -202,6 +205,8 @@ class BlockSparseConv1d(BlockSparseConv2d):
     _conv_forward = nn.Conv1d._conv_forward
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_one_node(self, x)
         image = self._padded(x).unsqueeze(-2)
         return block_sparse_conv2d(
             image,

@@ -6,8 +6,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from dynaprune.nn.block_sparse import BlockSparseLayer, take_over_weight
+from dynaprune.nn.block_sparse import BlockSparseLayer, as_one_node, take_over_weight
 from dynaprune_kernels import BlockLayout, block_sparse_linear
 
 
@@ -56,6 +57,8 @@ class BlockSparseLinear(BlockSparseLayer):
         return dense.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_one_node(self, x)
         return block_sparse_linear(x, self.values, self.bias, self.layout, tap=self.tap, probe=self.probe)
 
     def _plain_layer(self) -> nn.Module:
