@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import dynaprune
 from dynaprune import Pruner, PruningConfig
 from dynaprune.integrations.figures import figures
-from tests.pruning.attached import STEPS, adam, settings, train
+from dynaprune.nn import swap_layers
+from tests.pruning.attached import STEPS, adam, mlp, settings, train
 
 HIDDEN = 64 * 32 + 64 * 64
 OF_THE_WHOLE = ("layers", "parameters", "sparsity", "sparsity_of_model")
@@ -286,6 +287,23 @@ def test_frozen_weights_and_those_that_no_optimizer_holds_say_so() -> None:
     assert said["other.2"] == "it is frozen"
     assert said["other.3"] == "no optimizer given holds its weight"
     assert {"first", "middle"} == {name for name, reason in said.items() if not reason}
+
+
+def test_frozen_block_sparse_layers_are_exempt() -> None:
+    model = mlp()
+    swap_layers(model, 8)
+    model[0].requires_grad_(False)
+    total = sum(p.numel() for p in model.parameters())
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings())
+    train(model, optimizer)
+    report = check_account(pruner, total)
+    assert report["layers"]["0"] == {"density": 1.0, "exempt": "it is frozen", "weights": 64 * 32}
+    assert report["sparsity"] == 0.75 and report["parameters"]["prunable"] == 64 * 64
+    pruner.detach()
+    model[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"can be pruned on, got none: 0: it is frozen.*; 2: it is frozen"):
+        dynaprune.attach(model, adam(model), settings())
 
 
 def test_layers_of_types_that_are_not_asked_for_are_named() -> None:
