@@ -17,7 +17,7 @@ from dynaprune.pruning.calibration import calibration_mode
 from dynaprune.pruning.compaction import compact_layer, wanted_capacity
 from dynaprune.pruning.copies import cut_copy
 from dynaprune.pruning.neuron_groups import NeuronMap, find_groups
-from dynaprune.pruning.neuron_order import whole_neurons_first
+from dynaprune.pruning.neuron_order import GroupFigures, whole_neurons_first
 from dynaprune.pruning.neurons import cut_dead_neurons
 from dynaprune.pruning.optimizer_state import seed_slots, zero_slots
 from dynaprune.pruning.regrowth import growth_fraction, select_growth
@@ -119,7 +119,7 @@ def _selection(pruner: Pruner, count: int, *, whole_neurons: bool = False) -> Se
         cost=pruner.unit_costs() if config.cost == "flops" else None,
         protected=protected,
     )
-    neuron_map = _neuron_map(pruner) if whole_neurons else None
+    neuron_map = neuron_map_of(pruner) if whole_neurons else None
     if neuron_map is None:
         return selection
     least = {name: max(1, math.ceil(floors[name] * layer.layout.blocks)) for name, layer in layers.items()}
@@ -128,13 +128,22 @@ def _selection(pruner: Pruner, count: int, *, whole_neurons: bool = False) -> Se
         selection,
         neuron_map,
         scores,
-        {name: pruner.score.neuron_scores(name, layer) for name, layer in layers.items()},
+        _group_figures(pruner, neuron_map),
         {name: mask & ~protected[name] if name in protected else mask for name, mask in live.items()},
         {name: max(0, layer.layout.live_count() - least[name]) for name, layer in layers.items()},
     )
 
 
-def _neuron_map(pruner: Pruner) -> NeuronMap | None:
+def _group_figures(pruner: Pruner, neuron_map: NeuronMap) -> GroupFigures:
+    score = pruner.score
+    if not score.of_gates:
+        neurons = {name: score.neuron_scores(name, layer) for name, layer in pruner.layers.items()}
+        return GroupFigures((), neurons, pruner.rows)
+    pruner.groups.watch(pruner.model, neuron_map, pruner.optimizers)
+    return GroupFigures(pruner.groups.scores(score), None, pruner.rows)
+
+
+def neuron_map_of(pruner: Pruner) -> NeuronMap | None:
     """The model's groups of neurons, traced again only after a cut; None where the model cannot be traced."""
     example, refused = pruner.example(), pruner.removals.neurons_refused
     if example is None or _WHOLE_MODEL in refused:
@@ -155,9 +164,7 @@ def _neuron_map(pruner: Pruner) -> NeuronMap | None:
 def _remove(pruner: Pruner, wish: int, total: int, live: int) -> int:
     """Remove up to ``wish`` units and say how many went."""
     removals, step = pruner.removals, pruner.steps
-    config = pruner.config
-    neurons = config.neurons and config.allocation == "global" and pruner.trial is not None
-    selection = _selection(pruner, wish, whole_neurons=neurons)
+    selection = _selection(pruner, wish, whole_neurons=pruner.tries_neurons)
     found = len(selection)
     if found == 0:
         return 0
@@ -279,13 +286,14 @@ def cut_neurons(pruner: Pruner) -> None:
     """
     if not any(_has_dead_rows_or_columns(layer) for layer in pruner.layers.values()):
         return
-    groups, example, removals = _neuron_map(pruner), pruner.example(), pruner.removals
+    groups, example, removals = neuron_map_of(pruner), pruner.example(), pruner.removals
     if groups is None or example is None:
         return
     report = cut_dead_neurons(pruner.model, groups, example, pruner.optimizers, floor=pruner.config.floor)
     removals.neurons_refused = {**groups.refused, **report.refused}
     if report.plan is None:
         return
+    pruner.groups.cut(report.plan)
     pruner.neuron_map = None
     for name, kept in report.kept.items():
         pruner.score.keep(name, *kept)
@@ -295,6 +303,8 @@ def cut_neurons(pruner: Pruner) -> None:
     removals.neurons += sum(report.neurons.values())
     removals.with_neurons += report.blocks
     pruner.structure_version += 1
+    if pruner.watches_groups and not pruner.nothing_left():
+        neuron_map_of(pruner)  # while there is an example: the next step is observed
 
 
 def _has_dead_rows_or_columns(layer: BlockSparseLayer) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynaprune.manifest import layer_shape
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.refusals import in_backward, is_capturing
 from dynaprune.pruning.score import Score
@@ -23,7 +24,7 @@ LASTING = 8
 # Nominal FLOP/s, bytes/s and seconds per small op, by device type: only their ratios decide, and they are
 # constants, so that two runs observe the same steps.
 _MACHINES = {"cpu": (2e11, 2e10, 5e-6), "cuda": (3e14, 2e12, 5e-6)}
-_STEP_OPS, _OBSERVE_OPS = 20, 9
+_STEP_OPS, _OBSERVE_OPS, _READ_OPS = 20, 9, 12
 _STEP_BYTES, _OBSERVE_BYTES = 10 * 4, 2 * 4
 
 
@@ -32,15 +33,20 @@ class StepHooks:
 
     ``before`` runs right before the update; with ``step(closure)`` after the closure, which is where backward
     is. During the capture of a CUDA graph nothing runs.
+
+    Args:
+        refuse_in_backward: raise where a step is inside backward; otherwise nothing runs there.
     """
 
     def __init__(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
         before: Callable[[torch.optim.Optimizer], None],
-        after: Callable[[torch.optim.Optimizer], None],
+        after: Callable[[torch.optim.Optimizer], None] | None = None,
+        *,
+        refuse_in_backward: bool = True,
     ) -> None:
-        self._before, self._after = before, after
+        self._before, self._after, self._refuses = before, after, refuse_in_backward
         self._handles: list[Any] = []
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._pre))
@@ -50,6 +56,8 @@ class StepHooks:
         if is_capturing():
             return None
         if in_backward():
+            if not self._refuses:
+                return None
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes after "
                 "the step, which must not happen there; step after backward"
@@ -71,7 +79,7 @@ class StepHooks:
         return args, {**kwargs, "closure": observed}
 
     def _post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_capturing():
+        if self._after is not None and not is_capturing():
             self._after(optimizer)
 
     def remove(self) -> None:
@@ -82,16 +90,19 @@ class StepHooks:
 
 
 class RowCounter:
-    """Counts the rows (tokens, or output positions) that each layer sees, until :meth:`stop`.
+    """Counts the rows (tokens, or output positions) that each linear layer and convolution of ``model`` sees,
+    block-sparse or plain, until :meth:`stop`.
 
     Under ``torch.compile`` nothing is counted.
     """
 
-    def __init__(self, layers: Mapping[str, BlockSparseLayer]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.rows: dict[str, int] = {}
+        shapes = ((name, layer, layer_shape(layer)) for name, layer in model.named_modules())
         self._handles = [
-            layer.register_forward_hook(_CountRows(self.rows, name, layer.layout.out_features))
-            for name, layer in layers.items()
+            layer.register_forward_hook(_CountRows(self.rows, name, shape.out))
+            for name, layer, shape in shapes
+            if shape is not None and shape.in_
         ]
 
     def stop(self) -> None:
@@ -114,12 +125,21 @@ class _CountRows:
             self.rows[self.name] = self.rows.get(self.name, 0) + output.numel() // self.width
 
 
-def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str, int], interval: int) -> int:
+def observation_period(
+    layers: Mapping[str, BlockSparseLayer],
+    rows: Mapping[str, int],
+    interval: int,
+    read: Mapping[str, nn.Parameter] | None = None,
+) -> int:
     """Least k such that observing every k-th step costs at most 2% of training, by a model of the costs.
 
     At least eight observations per event interval are kept, at whatever cost. The model's constants are
     fixed, so two runs of the same training observe the same steps; what it really cost is measured and in the
     report.
+
+    Args:
+        rows: that each layer sees in a step.
+        read: weights whose products with their gradients are summed too (readers of groups of neurons).
     """
     step = observe = 0.0
     for name, layer in layers.items():
@@ -127,6 +147,9 @@ def observation_period(layers: Mapping[str, BlockSparseLayer], rows: Mapping[str
         weights = layer.values.numel()
         step += 6 * weights * rows.get(name, 0) / flops + weights * _STEP_BYTES / bandwidth + _STEP_OPS * call
         observe += weights * _OBSERVE_BYTES / bandwidth + _OBSERVE_OPS * call
+    for weight in (read or {}).values():
+        _, bandwidth, call = _MACHINES.get(weight.device.type, _MACHINES["cuda"])
+        observe += weight.numel() * _OBSERVE_BYTES / bandwidth + _READ_OPS * call
     wanted = math.ceil(observe / (OBSERVE_SHARE * step)) if step else 1
     return max(1, min(wanted, interval // OBSERVATIONS_PER_INTERVAL))
 
@@ -159,28 +182,27 @@ class Observed:
 
 def observe(
     layers: Mapping[str, BlockSparseLayer], score: Score, optimizer: torch.optim.Optimizer, observed: Observed
-) -> None:
-    """Show the score one step's gradients; a step with any that is not finite is discarded.
+) -> bool:
+    """Show the score one step's gradients, and say whether: a step with any that is not finite is discarded.
 
     A fused optimizer under a GradScaler is called with scaled gradients, on skipped steps too: its
     ``grad_scale`` and ``found_inf`` are honoured.
     """
     started = time.perf_counter()
     scale = getattr(optimizer, "grad_scale", None)
-    found_inf = getattr(optimizer, "found_inf", None)
     seen: dict[str, BlockSaliency] = {}
     for name, layer in layers.items():
         if layer.values.grad is not None:
             saliency = block_saliency(layer.values, layer.values.grad, layer.layout)
             seen[name] = saliency if scale is None else _unscaled(saliency, scale)
     if not seen:
-        return
+        return False
     finite, zero = _finite_and_zero(list(seen.values()))
-    skipped = found_inf is not None and bool(torch.as_tensor(found_inf).sum() != 0)
-    if found_inf is None:
+    if getattr(optimizer, "found_inf", None) is None:
         observed.not_finite_in_a_row = 0 if finite else observed.not_finite_in_a_row + 1
         observed.zero_in_a_row = observed.zero_in_a_row + 1 if zero else 0
-    if finite and not skipped:
+    shown = finite and not is_skipped(optimizer)
+    if shown:
         for name, saliency in seen.items():
             score.observe(name, layers[name], saliency)
             observed.layers.add(name)
@@ -188,6 +210,13 @@ def observe(
     else:
         observed.discarded += 1
     observed.seconds += time.perf_counter() - started
+    return shown
+
+
+def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer under a GradScaler is about to skip its step. Syncs where there is one."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(torch.as_tensor(found_inf).sum() != 0)
 
 
 def _unscaled(saliency: BlockSaliency, scale: Any) -> BlockSaliency:

@@ -15,16 +15,18 @@ from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.block_sparse import as_it_is
 from dynaprune.pruning.config import PruningConfig
-from dynaprune.pruning.events import Removals, block_weights, run_pruning_event
+from dynaprune.pruning.events import Removals, block_weights, neuron_map_of, run_pruning_event
 from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
 from dynaprune.pruning.first_batch import FirstBatch, check_first_batch
 from dynaprune.pruning.following import Copy, Followers
+from dynaprune.pruning.group_score import GroupScores
 from dynaprune.pruning.neuron_groups import NeuronMap
 from dynaprune.pruning.observe import (
     LASTING,
     Observed,
     RowCounter,
     StepHooks,
+    is_skipped,
     observation_period,
     observe,
     refuse_without_gradients,
@@ -85,6 +87,7 @@ class Pruner:
         self.trial_state = TrialState()
         self.score = make_score(config.score, seed=config.seed, decay=config.score_decay)
         self.score.attach(layers)
+        self.groups = GroupScores()
         self.pace = make_pace(config, trial)
         self.protection, self.followers = Protection(), Followers()
         self.removals, self.observed = Removals(), Observed()
@@ -103,7 +106,7 @@ class Pruner:
         self._shapes: list[torch.Size] = []
         self._loaded_slots: dict[str, Tensor] | None = None
         self.started = time.perf_counter()
-        self._rows: RowCounter | None = RowCounter(layers)
+        self._rows: RowCounter | None = RowCounter(model)
         self.rows: dict[str, int] = {}
         watch_copies(layers)
         add_structure_hooks(model)
@@ -111,8 +114,14 @@ class Pruner:
             for layer in layers.values():
                 layer.enable_tap_()
         self._hooks: StepHooks | None = StepHooks(list(self._owners), self._before, self._after)
+        self._steps_at_start, self._read_steps = 0, dict[torch.optim.Optimizer, int]()
+        self._others = [each for each in self.optimizers if each not in self._owners]
+        self._reading = StepHooks(
+            self._others if self.watches_groups else [], self._read_groups, refuse_in_backward=False
+        )
         self._loads = [each.register_load_state_dict_post_hook(self._loaded) for each in optimizers]
         self.record_structure()
+        self._prepare_next_step()
 
     def _layers_by_optimizer(self) -> dict[torch.optim.Optimizer, dict[str, BlockSparseLayer]]:
         owners: dict[torch.optim.Optimizer, dict[str, BlockSparseLayer]] = {}
@@ -122,6 +131,16 @@ class Pruner:
             if mine:
                 owners[optimizer] = mine
         return owners
+
+    @property
+    def tries_neurons(self) -> bool:
+        """Whether events put whole neurons first."""
+        return self.config.neurons and self.config.allocation == "global" and self.trial is not None
+
+    @property
+    def watches_groups(self) -> bool:
+        """Whether the score of whole neurons is made of their readers' gradients."""
+        return self.tries_neurons and self.score.of_gates
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         if self._first_batch is not None:
@@ -137,12 +156,41 @@ class Pruner:
         step = self.steps + 1
         if self.nothing_left():
             return
-        if self.observe_every == NOT_OBSERVED_YET or step % self.observe_every == 0:
+        if self._observes(step):
             before = self.observed.trouble
-            observe(layers, self.score, optimizer, self.observed)
+            shown = observe(layers, self.score, optimizer, self.observed)
+            self._observe_groups(optimizer, step, shown=shown)
             self._say_trouble(before, step)
         if self.config.regrow > 0:
             self._read_taps(layers, probing=self.pace.due(step))
+
+    def _observes(self, step: int) -> bool:
+        return self.observe_every == NOT_OBSERVED_YET or step % self.observe_every == 0
+
+    def _read_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the step of an optimizer that holds no prunable weight, but maybe readers of neurons."""
+        # It steps before or after the others complete theirs: its own count says which step it is in.
+        step = self._read_steps.get(optimizer, self._steps_at_start) + 1
+        step = min(max(step, self.steps), self.steps + 1)
+        self._read_steps[optimizer] = step
+        # Before the first batch is checked it is not known which layers are pruned.
+        if not self.nothing_left() and self._first_batch is None:
+            self._observe_groups(optimizer, step, shown=not is_skipped(optimizer))
+
+    def _observe_groups(self, optimizer: torch.optim.Optimizer, step: int, *, shown: bool) -> None:
+        """Show the groups the gradients that this optimizer holds, at observed steps or to complete one."""
+        if not self.watches_groups or not (self._observes(step) or self.groups.waiting(step)):
+            return
+        if not shown:
+            self.groups.drop_parts()
+            return
+        neuron_map = self.neuron_map if self.neuron_map is not None else neuron_map_of(self)
+        if neuron_map is not None:
+            started = time.perf_counter()
+            self.groups.watch(self.model, neuron_map, self.optimizers)
+            owner, scale = self.optimizers.index(optimizer), getattr(optimizer, "grad_scale", None)
+            self.groups.observe(self.model, owner, self.score, step=step, scale=scale)
+            self.observed.seconds += time.perf_counter() - started
 
     def _read_taps(self, layers: Mapping[str, BlockSparseLayer], *, probing: bool) -> None:
         # Norms are of scaled gradients under a GradScaler. All share one scale, and only their order is used.
@@ -166,12 +214,13 @@ class Pruner:
             self._rows.stop()
             self._rows = None
         if self.observe_every == NOT_OBSERVED_YET:
-            self.observe_every = observation_period(self.layers, self.rows, self.pace.interval)
+            read = self.groups.read(self.model)
+            self.observe_every = observation_period(self.layers, self.rows, self.pace.interval, read)
         if self.pace.due(self.steps) and not self.observed.trouble:
             with torch.no_grad():
                 run_pruning_event(self)
             self.probes.clear()
-            self._capture.remove()
+        self._capture.remove()
         if self.nothing_left():
             for layer in self.layers.values():
                 layer.disable_tap_()
@@ -182,7 +231,13 @@ class Pruner:
         if self.config.regrow > 0:
             for layer in self.layers.values():
                 layer.probe.fill_(due_next)
-        if due_next and self.config.neurons and self._example is None:
+        groups_next = (
+            self.watches_groups
+            and self.neuron_map is None
+            and self._observes(self.steps + 1)
+            and not self.nothing_left()
+        )
+        if (due_next or groups_next) and self.config.neurons and self._example is None:
             self._capture.arm()
 
     def example(self) -> ExampleInputs | None:
@@ -197,6 +252,8 @@ class Pruner:
         self._forget_first_batch()
         for optimizer in self._owners:
             self._before(optimizer)
+        for optimizer in self._others:
+            self._read_groups(optimizer)
         self._complete()
 
     def _forget_first_batch(self) -> None:
@@ -218,6 +275,7 @@ class Pruner:
         self.score.detach()
         self.score.attach(self.layers)
         self._shapes, self.neuron_map, self.history = [], None, []
+        self.groups.stop()
         self.record_structure()
 
     def check_state(self) -> None:
@@ -261,8 +319,11 @@ class Pruner:
         self.units_total = int(state["units_total"])
         if "size_at_attach" in state:  # states of earlier versions have none
             self.size_at_attach = ModelSize(**state["size_at_attach"])
-        self._prepare_next_step()
         self.neuron_map = None
+        self._steps_at_start = self.steps
+        self._read_steps.clear()
+        self.groups.load_state_dict(state.get("groups", {}))
+        self._prepare_next_step()
         self._loaded_slots, self._shapes = dict(state["slots"]), []
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
@@ -369,6 +430,7 @@ class Pruner:
         if self._hooks is not None:
             self._say_unreached()
             self._hooks.remove()
+            self._reading.remove()
             self._hooks = None
         for handle in self._loads:
             handle.remove()

@@ -29,9 +29,13 @@ class Score(ABC):
 
     Attributes:
         decay: of the exponential means, per observation.
+        of_gates: what it sums are derivatives by gates, so that it can score any set of weights as one.
+        accumulates: it adds up over the steps instead of averaging.
     """
 
     name: ClassVar[str]
+    of_gates: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
 
     def __init__(self, *, seed: int = 0, decay: float = 0.99) -> None:
         if not 0 <= decay < 1:
@@ -61,6 +65,10 @@ class Score(ABC):
     @abstractmethod
     def neuron_scores(self, name: str, module: BlockSparseLayer) -> Tensor:
         """Float ``[out]``, higher = keep."""
+
+    def gated(self, derivative: Tensor) -> Tensor:
+        """What gates with these derivatives ``dL/dgate`` count in one step, elementwise; see ``of_gates``."""
+        raise NotImplementedError(f"the score {self.name!r} is not made of gates")
 
     def forget(self, name: str, blocks: Tensor) -> None:
         """Start the statistics of ``blocks`` (bool ``[rows, columns]``) afresh: they grew back."""
@@ -163,6 +171,10 @@ class SecondMoment(_MeanScore):
     arXiv:1906.10771, eq. 8)."""
 
     name = "second_moment"
+    of_gates = True
+
+    def gated(self, derivative: Tensor) -> Tensor:
+        return derivative.square()
 
     def _step(self, module: BlockSparseLayer, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
         return saliency.weight_grad.square(), saliency.neuron_weight_grad.square()
@@ -173,6 +185,10 @@ class Taylor(_MeanScore):
     for a neuron ``E|sum w dL/dw|``, which is |activation x gradient| of its pre-activation."""
 
     name = "taylor"
+    of_gates = True
+
+    def gated(self, derivative: Tensor) -> Tensor:
+        return derivative.abs()
 
     def _step(self, module: BlockSparseLayer, saliency: BlockSaliency) -> tuple[Tensor, Tensor]:
         return saliency.weight_grad_abs, saliency.neuron_weight_grad.abs()
@@ -198,6 +214,11 @@ class Movement(Score):
     arXiv:2005.07683, eq. 4, summed per block as in Lagunas et al. 2021)."""
 
     name = "movement"
+    of_gates = True
+    accumulates = True
+
+    def gated(self, derivative: Tensor) -> Tensor:
+        return -derivative
 
     def observe(self, name: str, module: BlockSparseLayer, saliency: BlockSaliency) -> None:
         statistics = self._of(name, module)
