@@ -118,7 +118,7 @@ def settings(**changes: Any) -> dynaprune.PruningConfig:
 
 
 class Wrong(Exception):
-    """An output that differs from the reference."""
+    """An output that differs from the reference, or a sparsity that is not reached."""
 
 
 def check(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -149,6 +149,8 @@ def examine(family: Family) -> Outcome:
             optimizer.zero_grad()
             losses(model, rows.batch(step)).mean().backward()
             optimizer.step()
+    if pruner.sparsity < TARGET:
+        raise Wrong(f"sparsity after training: {pruner.sparsity:.4f}, expected at least {TARGET}")
     pruner.detach()
     cut = outputs_cut(widths_of(dense), widths_of(model))
     after_training(family, model, example)
@@ -157,7 +159,7 @@ def examine(family: Family) -> Outcome:
     follows_masked_twin(dense, rows)
     removals = pruner.removals
     not_cut = "; ".join(sorted({f"{reason}" for reason in removals.neurons_refused.values()}))
-    return Outcome("works", "", swapped, pruner.sparsity, removals.neurons, cut, not_cut)
+    return Outcome("works", "", swapped, round(pruner.sparsity, 4), removals.neurons, cut, not_cut)
 
 
 def swapped_share(model: nn.Module, dense: nn.Module) -> float:
@@ -169,18 +171,18 @@ def swapped_share(model: nn.Module, dense: nn.Module) -> float:
     )
     embedded = {id(m.weight) for m in dense.modules() if isinstance(m, nn.Embedding)}
     weights = sum(p.numel() for p in dense.parameters() if p.dim() > 1 and id(p) not in embedded)
-    return sparse / weights
+    return round(sparse / weights, 4)
 
 
 def outputs_cut(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> str:
-    """Outputs that layers with weights lost, of those they had: ``layers.*.fc 16 of 128``.
+    """Outputs that layers with weights lost, of those they had: ``layers.*.fc1 16 of 128``.
 
-    Layers whose names differ in numbers only count together. Norms are left out.
+    Layers count together whose names differ in their place in a list only. Norms are left out.
     """
     lost: dict[str, list[int]] = {}
     for name, (outputs, inputs) in before.items():
         if inputs:
-            counts = lost.setdefault(re.sub(r"\d+", "*", name), [0, 0])
+            counts = lost.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), [0, 0])
             counts[0] += outputs - after[name][0]
             counts[1] += outputs
     return "; ".join(f"{name} {gone} of {had}" for name, (gone, had) in lost.items() if gone)

@@ -38,9 +38,15 @@ def test_a_sound_network_works() -> None:
 
 
 def test_outputs_cut_count_by_kind_of_layer() -> None:
-    before = {"0.fc": (64, 32), "1.fc": (64, 32), "1.norm": (32, 0), "head": (4, 64)}
-    after = {"0.fc": (48, 32), "1.fc": (56, 32), "1.norm": (24, 0), "head": (4, 48)}
-    assert family_checks.outputs_cut(before, after) == "*.fc 24 of 128"
+    before = {"0.fc1": (64, 32), "1.fc1": (64, 32), "1.fc2": (32, 64), "1.norm": (32, 0), "2": (4, 64)}
+    after = {"0.fc1": (48, 32), "1.fc1": (56, 32), "1.fc2": (32, 56), "1.norm": (24, 0), "2": (4, 48)}
+    assert family_checks.outputs_cut(before, after) == "*.fc1 24 of 128"
+
+
+def test_a_sparsity_that_is_not_reached_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynaprune.pruning.pruner.run_pruning_event", lambda _: None)
+    found = family_checks.quietly(family())
+    assert found.verdict == "wrong" and "sparsity after training: 0.0000" in found.reason
 
 
 def test_rows_of_families_named_replace_those_of_the_file(
