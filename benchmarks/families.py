@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from benchmarks.family_models import families
+from benchmarks.family_checks import quietly
+from benchmarks.family_models import Family, families
 from dynaprune.metrics import environment
 
 RESULTS = Path(__file__).parent / "results" / "families.csv"
@@ -30,37 +31,32 @@ COLUMNS = (
 )
 
 
-def examined(name: str, limit: float) -> dict[str, object]:
-    """One row: the family's outcome in a process of its own."""
+def examined(family: Family, limit: float) -> dict[str, object]:
+    """One row: the family's outcome in a process of its own, forked so that libraries are imported once."""
     started = time.monotonic()
-    # Blocks of 8 would go to the dense library: the kernels are what is tried here.
-    environment = {"DYNAPRUNE_BACKEND": "cpu", **os.environ}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.families", "--one", name],
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        row: dict[str, object] = {"verdict": "hangs", "reason": f"still running after {limit:.0f} s"}
-    else:
-        last = done.stdout.strip().splitlines()[-1:] or [""]
-        if done.returncode == 0 and last[0].startswith("{"):
-            row = json.loads(last[0])
-        else:
-            row = {"verdict": "died", "reason": f"exit status {done.returncode}: {done.stderr[-300:]}"}
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=one, args=(family, sender))
+    process.start()
+    sender.close()
+    row: dict[str, object] = {"verdict": "hangs", "reason": f"still running after {limit:.0f} s"}
+    if receiver.poll(limit):
+        try:
+            row = receiver.recv()
+        except EOFError:
+            process.join()
+            row = {"verdict": "died", "reason": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
     return {**row, "seconds": round(time.monotonic() - started, 1)}
 
 
-def one(name: str) -> None:
-    """Print a family's outcome as JSON."""
-    from benchmarks.family_checks import quietly
-
+def one(family: Family, sender: Connection) -> None:
+    """Send a family's outcome as a dict."""
+    # Blocks of 8 would go to the dense library: the kernels are what is tried here.
+    os.environ.setdefault("DYNAPRUNE_BACKEND", "cpu")
     torch.set_num_threads(1)
-    family = next(each for each in families() if each.name == name)
-    print(json.dumps(quietly(family)._asdict()))
+    sender.send(quietly(family)._asdict())
 
 
 def read(path: Path) -> dict[str, dict[str, object]]:
@@ -84,13 +80,9 @@ def main() -> int:
     """Run the families named, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="families, whose rows are replaced; all by default")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=300, help="seconds per family")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
     chosen = parser.parse_args()
-    if chosen.one:
-        one(chosen.one)
-        return 0
     known = {family.name: family for family in families()}
     if unknown := set(chosen.names) - set(known):
         parser.error(f"expected families among {', '.join(known)}, got {', '.join(sorted(unknown))}")
@@ -101,7 +93,7 @@ def main() -> int:
     for name in chosen.names or known:
         library = known[name].library
         row = {"family": name, "library": library, "version": version(library), **own}
-        row |= examined(name, chosen.limit)
+        row |= examined(known[name], chosen.limit)
         written[name] = row
         write(chosen.out, written)
         figures = (

@@ -20,8 +20,8 @@ VOCABULARY, TOKENS, PIXELS = 96, 12, 32
 class Family:
     """One architecture: ``inputs(n)`` are the keywords of a forward pass over ``n`` samples.
 
-    ``in_float64``: its twin trains in float64, in which training does not amplify what is rounded. Experts
-    do not: torch's grouped product of them has no float64.
+    ``in_float64``: its twin trains in float64, where rounding hides no fault. Experts do not: torch's grouped
+    product of them has no float64.
     """
 
     name: str

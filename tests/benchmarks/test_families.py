@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,25 @@ def test_an_error_in_training_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.verdict, found.reason) == ("error", "ZeroDivisionError: by zero")
 
 
-def test_what_takes_too_long_hangs() -> None:
-    pytest.importorskip("transformers")
-    row = families.examined("BERT", limit=0.01)
-    assert row["verdict"] == "hangs"
+def never() -> nn.Module:
+    time.sleep(600)
+    return Network()
+
+
+def dies() -> nn.Module:
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("build", "limit", "verdict", "reason"),
+    [
+        (never, 1.0, "hangs", "still running after 1 s"),
+        (dies, 60.0, "died", "exit status 3"),
+        (lambda: Network(4), 60.0, "refused", "would store"),
+    ],
+)
+def test_a_process_that_hangs_or_dies_is_told_apart(
+    build: Any, limit: float, verdict: str, reason: str
+) -> None:
+    row = families.examined(family(build), limit)
+    assert row["verdict"] == verdict and reason in str(row["reason"])
