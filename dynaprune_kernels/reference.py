@@ -46,6 +46,9 @@ def _check_entries(s: IndexSections, rows: int, columns: int, capacity: int) -> 
             f"index is corrupted: header[{N_LIVE}] is {live}, expected a number of live blocks up to the "
             f"capacity {capacity} (something other than layout_update wrote to it)"
         )
+    ends = torch.tensor([0, s.col_ptr.numel() - 1])
+    wrong = s.col_ptr[ends] != torch.tensor([0, live])
+    _refuse_first("col_ptr", wrong, ends, s.col_ptr[ends], f"0 entries before the first list, {live} in all")
     entry = torch.arange(capacity)
     for name, numbers, limit in (
         ("col_rows", s.col_rows, rows),
@@ -67,13 +70,22 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
-def _entries(index: Tensor, rows: int, columns: int, capacity: int) -> tuple[Tensor, Tensor]:
+def _entries(
+    index: Tensor, rows: int, columns: int, capacity: int, lists: int | None
+) -> tuple[Tensor, Tensor]:
     """Block number and slot of each of ``capacity`` entries (int64); dead entries point one past the end.
+
+    An index with another number of column lists than ``lists``, where that is known, raises ValueError.
 
     On a CPU a corrupted index raises ValueError. On a GPU, and in compiled code, torch's own indexing stops
     at numbers outside the tensors, and an index that is wrong within them is taken at its word.
     """
     s = sections(index, rows, capacity)
+    if lists is not None and s.col_order.numel() != lists:
+        raise ValueError(
+            f"expected an index with {lists} column lists, got {s.col_order.numel()} by its length "
+            f"{index.numel()}"
+        )
     if _readable(index):
         _check_entries(s, rows, columns, capacity)
     live = s.col_slots >= 0
@@ -81,25 +93,29 @@ def _entries(index: Tensor, rows: int, columns: int, capacity: int) -> tuple[Ten
     return block, torch.where(live, s.col_slots.long(), capacity)
 
 
-def _blocks_by_position(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
+def _blocks_by_position(
+    values: Tensor, index: Tensor, rows: int, columns: int, lists: int | None = None
+) -> Tensor:
     """Live blocks at their places, zeros elsewhere: ``[rows * columns, bi, bo]``."""
-    block, slot = _entries(index, rows, columns, values.shape[0])
+    block, slot = _entries(index, rows, columns, values.shape[0], lists)
     placed = values.new_zeros(rows * columns + 1, *values.shape[1:])
     placed[block] = values[slot.clamp(max=values.shape[0] - 1)]
     return placed[:-1]
 
 
-def _blocks_by_slot(blocks: Tensor, index: Tensor, rows: int, columns: int, capacity: int) -> Tensor:
+def _blocks_by_slot(
+    blocks: Tensor, index: Tensor, rows: int, columns: int, capacity: int, lists: int
+) -> Tensor:
     """The inverse: blocks ``[rows * columns, bi, bo]`` gathered into slots, zeros in unlisted ones."""
-    block, slot = _entries(index, rows, columns, capacity)
+    block, slot = _entries(index, rows, columns, capacity, lists)
     by_slot = blocks.new_zeros(capacity + 1, *blocks.shape[1:])
     by_slot[slot] = blocks[block.clamp(max=rows * columns - 1)]
     return by_slot[:-1]
 
 
-def _live(index: Tensor, rows: int, columns: int, capacity: int) -> Tensor:
+def _live(index: Tensor, rows: int, columns: int, capacity: int, lists: int) -> Tensor:
     """Live mask, bool ``[rows * columns]``."""
-    block, _ = _entries(index, rows, columns, capacity)
+    block, _ = _entries(index, rows, columns, capacity, lists)
     return index.new_zeros(rows * columns + 1, dtype=torch.bool).index_fill_(0, block, True)[:-1]
 
 
@@ -145,7 +161,7 @@ def dense_weight(
 ) -> Tensor:
     """The dense weight of the live blocks: ``[out, in]`` or ``[out, in / groups, kh, kw]``."""
     rows, columns = _grid(values.shape[2], values.shape[1], out_features, in_features, conv)
-    blocks = _blocks_by_position(values, index, rows, columns)
+    blocks = _blocks_by_position(values, index, rows, columns, column_lists(columns, conv))
     return blocks_to_dense(blocks, out_features, in_features, conv)
 
 
@@ -298,7 +314,7 @@ def _wgrad_from_dense(
     bi, bo = block
     rows, columns = _grid(bo, bi, grad.shape[0], grad.shape[1], conv)
     blocks = dense_to_blocks(grad, (bo, bi), conv)
-    return _blocks_by_slot(blocks, index, rows, columns, capacity)
+    return _blocks_by_slot(blocks, index, rows, columns, capacity, column_lists(columns, conv))
 
 
 def _wgrad_saliency_from_dense(
@@ -334,7 +350,8 @@ def _probe_from_dense(
     bi, bo = block
     rows, columns = _grid(bo, bi, grad.shape[0], grad.shape[1], conv)
     norms = dense_to_blocks(grad, (bo, bi), conv).to(_accumulator(grad.dtype)).square().sum((1, 2))
-    return norms.masked_fill(_live(index, rows, columns, capacity) | ~probe, 0)
+    live = _live(index, rows, columns, capacity, column_lists(columns, conv))
+    return norms.masked_fill(live | ~probe, 0)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

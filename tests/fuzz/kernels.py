@@ -66,6 +66,9 @@ def try_index(seed: int, number: int) -> tuple[Outcome, str | None]:
         return (kind, f"refused: {type(error).__name__}"), None
     if index.is_meta:
         return (kind, "returned without memory"), None
+    if index.shape != p.index.shape:  # block_saliency goes by what number of lists the index has
+        wrong = op != "block_saliency" and f"{kind} {backend} {op}: returned for another length"
+        return (kind, "returned for another number of lists"), wrong or None
     wrong = difference(p, op, index, results, lists_of=BY_COLUMN[0] if backend == "reference" else op)
     return (kind, "right"), wrong and f"{kind} {backend} {op}: {wrong}"
 

@@ -121,6 +121,8 @@ def test_any_byte_but_zero_is_a_live_block(backend: str, release: bool, conv: Co
 WRONG: list[tuple[str, int, int]] = [
     ("header", 0, -1),
     ("header", 0, 10_000),
+    ("col_ptr", 0, 1),
+    ("col_ptr", -1, 2),
     ("col_rows", 0, -1),
     ("col_rows", 1, 10_000),
     ("col_cols", 0, -(2**31)),
@@ -180,3 +182,13 @@ def test_the_reference_refuses_a_shrunken_storage(monkeypatch: pytest.MonkeyPatc
     given[name].untyped_storage().resize_(4)
     with pytest.raises(ValueError, match=rf"linear_forward: expected {name} .* got a storage of 4 bytes"):
         torch.ops.dynaprune.block_sparse_linear(*given.values(), 40)
+
+
+@pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
+@pytest.mark.parametrize("more", [-2, 2, 12])
+def test_the_reference_refuses_an_index_of_another_grid(more: int, conv: ConvGeometry | None) -> None:
+    layout = layout_of(conv)
+    index = torch.cat([layout.index, layout.index])[: layout.index.numel() + more]
+    values = torch.zeros(layout.capacity, 16, 8)
+    with pytest.raises(ValueError, match=r"expected an index with \d+ column lists, got \d+ by its length"):
+        reference.dense_weight(values, index, 40, 52, conv)
