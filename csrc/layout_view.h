@@ -16,7 +16,7 @@ struct LayoutView {
   int64_t columns;   // C, block columns (conv: taps * channel blocks)
   int64_t lists;     // P, column lists (linear: C; conv: groups * channel blocks * stride phases)
   int64_t capacity;  // slots
-  const int32_t* header;         // [8] n_live, overflow, n_slots, 0...
+  const int32_t* header;         // [8] n_live, overflow, n_slots, faults, 0...
   const int32_t* block_of_slot;  // [capacity] row * C + column, -1 when free
   const int32_t* row_ptr;        // [R + 1]
   const int32_t* row_cols;       // [capacity]

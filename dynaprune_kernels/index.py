@@ -3,7 +3,7 @@
 One tensor (instead of nine) keeps op schemas short, makes a mask change one version bump that autograd can
 see, and gives CUDA graphs one address. Sections, in order::
 
-    header        [8]      n_live, overflow, n_slots, 0, 0, 0, 0, 0
+    header        [8]      n_live, overflow, n_slots, faults, 0, 0, 0, 0
     block_of_slot [cap]    row * columns + column, -1: the slot is free
     row_ptr       [R+1]    live blocks by row, then column
     row_cols      [cap]
@@ -15,9 +15,11 @@ see, and gives CUDA graphs one address. Sections, in order::
     row_order     [R]      rows, the one with most live blocks first
     col_order     [P]      column lists, likewise
 
-Entries past ``n_live`` are -1. A column list holds what one block of inputs needs for dgrad: all rows and,
-for a convolution, the taps of one stride phase. ``P`` is the number of lists: the columns of a linear
-weight, and ``groups * channel_blocks * stride phases`` of a convolution.
+Entries past ``n_live`` are -1. ``faults`` counts the numbers in ``slot_of_block`` that were no slots and
+the blocks that shared one, where the kernels of an update do not raise: those of the CPU do. A column list
+holds what one block of inputs needs for dgrad: all rows and, for a convolution, the taps of one stride
+phase. ``P`` is the number of lists: the columns of a linear weight, and ``groups * channel_blocks * stride
+phases`` of a convolution.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor
 from dynaprune_kernels.geometry import ConvGeometry
 
 HEADER = 8
-N_LIVE, OVERFLOW, N_SLOTS = 0, 1, 2
+N_LIVE, OVERFLOW, N_SLOTS, FAULTS = 0, 1, 2, 3
 
 
 class IndexSections(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dynaprune_kernels.geometry import ConvGeometry, check_block, check_int32, conv_grid, linear_grid
 from dynaprune_kernels.index import (
+    FAULTS,
     N_LIVE,
     OVERFLOW,
     IndexSections,
@@ -227,8 +228,25 @@ class BlockLayout(nn.Module):
         return self.live_count() / self.blocks
 
     def check(self) -> None:
-        """Raise RuntimeError when an update wanted more live blocks than there is capacity; syncs."""
+        """Compare the index with what an update writes for the same mask and slots; syncs.
+
+        Kernels on a GPU take what they cannot use in an index for absent and raise nothing: this does.
+
+        Raises:
+            RuntimeError: the last update wanted more live blocks than there is capacity; something other than
+                an update wrote to index, mask or ``slot_of_block``.
+        """
+        mask, slots, index = (getattr(self, name).clone() for name in _TENSORS)
+        torch.ops.dynaprune.layout_update(mask, slots, index, self.capacity, self.conv, False)
+        wrong = [int(index[FAULTS].item()), int(self.index[FAULTS].item())]
         dropped = int(self.index[OVERFLOW].item())
+        index[OVERFLOW] = dropped
+        now = zip((mask, slots, index), _TENSORS, strict=True)
+        if any(wrong) or not all(torch.equal(rebuilt, getattr(self, name)) for rebuilt, name in now):
+            raise RuntimeError(
+                f"the layout is corrupted: its index is not that of its mask and slots (capacity "
+                f"{self.capacity}); something other than an update wrote to one of them"
+            )
         if dropped:
             raise RuntimeError(
                 f"{dropped} blocks found no free slot (capacity {self.capacity}) and stayed dead: "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, reference
-from dynaprune_kernels.index import index_size
+from dynaprune_kernels.index import IndexSections, index_size
 from tests.kernels.packed_index import packed_index, updated_slots
 
 BACKENDS = ["reference", "cpu"]
@@ -337,3 +337,22 @@ def test_a_mask_of_other_strides_is_the_same_mask() -> None:
     layout = BlockLayout(64, 96, 16, mask=mask.t())
     assert layout.mask.is_contiguous() and layout.slot_of_block.is_contiguous()
     assert torch.equal(layout.index, BlockLayout(64, 96, 16, mask=mask.t().contiguous()).index)
+
+
+@pytest.mark.parametrize("section", IndexSections._fields)
+def test_check_notices_an_index_that_something_else_wrote_to(backend: str, section: str) -> None:
+    mask = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    layout = BlockLayout(32, 48, (8, 8), capacity=20, mask=mask)
+    layout.check()
+    getattr(layout.lists, section).data[0] += 1
+    with pytest.raises(RuntimeError, match="the layout is corrupted"):
+        layout.check()
+    layout.update_(layout.mask)
+    layout.check()
+
+
+def test_check_notices_a_mask_that_is_not_the_index_s(backend: str) -> None:
+    layout = BlockLayout(32, 48, (8, 8))
+    layout.mask.data[1, 2] = False
+    with pytest.raises(RuntimeError, match="the layout is corrupted"):
+        layout.check()
