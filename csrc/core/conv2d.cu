@@ -29,7 +29,9 @@ cudaError_t launch_product(const Target& target, DType dtype, Precision precisio
   // Where there are few tiles, smaller ones keep more of the device busy.
   const bool small = positions <= 64 || ceil_div(positions, int64_t(128)) * lists < 2 * target.sm_count;
   const int64_t row_tiles = ceil_div(positions, int64_t(small ? 64 : 128));
-  if (log_inner < 0 || !fits(shape) || !fits_int32(row_tiles * lists)) return cudaErrorInvalidValue;
+  if (log_inner < 0 || !fits(shape) || !fits_int32(row_tiles * lists) ||
+      !fits_int32(blocks.capacity << log_inner))  // a wrong index may make a list so long
+    return cudaErrorInvalidValue;
   return with_arithmetic(dtype, precision, [&](auto arithmetic) {
     return with_width(DGRAD ? blocks.bi : blocks.bo, [&](auto width) {
       using T = typename decltype(arithmetic)::Element;

@@ -7,7 +7,7 @@
 // taps.
 #pragma once
 
-#include "core/device.h"
+#include "core/packed_index.h"
 #include "core/variants.h"
 
 namespace dynaprune::cuda {
@@ -135,8 +135,9 @@ struct Pixels {
   PixelGrid grid;
   int step_h, step_w;      // pixels from position to position
   int origin_h, origin_w;  // the pixel of position (0, 0) for a shift of 0
-  const int32_t* rows;     // the list's block rows, which only dgrad reads
+  const int32_t* rows;     // the entries' block rows, which only dgrad reads
   const int32_t* columns;  // and block columns
+  int64_t row_count, column_count;
 
   struct Row {
     const T* at;  // the pixel that a shift of 0 reads, possibly outside of the image
@@ -166,6 +167,9 @@ struct Pixels {
   DYN_DEVICE Part nothing() const { return {0, kOutside, kOutside}; }
 
   DYN_DEVICE Entry entry(int entry) const { return {DGRAD ? rows[entry] : 0, columns[entry]}; }
+  DYN_DEVICE bool exists(Entry entry) const {
+    return (!DGRAD || is_row(entry.row, row_count)) && is_column(entry.column, column_count);
+  }
 
   DYN_DEVICE Part part(Entry entry, int within) const {
     const Conv2dSizes::Tap tap = s.tap(entry.column);
@@ -193,18 +197,18 @@ struct Pixels {
 
 // What the output pixels read: the input of one group.
 template <class T>
-DYN_DEVICE Pixels<T, false> input_pixels(const Conv2dSizes& s, const T* x, int group, const int32_t* columns) {
+DYN_DEVICE Pixels<T, false> input_pixels(const Conv2dSizes& s, const T* x, int group, const LayoutView& view) {
   return {s, x + int64_t(group) * (s.x_channels / s.groups), s.output, s.stride_h, s.stride_w, -s.pad_h, -s.pad_w,
-          nullptr, columns};
+          nullptr, view.row_cols, view.rows, view.columns};
 }
 
 // What the input pixels of a stride phase read: the output's gradient.
 template <class T>
 DYN_DEVICE Pixels<T, true> output_pixels(const Conv2dSizes& s, const T* dy, const StridePhase& phase,
-                                         const int32_t* rows, const int32_t* columns) {
+                                         const LayoutView& view) {
   const int origin_h = s.by_stride_h.quotient(phase.first_h + s.pad_h);
   const int origin_w = s.by_stride_w.quotient(phase.first_w + s.pad_w);
-  return {s, dy, phase.grid, 1, 1, origin_h, origin_w, rows, columns};
+  return {s, dy, phase.grid, 1, 1, origin_h, origin_w, view.col_rows, view.col_cols, view.rows, view.columns};
 }
 
 }  // namespace dynaprune::cuda

@@ -26,12 +26,13 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
   const LayoutView& view = p.view;
   const Conv2dSizes& s = p.sizes;
   const TileOfProgram program = tile_of_program(block(), p.row_tiles, view.rows);
-  const int row = view.row_order[program.rank];
-  const ListedBlocks listed{view.row_slots, view.row_ptr[row], view.row_ptr[row + 1]};
+  const int row = list_at(view.row_order, program.rank, view.rows);
+  const auto [begin, end] = entries_of(view, view.row_ptr, row);
+  const ListedBlocks listed{view.row_slots, view.capacity, begin, end};
   const int64_t first = program.tile * Tile::kRows, count = s.images * s.out_h * s.out_w;
   typename Tile::Sums sums;
-  product<Tile>(sums, input_pixels(s, p.a, row / s.rows_per_group, view.row_cols), first, count, p.values, p.log_inner,
-                listed, shared_memory());
+  product<Tile>(sums, input_pixels(s, p.a, row / s.rows_per_group, view), first, count, p.values, p.log_inner, listed,
+                shared_memory());
 
   const int channel = row * Tile::kColumns;
   const auto out = [&](int64_t position) { return p.y + position * s.out_channels + channel; };
@@ -47,14 +48,15 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
   const LayoutView& view = p.view;
   const Conv2dSizes& s = p.sizes;
   const TileOfProgram program = tile_of_program(block(), p.row_tiles, view.lists);
-  const int list = view.col_order[program.rank];
+  const int list = list_at(view.col_order, program.rank, view.lists);
   const StridePhase phase(s, list);
   const int64_t first = program.tile * Tile::kRows, count = s.images * phase.grid.height.value * phase.grid.width.value;
   if (first >= count) return;  // phases differ in size
-  const ListedBlocks listed{view.col_slots, view.col_ptr[list], view.col_ptr[list + 1]};
+  const auto [begin, end] = entries_of(view, view.col_ptr, list);
+  const ListedBlocks listed{view.col_slots, view.capacity, begin, end};
   typename Tile::Sums sums;
-  product<Tile>(sums, output_pixels(s, p.a, phase, view.col_rows, view.col_cols), first, count, p.values, p.log_inner,
-                listed, shared_memory());
+  product<Tile>(sums, output_pixels(s, p.a, phase, view), first, count, p.values, p.log_inner, listed,
+                shared_memory());
 
   const int within_group = phase.channel_block * Tile::kColumns;
   const int channel = phase.group * s.group_channels + within_group;
@@ -75,7 +77,9 @@ struct Conv2dGradient {
   const T* dy;
 
   DYN_DEVICE int64_t positions() const { return sizes.images * sizes.out_h * sizes.out_w; }
-  DYN_DEVICE MatrixRows<T> dy_rows() const { return {dy, sizes.dy_channels, sizes.out_channels, nullptr, sizes.bo}; }
+  DYN_DEVICE MatrixRows<T> dy_rows() const {
+    return {dy, sizes.dy_channels, sizes.out_channels, nullptr, sizes.bo, view.rows};
+  }
 };
 
 // Grid: chunks of live blocks of a row x parts of the sum over output pixels.
@@ -89,10 +93,11 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
   const int split = block(1);
   const Chunk chunk = chunk_of_program(view, block(), Tile::kInputs >> log_bi);
   if (chunk.begin < chunk.end) {
-    const auto x = input_pixels(s, p.x, chunk.row / s.rows_per_group, view.row_cols);
+    const auto x = input_pixels(s, p.x, chunk.row / s.rows_per_group, view);
     const auto x_part = [&](int m) {
       const int entry = chunk.begin + (m >> log_bi);
-      return entry < chunk.end ? x.part(x.entry(entry), m & (s.bi - 1)) : x.nothing();
+      const bool listed = entry < chunk.end;
+      return part_of(x, listed, x.entry(listed ? entry : chunk.begin), m & (s.bi - 1));
     };
     const auto dy_part = [&](int n) { return chunk.row * Tile::kOutputs + n; };
     const int64_t first = split * positions_per_split, end = first + positions_per_split, last = p.positions();
@@ -126,7 +131,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     store_no_squares(view, blocks, squares);
     return;
   }
-  const auto x = input_pixels(s, p.x, group, view.row_cols);
+  const auto x = input_pixels(s, p.x, group, view);
   typename Tile::Sums sums;
   const auto x_part = [&](int m) { return x.part({0, column}, m); };
   const auto dy_part = [&](int n) { return row * s.bo + n; };

@@ -52,6 +52,7 @@ struct OutputPixels {
   static DYN_DEVICE int64_t row(const List&, int position) { return position; }
   DYN_DEVICE Pixel start(const List&, int position) const { return input_pixel(s, position); }
   static DYN_DEVICE Entry entry(const LayoutView& view, int e) { return view.row_cols[e]; }
+  static DYN_DEVICE bool exists(const LayoutView& view, Entry column) { return is_column(column, view.columns); }
   DYN_DEVICE Block block(Entry column) const {
     const Conv2dSizes::Tap tap = s.tap(column);
     return {{tap.channel_block * s.bi, tap.h, tap.w}, tap.channel_block};
@@ -113,6 +114,9 @@ struct InputPixels {
             place.i + s.by_stride_w.quotient(list.phase.first_w + s.pad_w) - reach_w};
   }
   static DYN_DEVICE Entry entry(const LayoutView& view, int e) { return {view.col_rows[e], view.col_cols[e]}; }
+  static DYN_DEVICE bool exists(const LayoutView& view, Entry entry) {
+    return is_row(entry.row, view.rows) && is_column(entry.column, view.columns);
+  }
   DYN_DEVICE Block block(Entry entry) const {
     const Conv2dSizes::Tap tap = s.tap(entry.column);
     return {{entry.row * s.bo, reach_h - s.by_stride_h.quotient(tap.h), reach_w - s.by_stride_w.quotient(tap.w)},

@@ -3,12 +3,13 @@
 // Eight launches, each of which needs all of the one before: clear, claim (which blocks keep a slot, want one, free
 // one), count_free and list_free (the free slots, in order), assign (slots to the blocks that want one), count_lists
 // (live blocks of each column list), emit_rows (the row lists, and where every list begins), emit_lists (the column
-// lists). Scans over the whole device come in two halves: a launch leaves the count of each part, and whoever needs the
+// lists). What slot_of_block holds is not trusted: a number that is neither a slot nor -1 takes its block out of the
+// mask, and no list is written beyond the capacity. The header counts such numbers and the blocks beyond one that share
+// a slot. Scans over the whole device come in two halves: a launch leaves the count of each part, and whoever needs the
 // sum before his part in a later launch adds it up, one warp reading 32 counts at a time.
 #pragma once
 
-#include "core/device.h"
-#include "layout_view.h"
+#include "core/packed_index.h"
 
 namespace dynaprune::cuda {
 
@@ -25,7 +26,7 @@ struct LayoutGrid {
 // Counts that do not outlive an update.
 struct LayoutScratch {
   int32_t* wanting;        // [rows] live blocks without a slot
-  int32_t* holding;        // [rows] blocks with a slot
+  int32_t* holding;        // [rows] blocks with a slot, or with a number that is none
   int32_t* live_of_row;    // [rows]
   int32_t* live_of_list;   // [lists]
   int32_t* free_of_chunk;  // [ceil(capacity / kSlotChunk)]
@@ -62,6 +63,11 @@ DYN_DEVICE int rank_of(const int32_t* counts, int item, int size) {
   return sum_lanes(before);
 }
 
+// Whether a list has room for an entry: blocks that share a slot can be more than slots.
+DYN_DEVICE bool is_place(int64_t entry, const LayoutGrid& size) {
+  return DYN_GUARD(kGuardPlace, uint64_t(entry) < uint64_t(size.capacity));
+}
+
 DYN_DEVICE int item_of_warp() { return block() * kLayoutWarps + warp(); }
 
 DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kLayoutThreads, 2) clear_kernel(int32_t* index, int64_t size) {
@@ -81,10 +87,9 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kLayoutThreads, 2)
     const bool live = mask[at] != 0;
     int slot = slot_of_block[at];
     if (RELEASE && !live && slot >= 0) slot_of_block[at] = slot = -1;
-    DYN_ASSERT(slot < size.capacity);
-    if (slot >= 0) writable(view.block_of_slot)[slot] = int32_t(at);
-    wants += live && slot < 0;
-    holds += slot >= 0;
+    if (slot != -1 && is_slot(slot, size.capacity)) writable(view.block_of_slot)[slot] = int32_t(at);
+    wants += live && slot == -1;
+    holds += slot != -1;
   }
   wants = sum_lanes(wants);
   holds = sum_lanes(holds);
@@ -132,8 +137,10 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kLayoutThreads, 2)
   for (int first = 0; first < size.columns; first += kWarp) {
     const int column = first + lane();
     const int64_t at = int64_t(row) * size.columns + column;
-    bool live = column < size.columns && mask[at] != 0;
-    const bool wants = live && slot_of_block[at] < 0;
+    const uint8_t byte = column < size.columns ? mask[at] : 0;
+    const int held_slot = column < size.columns ? slot_of_block[at] : -1;
+    bool live = byte != 0;
+    const bool wants = live && held_slot == -1;
     const uint32_t votes = ballot(wants);
     const int place = wanted + lanes_before(votes);
     if (wants && place < free) {
@@ -143,16 +150,26 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kLayoutThreads, 2)
     } else if (wants) {
       mask[at] = 0;
       live = false;
+    } else if (held_slot != -1 && !is_slot(held_slot, size.capacity)) {
+      slot_of_block[at] = -1;
+      mask[at] = 0;
+      live = false;
     }
+    if (live && byte != 1) mask[at] = 1;
     lives += live;
     wanted += count_bits(votes);
   }
   lives = sum_lanes(lives);
   if (lane() == 0) scratch.live_of_row[row] = lives;
   if (row < size.rows - 1) return;
-  // The last row has counted every block that wants a slot. Header: (n_live, by emit_rows,) overflow, n_slots, zeros.
-  const int served = wanted < free ? wanted : free;
-  const int header = lane() == 1 ? wanted - served : lane() == 2 ? held + served : 0;
+  // The last row has counted every block that wants a slot. Header: (n_live, by emit_rows,) overflow, n_slots, faults,
+  // zeros.
+  const int free_slots = sum_before(scratch.free_of_chunk, ceil_div(size.capacity, kSlotChunk));
+  const int served = free < 0 ? 0 : wanted < free ? wanted : free, faults = free_slots - free;
+  const int header = lane() == 1   ? wanted - served
+                     : lane() == 2 ? size.capacity - free_slots + served
+                     : lane() == 3 ? faults
+                                   : 0;
   if (lane() >= 1 && lane() < 8) writable(view.header)[lane()] = header;
 }
 
@@ -247,8 +264,8 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kLayoutThreads, 2)
     const int64_t at = int64_t(number) * size.columns + column;
     const bool live = column < size.columns && read_only(mask + at) != 0;
     const uint32_t votes = ballot(live);
-    if (live) {
-      const int64_t to = entry + lanes_before(votes);
+    const int64_t to = entry + lanes_before(votes);
+    if (live && is_place(to, size)) {
       writable(view.row_cols)[to] = column;
       writable(view.row_slots)[to] = read_only(slot_of_block + at);
     }
@@ -263,7 +280,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kListThreads, 1)
   if (tile.exists()) to += view.col_ptr[tile.list()];
   tile.walk([&](int row, int column) {
     const int64_t at = int64_t(row) * size.columns + column;
-    if (read_only(mask + at) == 0) return;
+    if (read_only(mask + at) == 0 || !is_place(to, size)) return;
     writable(view.col_rows)[to] = row;
     writable(view.col_cols)[to] = column;
     writable(view.col_slots)[to] = read_only(slot_of_block + at);

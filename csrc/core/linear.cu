@@ -19,7 +19,8 @@ cudaError_t launch_product(const Target& target, DType dtype, Precision precisio
   // Where there are few tiles, smaller ones keep more of the device busy.
   const bool small = shape.tokens <= 64 || ceil_div(shape.tokens, int64_t(128)) * lists < 2 * target.sm_count;
   const int64_t programs = ceil_div(shape.tokens, int64_t(small ? 64 : 128)) * lists;
-  if (log_inner < 0 || !fits_int32(inner_size) || !fits_int32(outer_size) || !fits_int32(programs))
+  if (log_inner < 0 || !fits_int32(inner_size) || !fits_int32(outer_size) || !fits_int32(programs) ||
+      !fits_int32(blocks.capacity << log_inner))  // a wrong index may make a list so long
     return cudaErrorInvalidValue;
   return with_arithmetic(dtype, precision, [&](auto arithmetic) {
     return with_width(DGRAD ? blocks.bi : blocks.bo, [&](auto width) {

@@ -24,11 +24,15 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
   const LayoutView& view = p.view;
   const int64_t lists = Tile::kDgrad ? view.lists : view.rows;
   const TileOfProgram program = tile_of_program(block(), ceil_div(p.tokens, int64_t(Tile::kRows)), lists);
-  const int list = (Tile::kDgrad ? view.col_order : view.row_order)[program.rank];
-  const int32_t* pointers = Tile::kDgrad ? view.col_ptr : view.row_ptr;
-  const ListedBlocks listed{Tile::kDgrad ? view.col_slots : view.row_slots, pointers[list], pointers[list + 1]};
-  const MatrixRows<T> rows{p.a, p.a_stride, p.inner_size, Tile::kDgrad ? view.col_rows : view.row_cols,
-                           1 << p.log_inner};
+  const int list = list_at(Tile::kDgrad ? view.col_order : view.row_order, program.rank, lists);
+  const auto [begin, end] = entries_of(view, Tile::kDgrad ? view.col_ptr : view.row_ptr, list);
+  const ListedBlocks listed{Tile::kDgrad ? view.col_slots : view.row_slots, view.capacity, begin, end};
+  const MatrixRows<T> rows{p.a,
+                           p.a_stride,
+                           p.inner_size,
+                           Tile::kDgrad ? view.col_rows : view.row_cols,
+                           1 << p.log_inner,
+                           Tile::kDgrad ? view.rows : view.columns};
   const int64_t first = program.tile * Tile::kRows;
   typename Tile::Sums sums;
   product<Tile>(sums, rows, first, p.tokens, p.values, p.log_inner, listed, shared_memory());
@@ -48,8 +52,8 @@ struct LinearGradient {
   int64_t tokens, x_stride, dy_stride;
   int in, out, bi, bo;
 
-  DYN_DEVICE MatrixRows<T> x_rows() const { return {x, x_stride, in, view.row_cols, bi}; }
-  DYN_DEVICE MatrixRows<T> dy_rows() const { return {dy, dy_stride, out, nullptr, bo}; }
+  DYN_DEVICE MatrixRows<T> x_rows() const { return {x, x_stride, in, view.row_cols, bi, view.columns}; }
+  DYN_DEVICE MatrixRows<T> dy_rows() const { return {dy, dy_stride, out, nullptr, bo, view.rows}; }
 };
 
 // Grid: chunks of live blocks of a row x parts of the sum over tokens.
@@ -66,7 +70,8 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(Tile::kThreads, Tile::kPerProcessor)
     const MatrixRows<T> x = p.x_rows(), dy = p.dy_rows();
     const auto x_part = [&](int m) {
       const int entry = chunk.begin + (m >> log_bi);
-      return entry < chunk.end ? x.part(x.entry(entry), m & ((1 << log_bi) - 1)) : x.nothing();
+      const bool listed = entry < chunk.end;
+      return part_of(x, listed, x.entry(listed ? entry : chunk.begin), m & ((1 << log_bi) - 1));
     };
     const auto dy_part = [&](int n) { return chunk.row * Tile::kOutputs + n; };
     const int64_t first = split * tokens_per_split, end = first + tokens_per_split;

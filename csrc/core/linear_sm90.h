@@ -30,6 +30,9 @@ struct Tokens {
   static DYN_DEVICE int64_t row(const List&, int token) { return token; }
   static DYN_DEVICE Start start(const List&, int token) { return token; }
   static DYN_DEVICE Entry entry(const LayoutView& view, int e) { return DGRAD ? view.col_rows[e] : view.row_cols[e]; }
+  static DYN_DEVICE bool exists(const LayoutView& view, Entry block) {
+    return DGRAD ? is_row(block, view.rows) : is_column(block, view.columns);
+  }
   static DYN_DEVICE int block(Entry block) { return block; }
   DYN_DEVICE bool is_ragged(int block) const { return block == ragged; }
 

@@ -1,10 +1,56 @@
 // Who does what: thread blocks find their share of a packed index, whose counts only the device knows.
+//
+// Nothing in an index is trusted, since anything may have written to it. A number is compared with its bound, unsigned,
+// between being read and being used, so that no access leaves the index or a tensor and no loop is longer than the
+// capacity. What such a number spoils counts as absent: a block, or all of a list whose pointers are wrong. Results of
+// an index that is wrong are not defined, and may be what their memory held before.
 #pragma once
 
 #include "core/device.h"
 #include "layout_view.h"
 
 namespace dynaprune::cuda {
+
+// A comparison that keeps accesses inside of memory; a test of the emulation can leave it out (emulation/machine.h).
+#ifdef DYN_EMULATION
+#define DYN_GUARD(guard, condition) (emulation::left_out(emulation::guard) || (condition))
+#else
+#define DYN_GUARD(guard, condition) (condition)
+#endif
+
+// capacity, rows and columns: those of the view, each below 2^31.
+DYN_DEVICE bool is_slot(int slot, int64_t capacity) {
+  return DYN_GUARD(kGuardSlot, uint32_t(slot) < uint32_t(capacity));
+}
+DYN_DEVICE bool is_row(int row, int64_t rows) { return DYN_GUARD(kGuardRow, uint32_t(row) < uint32_t(rows)); }
+DYN_DEVICE bool is_column(int column, int64_t columns) {
+  return DYN_GUARD(kGuardColumn, uint32_t(column) < uint32_t(columns));
+}
+DYN_DEVICE bool is_block(int block, const LayoutView& view) {
+  return DYN_GUARD(kGuardBlock, uint32_t(block) < uint32_t(view.rows * view.columns));
+}
+
+// Entries begin .. end of a list, all below the capacity.
+struct Entries {
+  int begin, end;
+};
+
+DYN_DEVICE Entries entries_of(const LayoutView& view, const int32_t* pointers, int64_t list) {
+  const uint32_t begin = uint32_t(pointers[list]), end = uint32_t(pointers[list + 1]);
+  const bool right = DYN_GUARD(kGuardPointers, begin <= end && end <= uint32_t(view.capacity));
+  return right ? Entries{int(begin), int(end)} : Entries{0, 0};
+}
+
+// The list at a rank; where the order names none, one of the same number, so that outputs are likelier to be written.
+DYN_DEVICE int list_at(const int32_t* order, int rank, int64_t lists) {
+  const int list = order[rank];
+  return DYN_GUARD(kGuardOrder, uint32_t(list) < uint32_t(lists)) ? list : rank;
+}
+
+// Whether a number is that of an entry in use.
+DYN_DEVICE bool is_entry(const LayoutView& view, int64_t entry) {
+  return entry < view.header[0] && DYN_GUARD(kGuardEntry, entry < view.capacity);
+}
 
 constexpr int kTilesPerGroup = 8;  // row tiles that share a list's blocks in L2
 
@@ -35,8 +81,11 @@ DYN_HOST_DEVICE int64_t chunk_count(int64_t rows, int64_t capacity, int merge) {
 DYN_DEVICE Chunk chunk_of_program(const LayoutView& view, int program, int merge) {
   if (view.rows == 0) return {0, 0, 0};
   if (merge == 1) {
-    if (program >= view.header[0]) return {0, 0, 0};
-    return {int(view.block_of_slot[view.row_slots[program]] / view.columns), program, program + 1};
+    if (!is_entry(view, program)) return {0, 0, 0};
+    const int slot = view.row_slots[program];
+    if (!is_slot(slot, view.capacity)) return {0, 0, 0};
+    const int block = view.block_of_slot[slot];
+    return is_block(block, view) ? Chunk{int(block / view.columns), program, program + 1} : Chunk{0, 0, 0};
   }
   int low = 0, high = int(view.rows) - 1;
   while (low < high) {
@@ -46,14 +95,15 @@ DYN_DEVICE Chunk chunk_of_program(const LayoutView& view, int program, int merge
     else
       high = middle - 1;
   }
-  const int begin = view.row_ptr[low], end = view.row_ptr[low + 1];
+  const auto [begin, end] = entries_of(view, view.row_ptr, low);
+  // Never negative, however the bisection was led: the row begins at or before the program, or it is the first one.
   const int first = begin + (program - begin / merge - low) * merge;
   return {low, first, end < first + merge ? end : first + merge};
 }
 
 // Whether the block is listed: bisection among the ascending columns of its row.
 DYN_DEVICE bool is_live(const LayoutView& view, int64_t row, int64_t column) {
-  int low = view.row_ptr[row], high = view.row_ptr[row + 1];
+  auto [low, high] = entries_of(view, view.row_ptr, row);
   const int end = high;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -68,8 +118,8 @@ DYN_DEVICE bool is_live(const LayoutView& view, int64_t row, int64_t column) {
 // Whether the slot belongs to a listed block. Slots of suspended blocks exist only where more slots are used than
 // listed.
 DYN_DEVICE bool is_listed(const LayoutView& view, int64_t slot) {
-  const int64_t block = view.block_of_slot[slot];
-  if (block < 0) return false;
+  const int block = view.block_of_slot[slot];
+  if (!is_block(block, view)) return false;
   return view.header[0] == view.header[2] || is_live(view, block / view.columns, block % view.columns);
 }
 

@@ -5,12 +5,14 @@
 // sums over rows in weight_gradient_sm80.h too:
 //   Row row(int64_t position, bool exists)   what a thread keeps of a row; one of zeros where there is none
 //   Entry entry(int entry)                what the index says of a list's entry; just reads, used one step later
+//   bool exists(Entry)                    whether there is such a block; asked before whatever takes an entry
 //   Part part(Entry, int within)          the piece that starts at element `within` of the entry's summed side
 //   Part nothing()                        a piece of zeros
 //   const T* address(Row, Part, bool& valid)   where it lies; not valid: zeros, and nothing is read
 //   int real(Entry)                       elements of the summed side that are no padding, at least 1
 #pragma once
 
+#include "core/packed_index.h"
 #include "core/tile_sm80.h"
 
 namespace dynaprune::cuda {
@@ -24,6 +26,7 @@ struct MatrixRows {
   int size;
   const int32_t* blocks;  // the list's block columns
   int block;
+  int64_t count;  // of blocks in a row
 
   using Row = const T*;
   struct Entry {
@@ -33,6 +36,7 @@ struct MatrixRows {
 
   DYN_DEVICE Row row(int64_t position, bool exists) const { return exists ? data + position * stride : nullptr; }
   DYN_DEVICE Entry entry(int entry) const { return {blocks[entry]}; }
+  DYN_DEVICE bool exists(Entry entry) const { return is_column(entry.column, count); }
   DYN_DEVICE Part part(Entry entry, int within) const { return entry.column * block + within; }
   DYN_DEVICE Part nothing() const { return size; }
   DYN_DEVICE const T* address(Row row, Part column, bool& valid) const {
@@ -44,6 +48,12 @@ struct MatrixRows {
     return left < block ? left : block;
   }
 };
+
+// The piece of a block, of zeros where it is not `listed` or does not exist.
+template <class Rows>
+DYN_DEVICE typename Rows::Part part_of(const Rows& rows, bool listed, typename Rows::Entry entry, int within) {
+  return listed && rows.exists(entry) ? rows.part(entry, within) : rows.nothing();
+}
 
 // One thread block's output tile: M rows (64 or 128) x N columns, N one side of a block (16, 32, 64 or 128). DGRAD: the
 // sum runs over the outputs of values [bi, bo], along its rows.
@@ -66,9 +76,10 @@ struct ProductTile : WarpTiles<M, N> {
   static constexpr int kSharedBytes = kStages * kStageBytes > kStagedBytes ? kStages * kStageBytes : kStagedBytes;
 };
 
-// Entries begin .. end of a list, and the slots of all its entries.
+// Entries begin .. end of a list, and the slots of all entries.
 struct ListedBlocks {
   const int32_t* slots;
+  int64_t capacity;
   int begin, end;
 };
 
@@ -116,7 +127,7 @@ DYN_DEVICE void product(typename Tile::Sums& sums, const Rows& rows, int64_t fir
     unsigned char* left = shared + stage * Tile::kStageBytes;
     unsigned char* right = left + Tile::kLeftBytes;
     const int left_within = (step * Tile::kDepth + left_k) & (inner - 1);
-    const auto part = left_listed ? rows.part(left_entry, left_within) : rows.nothing();
+    const auto part = part_of(rows, left_listed, left_entry, left_within);
     DYN_UNROLL
     for (int i = 0; i < kLeftRows; ++i) {
       bool valid;
@@ -125,8 +136,9 @@ DYN_DEVICE void product(typename Tile::Sums& sums, const Rows& rows, int64_t fir
     }
     // Padding of values may hold anything, and zero times that need not be zero.
     const int within = (step * Tile::kDepth + right_k) & (inner - 1);
-    const int real = right_listed ? rows.real(right_entry) - within : 0;
-    const T* block = values + (int64_t(slot) * Tile::kColumns << log_inner);
+    const bool exists = right_listed && rows.exists(right_entry) && is_slot(slot, list.capacity);
+    const int real = exists ? rows.real(right_entry) - within : 0;
+    const T* block = values + (int64_t(exists ? slot : 0) * Tile::kColumns << log_inner);
     if constexpr (Tile::kDgrad) {
       const int bytes = (real < 0 ? 0 : real < kPiece ? real : kPiece) * int(sizeof(T));
       const T* from = block + (right_row << log_inner) + within;

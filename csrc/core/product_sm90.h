@@ -29,8 +29,12 @@ struct ProductItem {
 //   most(), inner(), width()        rows of the longest list, width of a block on the summed side, of a row of y
 //   list(i, OUTER)                  list i of the index: its `count` rows, first `output` and `real` outputs from there
 //   row(list, j), start(list, j)    which row of y gets row j; where copies from row j on begin
-//   entry(view, e), block(entry)    what the index says of entry e; the same as copy() wants it
+//   entry(view, e)                  what the index says of entry e
+//   exists(view, entry)             whether there is such a block; there is one for Entry{}
+//   block(entry)                    the block as copy() wants it
 //   copy(to, list, start, block, k, barrier)       [2 WIDTH rows][64 elements of the summed side from the block's k on]
+// Only the producer reads the index, every number once. How many stages an item has is decided before its blocks are
+// looked at: one that does not exist is copied as zeros, from beyond the last matrix of values.
 template <class T, class Rows, int OUTER, int WIDTH>
 DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
     product_sm90_kernel(const DYN_GRID_CONSTANT Rows rows, const DYN_GRID_CONSTANT TensorMap values,
@@ -55,7 +59,8 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
     typename Machine::Producer producer;
     for (int64_t program = block(); program < tiles * lists; program += grid()) {
       const TileOfProgram at = tile_of_program(program, tiles, lists);
-      const int number = order[at.rank], begin = pointers[number], end = pointers[number + 1];
+      const int number = list_at(order, at.rank, lists);
+      const auto [begin, end] = entries_of(view, pointers, number);
       const auto list = rows.list(number, OUTER);
       const int first = int(at.tile) * Machine::kColumns;
       if (first >= list.count) continue;  // phases of a strided convolution differ in size
@@ -64,8 +69,9 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
       auto next_entry = begin < end ? Rows::entry(view, begin) : typename Rows::Entry{};
       int next_slot = begin < end ? slots[begin] : 0;
       for (int entry = begin; entry < end; ++entry) {
-        const auto block = rows.block(next_entry);
-        const int slot = next_slot;
+        const bool exists = Rows::exists(view, next_entry) && is_slot(next_slot, view.capacity);
+        const auto block = rows.block(exists ? next_entry : typename Rows::Entry{});
+        const int slot = exists ? next_slot : int(view.capacity);
         if (entry + 1 < end) next_entry = Rows::entry(view, entry + 1), next_slot = slots[entry + 1];  // meanwhile
         const TensorMap& map = rows.is_ragged(block) ? ragged : values;
         for (int k0 = 0; k0 < inner; k0 += kDepth) {

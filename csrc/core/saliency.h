@@ -4,8 +4,7 @@
 // the row lists; the second adds up the blocks of a row in the order of the list. Every sum has one order.
 #pragma once
 
-#include "core/device.h"
-#include "layout_view.h"
+#include "core/packed_index.h"
 
 namespace dynaprune::cuda {
 
@@ -34,13 +33,15 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kSaliencyThreads, 2)
                           LayoutView view, int bi, int bo, EntrySums sums) {
   constexpr int E = Vector16<T>::kSize, kGroup = WARPS * kWarp, kEntries = kSaliencyThreads / kGroup;
   const int64_t entry = int64_t(block()) * kEntries + thread() / kGroup;
-  if (entry >= view.header[0]) return;  // whole warps, and with WARPS > 1 the whole thread block
+  if (!is_entry(view, entry)) return;  // whole warps, and with WARPS > 1 the whole thread block
   const int member = thread() % kGroup, vectors = bo / E;
   const int column = member % vectors * E;
-  const int64_t slot = view.row_slots[entry], base = slot * bi * bo + column;
+  const int slot = view.row_slots[entry];
+  const bool exists = is_slot(slot, view.capacity);  // otherwise its sums are 0
+  const int64_t base = int64_t(exists ? slot : 0) * bi * bo + column;
   float outputs[E] = {}, w2 = 0.0f, g2 = 0.0f, absolute = 0.0f;
 #pragma unroll 4
-  for (int row = member / vectors; row < bi; row += kGroup / vectors) {
+  for (int row = exists ? member / vectors : bi; row < bi; row += kGroup / vectors) {
     const Vector16<T> w = load16(values + base + row * bo), g = load16(gradient + base + row * bo);
     DYN_UNROLL
     for (int e = 0; e < E; ++e) {
@@ -100,7 +101,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kSaliencyThreads, 2)
                            float* stats,     // [4, rows * columns]
                            float* neuron) {  // [rows * bo]
   const int64_t row = block(), blocks = view.rows * view.columns;
-  const int begin = view.row_ptr[row], end = view.row_ptr[row + 1];
+  const auto [begin, end] = entries_of(view, view.row_ptr, row);
   for (int64_t column = thread(); column < view.columns; column += kSaliencyThreads)
     for (int k = 0; k < kStatistics; ++k) stats[k * blocks + row * view.columns + column] = 0.0f;
   // Thread t adds up output t % bo of every (kSaliencyThreads / bo)-th entry.
@@ -111,9 +112,12 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kSaliencyThreads, 2)
   float* by_part = reinterpret_cast<float*>(shared_memory());  // [parts, bo]
   by_part[thread()] = total;
   sync_block();  // orders the zeros above before the statistics below, too
-  for (int64_t entry = begin + thread(); entry < end; entry += kSaliencyThreads)
+  for (int64_t entry = begin + thread(); entry < end; entry += kSaliencyThreads) {
+    const int column = view.row_cols[entry];
+    if (!is_column(column, view.columns)) continue;
     for (int k = 0; k < kStatistics; ++k)
-      stats[k * blocks + row * view.columns + view.row_cols[entry]] = sums.statistics[entry * kStatistics + k];
+      stats[k * blocks + row * view.columns + column] = sums.statistics[entry * kStatistics + k];
+  }
   if (thread() < bo) {
     total = 0.0f;
     for (int p = 0; p < parts; ++p) total += by_part[p * bo + thread()];

@@ -24,9 +24,12 @@ static DYN_GLOBAL void DYN_LAUNCH_BOUNDS(128, 1)
     T element[4];
   };
   const int entry = block();
-  if (entry >= view.header[0]) return;
-  const int64_t slot = view.row_slots[entry], column = view.row_cols[entry];
-  const int64_t row = view.block_of_slot[slot] / view.columns;
+  if (!is_entry(view, entry)) return;
+  const int listed = view.row_slots[entry], column = view.row_cols[entry];
+  if (!is_slot(listed, view.capacity) || !is_column(column, view.columns)) return;
+  const int at = view.block_of_slot[listed];
+  if (!is_block(at, view)) return;
+  const int64_t slot = listed, row = at / view.columns;
   const int elements = sums.bi * sums.bo;
   float weighted = 0.0f;
   for (int e = thread() * 4; e < elements; e += threads() * 4) {

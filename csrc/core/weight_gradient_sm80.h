@@ -128,8 +128,11 @@ DYN_DEVICE void store_blocks(const typename Tile::Sums& sums, const Rows& rows, 
     for (int j = 0; j < Tile::kN / 2; ++j) weighted[i][j] = 0.0f;
     const int entry = chunk.begin + ((Tile::first_m() + 16 * i) >> log_bi);
     if (entry >= chunk.end) continue;
-    const int64_t block = int64_t(view.row_slots[entry]) * Tile::kOutputs << log_bi;
-    const int real_inputs = rows.real(rows.entry(entry));
+    const int slot = view.row_slots[entry];
+    const auto place = rows.entry(entry);
+    if (!is_slot(slot, view.capacity) || !rows.exists(place)) continue;
+    const int64_t block = int64_t(slot) * Tile::kOutputs << log_bi;
+    const int real_inputs = rows.real(place);
     DYN_UNROLL
     for (int j = 0; j < Tile::kN; ++j)
       DYN_UNROLL
@@ -156,8 +159,10 @@ DYN_DEVICE void store_blocks(const typename Tile::Sums& sums, const Rows& rows, 
   store_cells<Tile>(weighted, cells);
   sync_block();
   const int entry = chunk.begin + thread(), height = (1 << log_bi) / 16;
-  if (entry < chunk.end)
-    out.wg[chunk.row * view.columns + view.row_cols[entry]] =
+  if (entry >= chunk.end) return;
+  const int column = view.row_cols[entry];
+  if (is_column(column, view.columns))
+    out.wg[chunk.row * view.columns + column] =
         sum_of_cells<Tile>(cells, thread() * height, height, 0, Tile::kOutputs / 16);
 }
 

@@ -23,11 +23,11 @@ struct Gradient {
 struct GradientItem {
   int stages;
   int row, blocks, split;
-  int columns[4], slots[4], inputs[4];  // inputs: without the block's padding
+  int columns[4], slots[4], inputs[4];  // slots: none where no block is; inputs: without the block's padding
 };
 
 // Computes transposed blocks dW [OUTER outputs, inputs], 256 inputs of one row's next live blocks at a time, which
-// share dy. Map: dy in boxes of 64 rows.
+// share dy. Map: dy in boxes of 64 rows. The producer reads the lists, every number once; consumers compare slots.
 //
 // What a row of x is, `Inputs` knows (linear_sm90.h, conv2d_sm90.h):
 //   inputs(column)                   how many a block of the column has, without padding
@@ -62,8 +62,9 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
       DYN_UNROLL
       for (int b = 0; b < 4; ++b) {
         const bool listed = b < item.blocks;
-        item.columns[b] = listed ? view.row_cols[chunk.begin + b] : 0;
-        item.slots[b] = listed ? view.row_slots[chunk.begin + b] : 0;
+        const int column = listed ? view.row_cols[chunk.begin + b] : 0;
+        item.columns[b] = is_column(column, view.columns) ? column : 0;  // registers do not suffice to leave it out
+        item.slots[b] = listed ? view.row_slots[chunk.begin + b] : -1;
         item.inputs[b] = listed ? x.inputs(item.columns[b]) : 0;
       }
       const GradientItem& posted = producer.post(item);
@@ -100,6 +101,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
         continue;
       }
       const auto block_of = [&](int column) { return first_block + (column >> p.log_bi); };
+      const auto exists = [&](int block) { return is_slot(item.slots[block], view.capacity); };
 
       // The padding of a block gets zeros whatever dy holds: zeros of x times infinity would be NaN.
       const int real_outputs = p.out - item.row * OUTER;
@@ -128,7 +130,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
         DYN_UNROLL
         for (int i = 0; i < kWidth / 2; ++i) {
           const int column = consumer.column_of(i);
-          if (block_of(column) >= item.blocks) continue;
+          if (!exists(block_of(column))) continue;
           float* to = partial + at(column);
           DYN_UNROLL
           for (int m = 0; m < OUTER / 64; ++m) to[consumer.row_of(m, i)] = sums[m][i];  // eight lanes: 32 bytes
@@ -139,7 +141,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
           float weighted[kPanels] = {};
           DYN_UNROLL
           for (int i = 0; i < kWidth / 2; ++i) {
-            if (!is_real(i)) continue;
+            if (!is_real(i) || !exists(block_of(consumer.column_of(i)))) continue;
             const T* weights = p.values + at(consumer.column_of(i));
             DYN_UNROLL
             for (int m = 0; m < OUTER / 64; ++m) {
@@ -157,7 +159,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
           }
           consumer.meet();
           const int mine = thread() % kWarpgroup, b = first_block + mine;
-          if (mine < kWidth >> p.log_bi && b < item.blocks) {
+          if (mine < kWidth >> p.log_bi && exists(b)) {
             float sum = 0.0f;
             for (int panel = mine * bi / 64; panel < (mine + 1) * bi / 64; ++panel)
               sum += (warp_sums[0][panel] + warp_sums[1][panel]) + (warp_sums[2][panel] + warp_sums[3][panel]);
@@ -165,7 +167,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
           }
         }
         consumer.store_columns(sums, [&](int column, int row, const Vector16<T>& eight) {
-          if (block_of(column) < item.blocks) store16(p.dvalues + at(column) + row, eight);
+          if (exists(block_of(column))) store16(p.dvalues + at(column) + row, eight);
         });
       }
       consumer.done();

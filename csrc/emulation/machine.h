@@ -3,7 +3,8 @@
 // NaN until then, and ThreadSanitizer sees each missing barrier (see gate.h).
 //
 // Environment, read at each launch: DYN_EMULATION_WITHOUT=sync_block:2 makes the second sync_block of every thread in
-// every thread block do nothing, sync_block:2@7 that of thread 7 only (any name of kWaitNames);
+// every thread block do nothing, sync_block:2@7 that of thread 7 only (any name of kWaitNames); slot lets every number
+// pass for a slot (any name of kGuardNames);
 // DYN_EMULATION_BLOCK_ORDER=reverse runs the last block first.
 #pragma once
 
@@ -38,6 +39,20 @@ constexpr size_t kLargestShared = 227 * 1024;
 enum Wait { kSyncBlock, kSyncWarp, kWaitCopies, kWaitStores, kWaitProducts, kNamedBarrier, kMBarrierWait, kWaits };
 constexpr const char* kWaitNames[kWaits] = {"sync_block",    "sync_warp",     "wait_copies",  "wait_stores",
                                             "wait_products", "named_barrier", "mbarrier_wait"};
+
+// What is compared before it is used (core/packed_index.h).
+enum Guard {
+  kGuardOrder,
+  kGuardPointers,
+  kGuardEntry,
+  kGuardSlot,
+  kGuardBlock,
+  kGuardRow,
+  kGuardColumn,
+  kGuardPlace,
+  kGuards
+};
+constexpr const char* kGuardNames[kGuards] = {"order", "pointers", "entry", "slot", "block", "row", "column", "place"};
 
 // Actions that a thread starts now and that take place when it waits for them, in groups.
 class AsyncGroups {
@@ -132,6 +147,8 @@ class Machine {
     return ++self->waits[wait] == without_[wait] && (without_thread_ < 0 || without_thread_ == self->index);
   }
 
+  bool left_out(Guard guard) const { return without_guard_ == guard; }
+
   CopyEngine& copy_engine() { return copy_engine_; }
 
  private:
@@ -166,6 +183,7 @@ class Machine {
   bool abandoned_ = false, reverse_ = false;
   std::array<uint32_t, kWaits> without_{};  // which of each kind, counted from 1
   int without_thread_ = -1;                 // all
+  int without_guard_ = -1;                  // none
   std::atomic<bool> stopped_{false};
 };
 
@@ -278,9 +296,15 @@ inline void Machine::read_environment() {
   const char* order = std::getenv("DYN_EMULATION_BLOCK_ORDER");
   reverse_ = order && std::string(order) == "reverse";
   without_ = {};
+  without_guard_ = -1;
   const char* without = std::getenv("DYN_EMULATION_WITHOUT");
   if (!without || !*without) return;
   const std::string text = without;
+  for (int guard = 0; guard < kGuards; ++guard)
+    if (text == kGuardNames[guard]) {
+      without_guard_ = guard;
+      return;
+    }
   const size_t colon = text.find(':'), at = text.find('@');
   without_thread_ = at == std::string::npos ? -1 : std::stoi(text.substr(at + 1));
   for (int wait = 0; wait < kWaits && colon != std::string::npos; ++wait)

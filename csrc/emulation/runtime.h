@@ -26,6 +26,8 @@ inline void sync_warp() {
   if (!machine.left_out(kSyncWarp)) machine.meet<Order::memory>(self->warp().gate);
 }
 
+inline bool left_out(Guard guard) { return Machine::instance().left_out(guard); }
+
 // What the lanes of a warp showed each other, until this lane's next exchange.
 template <class T>
 class Exchanged {

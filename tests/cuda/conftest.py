@@ -26,8 +26,11 @@ def _modules(item: pytest.Item) -> list[tuple[str, str]]:
     name = item.path.stem
     if item.path.parent.name == "cuda" and name.startswith("test_emulation_"):
         return [(name.removeprefix("test_emulation_"), "")]
-    chosen = getattr(item, "callspec", None) if name == "test_sanitizers" else None
-    return [] if chosen is None else [(chosen.params["op"], chosen.params.get("sanitizer", "thread"))]
+    chosen = getattr(item, "callspec", None)
+    if chosen is None or name not in ("test_sanitizers", "test_corrupted_indices"):
+        return []
+    sanitizer = "thread" if name == "test_sanitizers" else ""
+    return [(chosen.params["op"], chosen.params.get("sanitizer", sanitizer))]
 
 
 @pytest.fixture

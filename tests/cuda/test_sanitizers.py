@@ -1,12 +1,14 @@
 """Every emulation test again under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-And the proof that ThreadSanitizer sees what it should: with one barrier left out it reports a race. The proof
-on the layout update is part of `make test-gpu-offline`; the rest, minutes of compiling, is `make sanitize`.
+And the proof that they see what they should: with one barrier left out ThreadSanitizer reports a race, and
+with one guard of the index left out AddressSanitizer an access outside of memory. The proof of a race in the
+layout update is part of `make test-gpu-offline`; the rest, minutes of compiling, is `make sanitize`.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,31 @@ LEFT_OUT = [
     ("runtime", "sync_block:1", "test_warps_with_roles", ""),  # mbarriers not yet initialised
     ("runtime", "mbarrier_wait:2@40", "test_warps_with_roles", ""),  # a reader does not wait for the data
     ("runtime", "mbarrier_wait:3@0", "test_warps_with_roles", ""),  # the writer does not wait for the readers
+]
+
+CORRUPTED = "tests/cuda/test_corrupted_indices.py"
+CORRUPTED_TESTS = {
+    "linear": "test_linear",
+    "linear_sm90": "test_linear_on_hopper",
+    "conv2d": "test_conv2d",
+    "conv2d_sm90": "test_conv2d_on_hopper",
+    "saliency": "test_saliency",
+    "layout_update": "test_layout_update",
+}
+OUTSIDE = "AddressSanitizer|runtime error"
+# A guard of the index, one of these tests' cases that needs it, and how it is noticed that it is left out.
+GUARDS = [
+    ("linear", "order", "merged", OUTSIDE),
+    ("linear", "pointers", "merged", OUTSIDE),
+    ("linear", "slot", "merged", OUTSIDE),
+    ("linear", "block", "one by one", OUTSIDE),
+    ("linear", "column", "merged", OUTSIDE),
+    ("saliency", "slot", "one warp each", OUTSIDE),
+    ("layout_update", "slot", "linear", OUTSIDE),
+    ("layout_update", "place", "linear", OUTSIDE),
+    ("linear_sm90", "pointers", "low", "has NaN"),  # a number of stages below 0 ends the work
+    ("linear_sm90", "slot", "low", OUTSIDE),
+    ("conv2d_sm90", "column", "strided", "can_begin"),  # the copy engine takes no such shift
 ]
 
 
@@ -67,6 +94,25 @@ def test_a_removed_barrier_is_noticed(op: str, wait: str, expression: str, repor
         "thread", f"tests/cuda/test_emulation_{op}.py", "-k", expression, environment=settings
     )
     assert done.returncode != 0 and report in done.stdout, done.stdout[-8000:]
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("sanitizer", SANITIZERS[:1])  # blocks that share a slot do race
+@pytest.mark.parametrize("op", CORRUPTED_TESTS)
+def test_no_index_leads_out_of_memory(op: str, sanitizer: str) -> None:
+    build(op, sanitizer)
+    done = run_sanitized(sanitizer, f"{CORRUPTED}::{CORRUPTED_TESTS[op]}")
+    assert done.returncode == 0 and "Sanitizer" not in done.stdout, done.stdout[-8000:]
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("sanitizer", SANITIZERS[:1])
+@pytest.mark.parametrize(("op", "guard", "name", "report"), GUARDS)
+def test_a_removed_guard_is_noticed(op: str, guard: str, name: str, report: str, sanitizer: str) -> None:
+    build(op, sanitizer)
+    test = f"{CORRUPTED}::{CORRUPTED_TESTS[op]}[{name}-{op}]"
+    done = run_sanitized(sanitizer, test, environment={"DYN_EMULATION_WITHOUT": guard})
+    assert done.returncode != 0 and re.search(report, done.stdout), done.stdout[-8000:]
 
 
 @pytest.mark.sanitized
