@@ -56,7 +56,8 @@ inline bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.cons
 inline int64_t whole_16(int64_t elements) { return ceil_div(elements, 16) * 16; }
 
 // Kernels count tokens and pixels, rounded up to whole tiles, in 32 bits.
-inline void check_count(const char* op, const char* name, int64_t count) {
+inline void check_count(const char* op, const char* name, std::initializer_list<int64_t> sizes) {
+  const int64_t count = checked_product(op, name, sizes);
   STD_TORCH_CHECK(count <= int64_t(1) << 30, op, ": expected at most 2^30 ", name, ", got ", count);
 }
 
@@ -93,6 +94,7 @@ inline const bool* checked_flag(const char* op, const Tensor& probe, const Tenso
   STD_TORCH_CHECK(probe.scalar_type() == ScalarType::Bool && probe.numel() == 1, op,
                   ": expected probe as one bool, got ", torch::headeronly::toString(probe.scalar_type()), " of shape ",
                   shape_of(probe));
+  check_storage(op, "probe", probe);
   return static_cast<const bool*>(probe.const_data_ptr());
 }
 

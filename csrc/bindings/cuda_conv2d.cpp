@@ -14,9 +14,10 @@ void check_images(const char* op, const char* name, const Tensor& t, int64_t cha
   STD_TORCH_CHECK(t.size(3) == expected, op, ": expected ", name, " with ", expected, " channels (", channels, " in ",
                   groups, " groups of whole 16s), got shape ", shape_of(t));
   check_contiguous(op, name, t);
+  check_storage(op, name, t);
   STD_TORCH_CHECK(aligned(t), op, ": expected ", name, " aligned to 16 bytes");
-  check_count(op, "pixels", t.size(0) * t.size(1) * t.size(2));
-  check_count(op, "elements per image", t.size(1) * t.size(2) * t.size(3));
+  check_count(op, "pixels", {t.size(0), t.size(1), t.size(2)});
+  check_count(op, "elements per image", {t.size(1), t.size(2), t.size(3)});
 }
 
 // The sizes of a convolution from those of its input [N, C, H, W].
@@ -27,12 +28,15 @@ Conv2dShape conv_shape(const char* op, const Ints& input, int64_t out, int64_t b
   STD_TORCH_CHECK(input[0] >= 0 && input[1] >= 1 && input[2] >= 1 && input[3] >= 1 && out >= 1, op,
                   ": expected sizes of at least 1 (0 images are allowed), got input [", input[0], ", ", input[1], ", ",
                   input[2], ", ", input[3], "] and ", out, " output channels");
-  for (const int64_t number : conv)
-    STD_TORCH_CHECK(number <= INT32_MAX, op, ": expected numbers below 2^31 in conv, got ", number);
+  for (const int64_t size : {input[0], input[1], input[2], input[3], out}) check_size(op, "sizes", size);
   const int64_t groups = conv[8];
   check_conv_channels(op, input[1], out, groups, bo);
   const int64_t out_h = output_length(op, input[2], conv[0], conv[2], conv[4], conv[6]);
   const int64_t out_w = output_length(op, input[3], conv[1], conv[3], conv[5], conv[7]);
+  const int64_t padded_h = input[2] + 2 * conv[4], padded_w = input[3] + 2 * conv[5];
+  check_size(op, "padded height", padded_h);
+  check_size(op, "padded width", padded_w);
+  checked_product(op, "padded pixels", {input[0], padded_h, padded_w});
   const auto at = [&](int i) { return static_cast<int>(conv[i]); };
   return {input[0],
           input[1],
@@ -57,8 +61,9 @@ Conv2dShape conv_shape(const char* op, const Ints& input, int64_t out, int64_t b
 Blocks conv_blocks(const char* op, const Tensor& index, const Tensor& beside, const Conv2dShape& s, int64_t capacity,
                    int64_t bi, int64_t bo) {
   const int64_t channel_blocks = ceil_div(s.in_channels / s.groups, bi);
-  return blocks_of(op, index, beside, ceil_div(s.out_channels, bo), s.kernel_h * s.kernel_w * channel_blocks,
-                   s.groups * channel_blocks * s.stride_h * s.stride_w, capacity, bi, bo);
+  const int64_t columns = checked_product(op, "block columns", {s.kernel_h, s.kernel_w, channel_blocks});
+  const int64_t lists = checked_product(op, "column lists", {s.groups, channel_blocks, s.stride_h, s.stride_w});
+  return blocks_of(op, index, beside, ceil_div(s.out_channels, bo), columns, lists, capacity, bi, bo);
 }
 
 void check_output_gradient(const char* op, const Tensor& dy, const Conv2dShape& s) {
@@ -75,7 +80,7 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, std::optional<Tenso
   const Conv2dShape shape = conv_shape(op, {x.size(0), in_channels, x.size(1), x.size(2)}, out_channels, values.size(1),
                                        values.size(2), conv);
   check_images(op, "x", x, in_channels, shape.groups);
-  check_count(op, "output pixels", shape.images * shape.out_h * shape.out_w);
+  check_count(op, "output pixels", {shape.images, shape.out_h, shape.out_w});
   const Blocks blocks = conv_blocks(op, index, x, shape, values.size(0), values.size(1), values.size(2));
   const std::optional<Tensor> offsets = checked_bias(op, bias, out_channels, x);
   const DType dtype = kernel_dtype(op, "x", x);
@@ -93,7 +98,7 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   check_values(op, values, "dy", dy);
   const Conv2dShape shape = conv_shape(op, input_size, out_channels, values.size(1), values.size(2), conv);
   check_output_gradient(op, dy, shape);
-  check_count(op, "input pixels", shape.images * shape.in_h * shape.in_w);
+  check_count(op, "input pixels", {shape.images, shape.in_h, shape.in_w});
   const Blocks blocks = conv_blocks(op, index, dy, shape, values.size(0), values.size(1), values.size(2));
   const DType dtype = kernel_dtype(op, "dy", dy);
   const OnDevice device(dy);

@@ -16,6 +16,9 @@ void layout_update(Tensor mask, Tensor slot_of_block, Tensor index, int64_t capa
   const int64_t channel_blocks = shape.columns / (shape.kernel_h * shape.kernel_w);
   const int64_t lists = shape.groups * channel_blocks * shape.stride_h * shape.stride_w;
   check_index(op, index, shape.rows, shape.columns, lists, capacity);
+  check_disjoint(op, "mask", mask, "slot_of_block", slot_of_block);
+  check_disjoint(op, "mask", mask, "index", index);
+  check_disjoint(op, "slot_of_block", slot_of_block, "index", index);
   const OnDevice device(mask);
   const Tensor scratch = workspace(mask, cuda::layout_update_workspace(shape));
   check_success(op, cuda::layout_update(device.target, shape, release, static_cast<bool*>(mask.mutable_data_ptr()),
@@ -31,8 +34,8 @@ std::tuple<Tensor, Tensor> block_saliency(const Tensor& values, const Tensor& gr
   check_same_dtype(op, "grad", grad, "values", values);
   check_same_shape(op, "grad", grad, "values", values);
   check_contiguous(op, "grad", grad);
+  check_storage(op, "grad", grad);
   STD_TORCH_CHECK(aligned(grad), op, ": expected grad aligned to 16 bytes");
-  STD_TORCH_CHECK(rows >= 0 && columns >= 0, op, ": expected rows and columns >= 0, got ", rows, " and ", columns);
   check_block(op, values.size(1), values.size(2));
   const int64_t capacity = values.size(0), lists = lists_of_index(op, index, rows, capacity);
   const Blocks blocks = blocks_of(op, index, values, rows, columns, lists, capacity, values.size(1), values.size(2));

@@ -14,13 +14,17 @@ void check_activation(const char* op, const char* name, const Tensor& t, int64_t
                   " in whole 16s), got shape ", shape_of(t));
   STD_TORCH_CHECK(t.stride(1) == 1 && t.stride(0) % 16 == 0 && aligned(t), op, ": expected rows of ", name,
                   " at multiples of 16 elements and 16 bytes, got strides ", t.stride(0), " and ", t.stride(1));
-  check_count(op, "tokens", t.size(0));
+  STD_TORCH_CHECK(t.stride(0) >= 0 && t.stride(0) <= kLargestSize, op, ": expected rows of ", name,
+                  " fewer than 2^31 elements apart, got ", t.stride(0));
+  check_storage(op, name, t);
+  check_count(op, "tokens", {t.size(0)});
 }
 
 Blocks linear_blocks(const char* op, const Tensor& index, const Tensor& beside, int64_t in, int64_t out,
                      int64_t capacity, int64_t bi, int64_t bo) {
   check_block(op, bi, bo);
-  STD_TORCH_CHECK(in >= 1 && out >= 1, op, ": expected sizes of at least 1, got ", in, " in and ", out, " out");
+  check_size(op, "inputs", in, 1);
+  check_size(op, "outputs", out, 1);
   const int64_t columns = ceil_div(in, bi);
   return blocks_of(op, index, beside, ceil_div(out, bo), columns, columns, capacity, bi, bo);
 }
