@@ -52,6 +52,7 @@ GUARDS = [
     ("linear", "slot", "merged", OUTSIDE),
     ("linear", "block", "one by one", OUTSIDE),
     ("linear", "column", "merged", OUTSIDE),
+    ("saliency", "entry", "one warp each", OUTSIDE),
     ("saliency", "slot", "one warp each", OUTSIDE),
     ("layout_update", "slot", "linear", OUTSIDE),
     ("layout_update", "place", "linear", OUTSIDE),
