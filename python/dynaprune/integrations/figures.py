@@ -17,8 +17,9 @@ def figures(pruner: Pruner) -> dict[str, float]:
     - ``flops_saving``: share of the prunable layers' multiplications, as they were at first, that is saved:
       weights gone times rows (tokens, output positions) seen; 0 before the first step.
     """
-    full = sum(math.prod(pruner.original_shapes[name]) * rows for name, rows in pruner.rows.items())
-    now = sum(pruner.live_weights[name] * rows for name, rows in pruner.rows.items())
+    rows = {name: pruner.rows.get(name, 0) for name in pruner.layers}
+    full = sum(math.prod(pruner.original_shapes[name]) * seen for name, seen in rows.items())
+    now = sum(pruner.live_weights[name] * seen for name, seen in rows.items())
     return {
         "density": 1 - pruner.sparsity,
         "sparsity": pruner.sparsity,

@@ -116,7 +116,7 @@ class Pruner:
         self._hooks: StepHooks | None = StepHooks(list(self._owners), self._before, self._after)
         self._steps_at_start, self._read_steps = 0, dict[torch.optim.Optimizer, int]()
         self._others = [each for each in self.optimizers if each not in self._owners]
-        self._reading = StepHooks(
+        self._reading: StepHooks | None = StepHooks(
             self._others if self.watches_groups else [], self._read_groups, refuse_in_backward=False
         )
         self._loads = [each.register_load_state_dict_post_hook(self._loaded) for each in optimizers]
@@ -430,8 +430,10 @@ class Pruner:
         if self._hooks is not None:
             self._say_unreached()
             self._hooks.remove()
-            self._reading.remove()
             self._hooks = None
+        if self._reading is not None:
+            self._reading.remove()
+            self._reading = None
         for handle in self._loads:
             handle.remove()
         self._loads = []
