@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import dynaprune
 from dynaprune.nn import BlockSparseLayer, swap_layers
@@ -146,6 +153,19 @@ def test_a_network_that_trains_is_pruned_and_its_adapters_are_not(kind: str, tmp
         network = copy.deepcopy(model).unload()
     again = peft.PeftModel.from_pretrained(copy.deepcopy(network), tmp_path)
     assert agree(outputs(again), expected)
+
+
+def test_layers_without_a_block_sparse_form_are_not_called_frozen() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_positions": 8, "n_embd": 64, "n_layer": 1, "n_head": 2}
+    model = peft.get_peft_model(
+        GPT2LMHeadModel(GPT2Config(**sizes)),
+        peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    settings = dynaprune.PruningConfig(block_size=8, total_steps=STEPS)
+    with pytest.raises(ValueError, match=r"1 of PEFT's lora\).* 0 are frozen .*4 layers of type .*Conv1D"):
+        dynaprune.attach(model, optimizer, settings)
 
 
 def test_the_script_of_the_report(tmp_path: Path) -> None:

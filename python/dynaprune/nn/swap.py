@@ -118,7 +118,7 @@ def swap_layers(
             chosen.append((name, module))
         entries.append(SwapEntry(name, reason))
     if not chosen and adapters:
-        raise ValueError(_nothing_but_adapters(adapters, dict(candidates), entries))
+        raise ValueError(_nothing_but_adapters(model, adapters, dict(candidates), entries))
     if not chosen:
         raise ValueError(
             "expected a model with at least one prunable layer, got none: "
@@ -149,12 +149,13 @@ def _by_reason(reasons: Mapping[str, str]) -> str:
 
 
 def _nothing_but_adapters(
-    adapters: Adapters, candidates: Mapping[str, nn.Module], entries: Sequence[SwapEntry]
+    model: nn.Module, adapters: Adapters, candidates: Mapping[str, nn.Module], entries: Sequence[SwapEntry]
 ) -> str:
     rest = {entry.name: entry.reason for entry in entries if entry.name not in adapters.layers}
     frozen = [candidates[name].weight for name, reason in rest.items() if reason == FROZEN]
     weights = sum(weight.numel() for weight in frozen if isinstance(weight, Tensor))
     others = _by_reason({name: reason for name, reason in rest.items() if reason != FROZEN})
+    others = "; ".join(filter(None, [*_unsupported(model), others]))
     return (
         f"cannot prune this model: adapters ({adapters.described()}) are never pruned, and of the "
         f"{len(rest)} other layers {len(frozen)} are frozen ({weights:,} weights)"
