@@ -103,7 +103,7 @@ def test_deepspeed_by_optimizer_and_by_engine() -> None:
     [
         ("FullyShardedDataParallel", "FSDP keeps weights in flat shards"),
         ("FSDPModule", "FSDP keeps weights in flat shards"),
-        ("DistributedDataParallel", "its buckets hold the weights' shapes"),
+        ("DistributedDataParallel", "it is not torch's; in one process the model needs no such wrapper"),
         ("DataParallel", "its replicas"),
     ],
 )
@@ -119,13 +119,13 @@ def test_more_than_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(model, sgd(model), "cannot attach at world size 2")
 
 
-def test_compaction_refuses_more_than_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_refuses_more_than_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     optimizer = sgd(model)
     dynaprune.attach(model, optimizer, settings())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"cannot compact at world size 2: .*averaging hook"):
+    with pytest.raises(RuntimeError, match=r"cannot prune at world size 2: .*averaging without a word"):
         for step in range(12):
             optimizer.zero_grad()
             loss_of(model, step).backward()

@@ -14,6 +14,7 @@ from dynaprune.pruning import refusals
 from dynaprune.pruning.calibration import CalibrationTrial
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.example_inputs import ExampleInputs
+from dynaprune.pruning.one_process import take_off_averaging_
 from dynaprune.pruning.optimizer_state import refuse_unsliceable, sliced_state
 from dynaprune.pruning.pruner import Pruner, Trial
 from dynaprune.pruning.same_function import refuse_other_function, run_if_possible, weight_readers
@@ -39,7 +40,8 @@ def attach(
     model that has block-sparse layers already (loaded, or detached) goes on with those.
 
     Args:
-        model: on its device, with its weights; not wrapped for distributed training.
+        model: on its device, with its weights; not wrapped for distributed training. In a process group of
+            one, DistributedDataParallel may be around it, before or after: its averaging is taken off.
         optimizer: a torch optimizer, one wrapped by accelerate or Lightning, or a list of them.
         config: default ``PruningConfig()``.
         trial: ``trial()`` returns per-sample losses ``[n]`` or (losses, classes ``[n]``) of the model as it
@@ -79,6 +81,7 @@ def attach(
     )
     try:
         exempt, layers, checked = _take_layers(inner, optimizers, config, example)
+        take_off_averaging_(inner)
         return Pruner(model, inner, optimizers, layers, exempt, config, trial, example, checked)
     except BaseException:
         before.restore()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dynaprune.nn import BlockSparseLayer
@@ -28,17 +27,7 @@ def compact_layer(
     """Change the layer's number of slots, with its gradient, its optimizer state and its followers.
 
     The Parameter object and the optimizers' param groups stay. Syncs.
-
-    Raises:
-        RuntimeError: at world size > 1, where DistributedDataParallel would silently stop averaging this
-            weight.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"cannot compact at world size {distributed.get_world_size()}: giving a Parameter another shape "
-            "removes DistributedDataParallel's averaging hook without a word"
-        )
     old_slot = layer.layout.compact_(capacity)
     free = (old_slot < 0).view(-1, 1, 1)
     source = old_slot.clamp(min=0)

@@ -31,6 +31,7 @@ from dynaprune.pruning.observe import (
     observe,
     refuse_without_gradients,
 )
+from dynaprune.pruning.one_process import take_off_averaging_
 from dynaprune.pruning.optimizer_state import check_state_shapes, rewrite_state
 from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced
 from dynaprune.pruning.regrowth import Protection
@@ -217,6 +218,7 @@ class Pruner:
             read = self.groups.read(self.model)
             self.observe_every = observation_period(self.layers, self.rows, self.pace.interval, read)
         if self.pace.due(self.steps) and not self.observed.trouble:
+            take_off_averaging_(self.model)
             with torch.no_grad():
                 run_pruning_event(self)
             self.probes.clear()
@@ -487,6 +489,7 @@ class Pruner:
         self.detach()
         if not any(isinstance(module, BlockSparseLayer) for module in self.model.modules()):
             return self._given
+        take_off_averaging_(self.model)
         with torch.no_grad():
             for layer in self.layers.values():
                 rewrite_state(self.optimizers, layer.values, layer.to_dense_shape)

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
+
+from dynaprune.pruning.one_process import in_a_group, inside, wrapper_reason
 
 # Packages whose optimizer wrappers keep no state per weight: stepping the wrapper steps what is inside.
 _TRANSPARENT_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric")
@@ -16,7 +19,8 @@ _NEED_MATRICES = ("Muon", "Shampoo", "SOAP", "KFAC")
 
 
 def unwrap_model(model: Any) -> nn.Module:
-    """The module behind ``torch.compile``; refuses wrappers that own the parameters.
+    """The module behind ``torch.compile`` and, in one process, DistributedDataParallel; refuses wrappers that
+    own the parameters.
 
     Raises:
         TypeError: not a module. ValueError: a wrapper, a lazy model or a process group that cannot be pruned.
@@ -35,7 +39,7 @@ def unwrap_model(model: Any) -> nn.Module:
         raise ValueError(
             f"cannot attach to a model with lazy parameters ({lazy[0]}): run one forward pass first"
         )
-    inner = getattr(model, "_orig_mod", model)
+    inner = inside(model)
     if isinstance(inner, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         raise ValueError(
             f"expected a model that contains its layers, got a bare {type(inner).__name__}: "
@@ -45,10 +49,9 @@ def unwrap_model(model: Any) -> nn.Module:
 
 
 def _refuse_distributed() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if in_a_group() and (size := torch.distributed.get_world_size()) > 1:
         raise ValueError(
-            f"cannot attach at world size {distributed.get_world_size()}: ranks would prune differently, and "
+            f"cannot attach at world size {size}: ranks would prune differently, and "
             "compaction would silently lose DistributedDataParallel's averaging; train in one process"
         )
 
@@ -59,11 +62,10 @@ def _wrapper_reason(module: nn.Module) -> str | None:
         return "DeepSpeed keeps weights and optimizer state in flat partitions that blocks cannot be cut from"
     if names & {"FullyShardedDataParallel", "FSDPModule"}:
         return "FSDP keeps weights in flat shards that blocks cannot be cut from"
+    if isinstance(module, DistributedDataParallel):
+        return wrapper_reason(module) or None
     if "DistributedDataParallel" in names:
-        return (
-            "its buckets hold the weights' shapes, and compaction changes them; pass the model inside it, "
-            "unwrapped"
-        )
+        return "it is not torch's; in one process the model needs no such wrapper: attach without it"
     if "DataParallel" in names:
         return "its replicas would be cut from masks of another device; train on one device"
     return None
