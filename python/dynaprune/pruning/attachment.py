@@ -17,10 +17,12 @@ from dynaprune.pruning.example_inputs import ExampleInputs
 from dynaprune.pruning.one_process import take_off_averaging_
 from dynaprune.pruning.optimizer_state import refuse_unsliceable, sliced_state
 from dynaprune.pruning.pruner import Pruner, Trial
+from dynaprune.pruning.reachable import say_what_floors_keep, say_what_is_frozen
 from dynaprune.pruning.same_function import refuse_other_function, run_if_possible, weight_readers
 from dynaprune.pruning.stale_copies import CopyWatch
 from dynaprune.pruning.undo_swap import BeforeSwap
 
+_FROZEN = "it is frozen"
 _NOT_HELD = "no optimizer given holds its weight"
 _CAME_DENSE = "the model came with block-sparse layers, and this one was dense"
 
@@ -82,10 +84,19 @@ def attach(
     try:
         exempt, layers, checked = _take_layers(inner, optimizers, config, example)
         take_off_averaging_(inner)
-        return Pruner(model, inner, optimizers, layers, exempt, config, trial, example, checked)
+        pruner = Pruner(model, inner, optimizers, layers, exempt, config, trial, example, checked)
     except BaseException:
         before.restore()
         raise
+    say_what_floors_keep(pruner)
+    say_what_is_frozen(pruner, [name for name, reason in exempt.items() if _untrained(inner, name, reason)])
+    return pruner
+
+
+def _untrained(model: nn.Module, name: str, reason: str) -> bool:
+    weight = model.get_submodule(name)._parameters.get("weight")
+    frozen = weight is not None and not weight.requires_grad
+    return reason in (_FROZEN, _NOT_HELD) or (reason == _CAME_DENSE and frozen)
 
 
 def _take_layers(

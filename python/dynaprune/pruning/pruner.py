@@ -33,7 +33,13 @@ from dynaprune.pruning.observe import (
 )
 from dynaprune.pruning.one_process import take_off_averaging_
 from dynaprune.pruning.optimizer_state import check_state_shapes, rewrite_state
+from dynaprune.pruning.other_optimizers import (
+    OtherOptimizers,
+    unwatch_other_optimizers,
+    watch_other_optimizers,
+)
 from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced
+from dynaprune.pruning.reachable import say_what_gets_no_gradient
 from dynaprune.pruning.regrowth import Protection
 from dynaprune.pruning.reporting import load_pruner_state, pruner_state, report
 from dynaprune.pruning.score import make_score
@@ -59,6 +65,8 @@ class Pruner:
         exempt: layers of the types to prune that stay dense, with the reason; the report has the others too.
         size_at_attach: values in all the model's parameters, as they were at attach.
         steps: optimizer steps seen; with several optimizers, rounds in which each has stepped.
+        given: what was given to attach: the model, or what is around it.
+        other_optimizers: what optimizers that are not watched did with the pruned weights.
         structure_version: grows with every structural change; early stopping restarts its patience on it.
     """
 
@@ -74,7 +82,7 @@ class Pruner:
         example: ExampleInputs | None,
         checked: bool = False,
     ) -> None:
-        self._given, self.model, self.optimizers = given, model, optimizers
+        self.given, self.model, self.optimizers = given, model, optimizers
         self.layers, self.exempt, self.config = layers, exempt, config
         self.trial = trial
         self._example = example
@@ -120,6 +128,9 @@ class Pruner:
         self._reading: StepHooks | None = StepHooks(
             self._others if self.watches_groups else [], self._read_groups, refuse_in_backward=False
         )
+        self.other_optimizers = OtherOptimizers()
+        watch_other_optimizers(self)
+        self._idle_said = False
         self._loads = [each.register_load_state_dict_post_hook(self._loaded) for each in optimizers]
         self.record_structure()
         self._prepare_next_step()
@@ -218,15 +229,21 @@ class Pruner:
             read = self.groups.read(self.model)
             self.observe_every = observation_period(self.layers, self.rows, self.pace.interval, read)
         if self.pace.due(self.steps) and not self.observed.trouble:
-            take_off_averaging_(self.model)
-            with torch.no_grad():
-                run_pruning_event(self)
+            self._run_event()
             self.probes.clear()
         self._capture.remove()
         if self.nothing_left():
             for layer in self.layers.values():
                 layer.disable_tap_()
         self._prepare_next_step()
+
+    def _run_event(self) -> None:
+        take_off_averaging_(self.model)
+        if not self._idle_said and self.observed.observations >= LASTING:
+            self._idle_said = True
+            say_what_gets_no_gradient(self)
+        with torch.no_grad():
+            run_pruning_event(self)
 
     def _prepare_next_step(self) -> None:
         due_next = self.pace.due(self.steps + 1) and not self.nothing_left()
@@ -433,6 +450,7 @@ class Pruner:
             self._say_unreached()
             self._hooks.remove()
             self._hooks = None
+            unwatch_other_optimizers(self)
         if self._reading is not None:
             self._reading.remove()
             self._reading = None
@@ -466,13 +484,12 @@ class Pruner:
         target, total = self.config.target_sparsity, self.config.total_steps
         if target is None or self.target_reached:
             return
-        missing = (
-            ""
-            if self.steps >= (total or 0)
-            else (
-                ": were there fewer steps than total_steps (accumulation, another optimizer, an early end)?"
-            )
-        )
+        others = ", ".join(f"{count} of {name}" for name, count in self.other_optimizers.steps.items())
+        missing = ""
+        if others:
+            missing = f"; it saw none of the steps of other optimizers ({others})"
+        elif self.steps < (total or 0):
+            missing = ": were there fewer steps than total_steps (accumulation, an early end)?"
         warnings.warn(
             f"pruning ends at a sparsity of {self.sparsity:.1%} ({self.sparsity_of_model:.1%} of all "
             f"parameters), short of the target's {target:.1%}, after "
@@ -488,7 +505,7 @@ class Pruner:
         """
         self.detach()
         if not any(isinstance(module, BlockSparseLayer) for module in self.model.modules()):
-            return self._given
+            return self.given
         take_off_averaging_(self.model)
         with torch.no_grad():
             for layer in self.layers.values():
@@ -496,7 +513,7 @@ class Pruner:
             self.followers.swap_back(self.model, self.layers)
             self.layers = {name: as_it_is(layer) for name, layer in self.layers.items()}
             swap_back(self.model)
-        return self._given
+        return self.given
 
 
 def make_pace(config: PruningConfig, trial: Any) -> _PaceWithInterval:
