@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 
 _WHOLE_MODEL = "the whole model"
+_NO_INPUTS = (
+    "no training batch was seen (the model runs compiled, or not in training mode): give attach its "
+    "example_inputs"
+)
 UNUSABLE_IN_A_ROW = 3
 
 
@@ -146,7 +150,7 @@ def _group_figures(pruner: Pruner, neuron_map: NeuronMap) -> GroupFigures:
 def neuron_map_of(pruner: Pruner) -> NeuronMap | None:
     """The model's groups of neurons, traced again only after a cut; None where the model cannot be traced."""
     example, refused = pruner.example(), pruner.removals.neurons_refused
-    if example is None or _WHOLE_MODEL in refused:
+    if example is None or refused.get(_WHOLE_MODEL, _NO_INPUTS) != _NO_INPUTS:
         return None
     if pruner.neuron_map is not None and not pruner.neuron_map.fits(pruner.model):
         pruner.neuron_map = None
@@ -287,6 +291,8 @@ def cut_neurons(pruner: Pruner) -> None:
     if not any(_has_dead_rows_or_columns(layer) for layer in pruner.layers.values()):
         return
     groups, example, removals = neuron_map_of(pruner), pruner.example(), pruner.removals
+    if example is None:
+        _say_unseen(pruner)
     if groups is None or example is None:
         return
     report = cut_dead_neurons(pruner.model, groups, example, pruner.optimizers, floor=pruner.config.floor)
@@ -305,6 +311,14 @@ def cut_neurons(pruner: Pruner) -> None:
     pruner.structure_version += 1
     if pruner.watches_groups and not pruner.nothing_left():
         neuron_map_of(pruner)  # while there is an example: the next step is observed
+
+
+def _say_unseen(pruner: Pruner) -> None:
+    """Warn at the second event without a batch to trace the model with: at the first step there is none."""
+    pruner.removals.neurons_refused[_WHOLE_MODEL] = _NO_INPUTS
+    pruner.batches_unseen += 1
+    if pruner.batches_unseen == 2:
+        warnings.warn(f"dead neurons stay in the network: {_NO_INPUTS}", RuntimeWarning, stacklevel=2)
 
 
 def _has_dead_rows_or_columns(layer: BlockSparseLayer) -> bool:

@@ -40,6 +40,7 @@ from dynaprune.pruning.other_optimizers import (
 )
 from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced
 from dynaprune.pruning.reachable import say_what_gets_no_gradient
+from dynaprune.pruning.recompilation import say_recompilations
 from dynaprune.pruning.regrowth import Protection
 from dynaprune.pruning.reporting import load_pruner_state, pruner_state, report
 from dynaprune.pruning.score import make_score
@@ -66,6 +67,7 @@ class Pruner:
         size_at_attach: values in all the model's parameters, as they were at attach.
         steps: optimizer steps seen; with several optimizers, rounds in which each has stepped.
         given: what was given to attach: the model, or what is around it.
+        batches_unseen: events that would have cut neurons, but had no batch to trace the model with.
         other_optimizers: what optimizers that are not watched did with the pruned weights.
         structure_version: grows with every structural change; early stopping restarts its patience on it.
     """
@@ -130,7 +132,8 @@ class Pruner:
         )
         self.other_optimizers = OtherOptimizers()
         watch_other_optimizers(self)
-        self._idle_said = False
+        self.batches_unseen = 0
+        self._idle_said = self._recompilations_said = False
         self._loads = [each.register_load_state_dict_post_hook(self._loaded) for each in optimizers]
         self.record_structure()
         self._prepare_next_step()
@@ -242,8 +245,11 @@ class Pruner:
         if not self._idle_said and self.observed.observations >= LASTING:
             self._idle_said = True
             say_what_gets_no_gradient(self)
+        shapes = [layer.values.shape for layer in self.layers.values()]
         with torch.no_grad():
             run_pruning_event(self)
+        if not self._recompilations_said and shapes != [layer.values.shape for layer in self.layers.values()]:
+            self._recompilations_said = say_recompilations(self)
 
     def _prepare_next_step(self) -> None:
         due_next = self.pace.due(self.steps + 1) and not self.nothing_left()
