@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from importlib.metadata import version
@@ -77,14 +78,17 @@ def test_rows_of_families_named_replace_those_of_the_file(
     ("wrong", "said"),
     [
         (lambda y: y * 1.01, "outputs after attach"),
-        (lambda y: y if torch.is_grad_enabled() is False else y + 0.1 * y.detach(), "masked twin"),
+        (
+            lambda y: y if torch.is_grad_enabled() is False else y + 0.1 * y.detach(),
+            "masked twin|after a cut",
+        ),
     ],
 )
 def test_a_wrong_function_is_noticed(wrong: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = BlockSparseLinear.forward
     monkeypatch.setattr(BlockSparseLinear, "forward", lambda self, x: wrong(right(self, x)))
     found = family_checks.quietly(family())
-    assert found.verdict == "wrong" and said in found.reason
+    assert found.verdict == "wrong" and re.search(said, found.reason)
 
 
 def test_a_refusal_is_not_an_error() -> None:
