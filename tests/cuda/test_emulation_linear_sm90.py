@@ -116,8 +116,12 @@ def test_a_wait_left_out_is_noticed(emulated: Emulated, monkeypatch: pytest.Monk
     # For the first item's description, or for the last products of that item, whose list is longest.
     number = 1 if kind == "mbarrier_wait" else o.mask.sum(1).max() + 1
     monkeypatch.setenv("DYN_EMULATION_WITHOUT", f"{kind}:{number}")
-    try:
-        y = module.forward(o.x, o.values, None, *layer(o), 1)
-    except (RuntimeError, ValueError):  # a deadlock, copies that nobody waited for
-        return
-    assert not np.array_equal(exact, y)
+
+    def noticed() -> bool:
+        try:
+            return not np.array_equal(exact, module.forward(o.x, o.values, None, *layer(o), 1))
+        except (RuntimeError, ValueError):  # a deadlock, copies that nobody waited for
+            return True
+
+    # A thread that does not wait may still come late enough.
+    assert any(noticed() for _ in range(40))
