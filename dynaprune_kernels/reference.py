@@ -7,9 +7,6 @@ bo]``, ``x [tokens, in]`` or ``[N, C, H, W]``, ``index`` as in :mod:`dynaprune_k
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,13 +24,11 @@ from dynaprune_kernels.index import (
 )
 from dynaprune_kernels.memory_format import in_format
 
-Numbers = np.ndarray[Any, Any]
 
-
-def _refuse_first(section: str, wrong: Numbers, places: Numbers, numbers: Numbers, expected: str) -> None:
+def _refuse_first(section: str, wrong: Tensor, places: Tensor, numbers: Tensor, expected: str) -> None:
     """Raise ValueError that names the first of a section's ``numbers`` that is ``wrong``, and its place."""
-    if wrong.any():
-        at = int(wrong.argmax())
+    if bool(wrong.any()):
+        at = int(wrong.to(torch.uint8).argmax())
         raise ValueError(
             f"index is corrupted: {section}[{int(places[at])}] is {int(numbers[at])}, expected {expected} "
             "(something other than layout_update wrote to it)"
@@ -44,29 +39,30 @@ def _check_entries(s: IndexSections, rows: int, columns: int, capacity: int) -> 
     """Raise ValueError unless header and column lists list every block and every slot at most once.
 
     ``block_of_slot`` has to name the block of each entry, so that an entry with another one's slot is wrong.
-    In NumPy, whose calls on short lists cost a tenth of torch's.
     """
-    live = int(s.header.numpy()[N_LIVE])
+    live = int(s.header[N_LIVE])
     if not 0 <= live <= capacity:
         raise ValueError(
             f"index is corrupted: header[{N_LIVE}] is {live}, expected a number of live blocks up to the "
             f"capacity {capacity} (something other than layout_update wrote to it)"
         )
-    pointers = s.col_ptr.numpy()
-    ends = np.array([0, len(pointers) - 1])
-    wrong = pointers[ends] != [0, live]
-    _refuse_first("col_ptr", wrong, ends, pointers[ends], f"0 entries before the first list, {live} in all")
-    entry = np.arange(capacity)
-    listed = {name: getattr(s, name).numpy() for name in ("col_rows", "col_cols", "col_slots")}
-    for (name, numbers), limit in zip(listed.items(), (rows, columns, capacity), strict=True):
-        wrong = np.where(entry < live, (numbers < 0) | (numbers >= limit), numbers != -1)
+    ends = torch.tensor([0, s.col_ptr.numel() - 1])
+    wrong = s.col_ptr[ends] != torch.tensor([0, live])
+    _refuse_first("col_ptr", wrong, ends, s.col_ptr[ends], f"0 entries before the first list, {live} in all")
+    entry = torch.arange(capacity)
+    for name, numbers, limit in (
+        ("col_rows", s.col_rows, rows),
+        ("col_cols", s.col_cols, columns),
+        ("col_slots", s.col_slots, capacity),
+    ):
+        wrong = torch.where(entry < live, (numbers < 0) | (numbers >= limit), numbers != -1)
         _refuse_first(name, wrong, entry, numbers, f"0 to {limit - 1} in {live} live blocks, -1 behind them")
-    slots = listed["col_slots"][:live]
-    block = listed["col_rows"][:live].astype(np.int64) * columns + listed["col_cols"][:live]
-    named = s.block_of_slot.numpy()[slots]
+    entry, slots = entry[:live], s.col_slots[:live].long()
+    block = s.col_rows[:live].long() * columns + s.col_cols[:live]
+    named = s.block_of_slot[slots]
     _refuse_first("block_of_slot", named != block, slots, named, "the block that lists the slot")
-    times = np.bincount(block, minlength=rows * columns)[block]
-    _refuse_first("col_slots", times > 1, entry[:live], slots, "the slot of a block that is listed once")
+    times = torch.bincount(block, minlength=rows * columns)[block]
+    _refuse_first("col_slots", times > 1, entry, slots, "the slot of a block that is listed once")
 
 
 def _readable(tensor: Tensor) -> bool:
