@@ -209,7 +209,8 @@ def test_a_comparison_learns_prunes_and_is_saved(folder: Path, tmp_path: Path) -
     exempt = {
         n: layer["exempt"] for n, layer in arms["pruned"]["pruner"]["layers"].items() if layer["exempt"]
     }
-    assert set(exempt) == {"bert.pooler.dense", "classifier"}
+    embeddings = {f"bert.embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")}
+    assert set(exempt) == {"bert.pooler.dense", "classifier", *embeddings}
     data = loaded(folder, seed=1, train_samples=256)
     task = get_task("imdb")
     model = dynaprune.load(lambda: task.build_model(data, 0.0), tmp_path / "pruned" / "model.safetensors")
