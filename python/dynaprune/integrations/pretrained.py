@@ -164,15 +164,14 @@ class StructureLoader(HfQuantizer):
 
 def _verified(model: nn.Module, structure: Any, checksums: Any) -> Mapping[str, Any]:
     """The checksums of slots in a ``config.json`` whose structure is this model's, and as it was written."""
+    expected_shapes(model, structure)
     if checksums is None:
-        expected_shapes(model, structure)
         return {}
     if not isinstance(checksums, Mapping) or not isinstance(checksums.get("slots"), Mapping):
         raise ValueError(
             f"expected checksums of structure and slots in config.json, got {str(checksums)[:80]}"
         )
     verify([structure, checksums["slots"]], checksums.get("structure", ""), "the structure in config.json")
-    expected_shapes(model, structure)
     return checksums["slots"]
 
 
