@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.family_checks import quietly
 from benchmarks.family_models import Family, families
-from dynaprune.metrics import environment
+from dynaprune.experiment.metrics import environment
 
 RESULTS = Path(__file__).parent / "results" / "families.csv"
 COLUMNS = (

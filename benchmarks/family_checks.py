@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 import dynaprune
 from benchmarks.family_models import Family
+from dynaprune.neurons.groups import widths_of
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.pruning import events
-from dynaprune.pruning.neuron_groups import widths_of
 
 BATCH, CALIBRATION, STEPS, TWIN_STEPS = 8, 32, 30, 12
 TARGET, BLOCK = 0.6, 8

@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaprune import swap_layers
-from dynaprune.metrics import environment, flops_of, training_state_bytes
+from dynaprune.experiment.metrics import environment, flops_of, training_state_bytes
+from dynaprune.experiment.report import write_csv
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.pruning.compaction import compact_layer, wanted_capacity
-from dynaprune.report import write_csv
+from dynaprune.pruning.edit.compaction import compact_layer, wanted_capacity
 
 OUT = Path(__file__).parent / "results" / "full_size.csv"
 WARM_UP = 2
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 def resnet18() -> nn.Module:
     """The network of the task cifar10: 11.17 M parameters, channels-last."""
-    from dynaprune.tasks.resnet import CifarResNet
+    from dynaprune.experiment.tasks.resnet import CifarResNet
 
     return CifarResNet()
 

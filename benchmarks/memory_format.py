@@ -33,7 +33,7 @@ class Step:
     """One network with its optimizer and batch. Calling it trains a step and returns the seconds taken."""
 
     def __init__(self, memory: str, density: float, block: int, batch: int, width: float) -> None:
-        from dynaprune.tasks.resnet import CifarResNet, resnet18_channels
+        from dynaprune.experiment.tasks.resnet import CifarResNet, resnet18_channels
 
         torch.manual_seed(0)
         self.network = CifarResNet(resnet18_channels(width)).to(memory_format=FORMATS[memory])  # type: ignore[call-overload]

@@ -23,16 +23,16 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from dynaprune.neurons.cut import blocks_of_group
+from dynaprune.neurons.example_inputs import ExampleInputs
+from dynaprune.neurons.groups import Member, NeuronGroup, NeuronMap, find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.calibration import calibration_mode
+from dynaprune.nn.calibration_mode import calibration_mode
+from dynaprune.pruning.decide.neuron_order import block_sparse_layer
 from dynaprune.pruning.events import slots_of
-from dynaprune.pruning.example_inputs import ExampleInputs
-from dynaprune.pruning.group_score import GroupScores
-from dynaprune.pruning.neuron_groups import Member, NeuronGroup, NeuronMap, find_groups
-from dynaprune.pruning.neuron_order import block_sparse_layer
-from dynaprune.pruning.neurons import blocks_of_group
-from dynaprune.pruning.observe import Observed, observe
-from dynaprune.pruning.score import SecondMoment
+from dynaprune.pruning.observe.gradients import Observed, observe
+from dynaprune.pruning.observe.group_score import GroupScores
+from dynaprune.pruning.observe.score import SecondMoment
 
 BLOCK = 8
 WIDTH, CHANNELS = 256, 128

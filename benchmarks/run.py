@@ -236,7 +236,7 @@ def described(device: str) -> dict[str, str]:
 
         versions.append(f"triton {triton.__version__}")
         return {"device": torch.cuda.get_device_name(), "versions": ", ".join(versions)}
-    from dynaprune.metrics import environment
+    from dynaprune.experiment.metrics import environment
 
     name = f"{environment(torch.device(device))['cpu']}, {torch.get_num_threads()} threads"
     return {"device": name, "versions": versions[0]}

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from dynaprune.pruning.paired_test import harm_p_values
+from dynaprune.pruning.decide.significance import harm_p_values
 
 THRESHOLD = 0.01
 RUNGS = 3

@@ -6,29 +6,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynaprune.checkpoint import load, save
     from dynaprune.integrations.lightning import DynaPruneLightningCallback
     from dynaprune.integrations.transformers import DynaPruneCallback
     from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
-    from dynaprune.pruning.attachment import attach
-    from dynaprune.pruning.calibration import CalibrationTrial
+    from dynaprune.pruning.attach import attach
     from dynaprune.pruning.config import PruningConfig
+    from dynaprune.pruning.decide.calibration import CalibrationTrial
     from dynaprune.pruning.pruner import Pruner
     from dynaprune.pruning.recalibration import recalibrate_batch_norm
+    from dynaprune.saving.checkpoint import load, save
 
 _HOMES = {
     "BlockSparseConv1d": "dynaprune.nn",
     "BlockSparseConv2d": "dynaprune.nn",
     "BlockSparseLinear": "dynaprune.nn",
-    "CalibrationTrial": "dynaprune.pruning.calibration",
+    "CalibrationTrial": "dynaprune.pruning.decide.calibration",
     "DynaPruneCallback": "dynaprune.integrations.transformers",
     "DynaPruneLightningCallback": "dynaprune.integrations.lightning",
     "Pruner": "dynaprune.pruning.pruner",
     "PruningConfig": "dynaprune.pruning.config",
-    "attach": "dynaprune.pruning.attachment",
-    "load": "dynaprune.checkpoint",
+    "attach": "dynaprune.pruning.attach",
+    "load": "dynaprune.saving.checkpoint",
     "recalibrate_batch_norm": "dynaprune.pruning.recalibration",
-    "save": "dynaprune.checkpoint",
+    "save": "dynaprune.saving.checkpoint",
     "swap_back": "dynaprune.nn",
     "swap_layers": "dynaprune.nn",
 }

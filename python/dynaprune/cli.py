@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dynaprune.durable import cannot_write
-from dynaprune.tasks import task_names
+from dynaprune.experiment.tasks import task_names
+from dynaprune.saving.durable import cannot_write
 
 if TYPE_CHECKING:
-    from dynaprune.run_config import RunConfig
+    from dynaprune.experiment.run_config import RunConfig
 
 __all__ = ["app"]
 
@@ -114,8 +114,8 @@ def _fail(message: object) -> NoReturn:
 
 
 def _resolve(task: str, settings: dict[str, Any]) -> RunConfig:
-    from dynaprune.run_config import resolve
-    from dynaprune.tasks import get_task
+    from dynaprune.experiment.run_config import resolve
+    from dynaprune.experiment.tasks import get_task
 
     given = dict(settings)
     if given.pop("paper"):
@@ -158,12 +158,12 @@ def compare_command(
     With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started
     again with the same settings, what has finished is kept."""
     config = _resolve(task, settings)
-    from dynaprune import compare as comparison
-    from dynaprune.terminal import print_report, print_summary
+    from dynaprune.experiment import compare as comparison
+    from dynaprune.experiment.terminal import print_report, print_summary
 
     try:
         if seeds is not None or folds is not None:
-            from dynaprune.repeat import repeat
+            from dynaprune.experiment.repeat import repeat
 
             if seeds is not None and settings["seed"] is not None:
                 _fail("give --seed or --seeds, not both")
@@ -206,8 +206,8 @@ def train_command(
     """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its
     structure."""
     config = _resolve(task, settings)
-    from dynaprune.compare import check_empty
-    from dynaprune.train import ARMS, exit_code, run_arm
+    from dynaprune.experiment.compare import check_empty
+    from dynaprune.experiment.train import ARMS, exit_code, run_arm
 
     if arm not in ARMS:
         _fail(f"--arm must be one of {', '.join(ARMS)}, got {arm!r}")
@@ -232,8 +232,8 @@ def table_command(
 ) -> None:
     """Print the table over tasks from finished runs of compare: each figure of both arms, their difference
     or ratio, and the interval of each."""
-    from dynaprune import table
-    from dynaprune.report import write_text
+    from dynaprune.experiment import table
+    from dynaprune.experiment.report import write_text
 
     formats = {"markdown": table.table_markdown, "csv": table.table_csv}
     if format not in formats:

@@ -14,8 +14,8 @@ from typer.main import get_command
 
 import dynaprune
 from dynaprune.cli import app
+from dynaprune.experiment.tasks import task_names
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.tasks import task_names
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 _BLOCK = re.compile(r"(<!-- needs downloads -->\n)?```python\n(.*?)```", re.DOTALL)

@@ -35,9 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaprune.checkpoint import load, save
-from dynaprune.manifest import METADATA_KEY, structure_manifest
 from dynaprune.nn import BlockSparseLayer, swap_layers
+from dynaprune.saving.checkpoint import load, save
+from dynaprune.saving.manifest import structure_manifest
+from dynaprune.saving.reshape import METADATA_KEY
 
 SECONDS, MEMORY = 5.0, 2**30
 _AT_A_TIME = 500

@@ -16,7 +16,7 @@ def test_mutated_files_are_refused_or_load_as_what_was_saved() -> None:
 
 def test_a_file_that_is_sealed_again_is_the_file(tmp_path: Path) -> None:
     """What the mutations recompute is what `save` writes."""
-    from dynaprune.checkpoint import load, save
+    from dynaprune.saving.checkpoint import load, save
 
     data = save(network(1), tmp_path / "one.safetensors").read_bytes()
     assert sealed(*parts(data)) == data

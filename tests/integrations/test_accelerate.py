@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dynaprune
 import dynaprune.integrations
-from dynaprune.integrations.carried import carry_structure, from_tensors, to_tensors
-from dynaprune.manifest import structure_manifest
+from dynaprune.saving.carried import carry_structure, from_tensors, to_tensors
+from dynaprune.saving.manifest import structure_manifest
 from tests.integrations.scripts import run_example
 from tests.pruning.attached import batch, loss_of, mlp, settings, sparse_layers
 

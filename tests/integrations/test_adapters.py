@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import dynaprune
+from dynaprune.neurons.cut import ExampleInputs, cut_dead_neurons, find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.neurons import ExampleInputs, cut_dead_neurons, find_groups
 from tests.rounding import agree
 
 STEPS = 12

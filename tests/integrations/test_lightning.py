@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dynaprune
 from dynaprune import DynaPruneLightningCallback, PruningConfig
-from dynaprune.manifest import structure_manifest
+from dynaprune.saving.manifest import structure_manifest
 from tests.integrations.scripts import run_example
 from tests.pruning.attached import STEPS, assert_equal, batch, dense_weights, loss_of, mlp, sparse_layers
 from tests.pruning.attached import settings as plain_settings

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynaprune import DynaPruneLightningCallback
 from tests.integrations import test_lightning as cases
 from tests.pruning.attached import STEPS, batch, mlp, sparse_layers
-from tests.pruning.test_averaging_recipes import assert_close, dense, live, reference
+from tests.pruning.edit.test_averaging_recipes import assert_close, dense, live, reference
 
 lightning = pytest.importorskip("lightning")
 callbacks = pytest.importorskip("lightning.pytorch.callbacks")

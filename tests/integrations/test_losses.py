@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynaprune.pruning.calibration import calibration_mode
+from dynaprune.nn.calibration_mode import calibration_mode
 
 transformers = pytest.importorskip("transformers")
 

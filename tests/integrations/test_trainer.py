@@ -13,8 +13,8 @@ from torch.utils.data import IterableDataset
 
 import dynaprune
 from dynaprune import DynaPruneCallback, PruningConfig
-from dynaprune.manifest import structure_manifest
 from dynaprune.nn import BlockSparseLayer
+from dynaprune.saving.manifest import structure_manifest
 from tests.integrations.scripts import run_example
 from tests.integrations.trainer_cases import (
     STEPS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynaprune import DynaPruneCallback
 from tests.integrations import trainer_cases
-from tests.pruning.test_averaging_recipes import assert_close, dense, live, reference
+from tests.pruning.edit.test_averaging_recipes import assert_close, dense, live, reference
 
 transformers = pytest.importorskip("transformers")
 DECAY = 0.8

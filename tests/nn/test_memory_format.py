@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dynaprune
+from dynaprune.experiment.tasks.resnet import CifarResNet
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, swap_layers
 from dynaprune.nn.block_sparse import take_over_weight
-from dynaprune.tasks.resnet import CifarResNet
 from dynaprune_kernels import BlockLayout
 from tests.kernels.strides import strides_that_count
 

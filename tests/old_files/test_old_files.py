@@ -14,11 +14,11 @@ from torch import Tensor
 
 import dynaprune
 from dynaprune.nn import BlockSparseLayer
-from tests.checkpoint_cases import network, outputs, swapped
 from tests.integrations import test_lightning as lightning_cases
 from tests.integrations import trainer_cases
 from tests.old_files import write
 from tests.pruning.attached import STEPS, batch, train
+from tests.saving.checkpoint_cases import network, outputs, swapped
 
 FOLDERS = sorted(path.parent for path in Path(__file__).parent.glob("*/expected.safetensors"))
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import dynaprune
 from dynaprune import DynaPruneCallback, DynaPruneLightningCallback
-from tests.checkpoint_cases import INPUT, outputs, pruned, swapped
 from tests.integrations import test_lightning as lightning_cases
 from tests.integrations import trainer_cases
 from tests.pruning.attached import adam, batch, mlp, settings, train
+from tests.saving.checkpoint_cases import INPUT, outputs, pruned, swapped
 
 INTERRUPTED_AT = 11
 TRAINER_STEP, LIGHTNING_STEP = 10, 8

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from dynaprune import recalibrate_batch_norm
+from dynaprune.experiment.tasks.resnet import CifarResNet
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.tasks.resnet import CifarResNet
 
 
 def batches(count: int = 4, samples: int = 32) -> list[tuple[Tensor, Tensor]]:

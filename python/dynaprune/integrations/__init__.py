@@ -7,7 +7,7 @@
 
     from accelerate import Accelerator
     from dynaprune import PruningConfig, attach
-    from dynaprune.integrations.carried import carry_structure
+    from dynaprune.saving.carried import carry_structure
 
     accelerator = Accelerator()
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -12,16 +12,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
-from dynaprune.checksum import checksum_of, verify
-from dynaprune.integrations.carried import carry_structure
 from dynaprune.integrations.figures import figures
-from dynaprune.manifest import add_structure_hooks
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.attachment import attach
-from dynaprune.pruning.calibration import CalibrationTrial, Losses
+from dynaprune.pruning.attach import attach
 from dynaprune.pruning.config import PruningConfig
-from dynaprune.pruning.following import swapped_copies
+from dynaprune.pruning.decide.calibration import CalibrationTrial, Losses
+from dynaprune.pruning.edit.followers import swapped_copies
 from dynaprune.pruning.pruner import Pruner, Trial
+from dynaprune.saving.carried import carry_structure
+from dynaprune.saving.checksum import checksum_of, verify
+from dynaprune.saving.reshape import add_structure_hooks
 
 _AVERAGE = "_average_model"
 

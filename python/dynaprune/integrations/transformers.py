@@ -10,17 +10,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dynaprune.early_stopping import EarlyStopping
-from dynaprune.integrations.carried import carry_structure
 from dynaprune.integrations.figures import figures
 from dynaprune.integrations.losses import per_sample_losses
-from dynaprune.integrations.pretrained import describe_structure
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning import refusals
-from dynaprune.pruning.attachment import attach
-from dynaprune.pruning.calibration import CalibrationTrial, Losses
+from dynaprune.pruning.attach import attach
+from dynaprune.pruning.checks import refusals
 from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.decide.calibration import CalibrationTrial, Losses
+from dynaprune.pruning.early_stopping import EarlyStopping
 from dynaprune.pruning.pruner import Pruner, Trial
+from dynaprune.saving.carried import carry_structure
+from dynaprune.saving.pretrained import describe_structure
 
 # A forward pass without gradients takes a fraction of a training step's memory.
 _FORWARD_BATCHES = 4

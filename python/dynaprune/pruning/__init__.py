@@ -1,1 +1,1 @@
-"""What is pruned and when: score, trial, pace, allocation, regrowth, neurons, and the pruner of them all."""
+"""Pruning while a model trains: prepare, attach, and the pruner that observes, decides and applies edits."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from dynaprune.pruning.allocation import ALLOCATIONS
-from dynaprune.pruning.score import SCORES
+from dynaprune.pruning.decide.allocation import ALLOCATIONS
+from dynaprune.pruning.observe.score import SCORES
 from dynaprune_kernels.geometry import check_block
 
 COSTS = ("parameters", "flops")

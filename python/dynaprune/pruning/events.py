@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dynaprune.neurons.cut import cut_dead_neurons
+from dynaprune.neurons.cut_copy import cut_copy
+from dynaprune.neurons.groups import NeuronMap, find_groups
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.pruning.allocation import Selection, select
-from dynaprune.pruning.calibration import calibration_mode
-from dynaprune.pruning.compaction import compact_layer, wanted_capacity
-from dynaprune.pruning.copies import cut_copy
-from dynaprune.pruning.neuron_groups import NeuronMap, find_groups
-from dynaprune.pruning.neuron_order import GroupFigures, whole_neurons_first
-from dynaprune.pruning.neurons import cut_dead_neurons
-from dynaprune.pruning.optimizer_state import seed_slots, zero_slots
-from dynaprune.pruning.regrowth import growth_fraction, select_growth
-from dynaprune.pruning.stale_copies import refuse_stale
-from dynaprune.pruning.trial import Evaluation, TrialEvent, candidate_sizes, run_event
+from dynaprune.nn.calibration_mode import calibration_mode
+from dynaprune.nn.optimizer_state import seed_slots, zero_slots
+from dynaprune.pruning.decide.allocation import Selection, select
+from dynaprune.pruning.decide.growth import growth_fraction, select_growth
+from dynaprune.pruning.decide.neuron_order import GroupFigures, whole_neurons_first
+from dynaprune.pruning.decide.trial import Evaluation, TrialEvent, candidate_sizes, run_event
+from dynaprune.pruning.edit.compaction import compact_layer, wanted_capacity
+from dynaprune.pruning.edit.stale_copies import refuse_stale
 
 if TYPE_CHECKING:
     from dynaprune.pruning.pruner import Pruner

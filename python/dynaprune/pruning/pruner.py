@@ -11,17 +11,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynaprune.manifest import add_structure_hooks
+from dynaprune.neurons.example_inputs import ExampleInputs, InputCapture
+from dynaprune.neurons.groups import NeuronMap
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.block_sparse import as_it_is
+from dynaprune.nn.optimizer_state import check_state_shapes, rewrite_state
+from dynaprune.pruning.checks.first_batch import FirstBatch, check_first_batch
+from dynaprune.pruning.checks.one_process import take_off_averaging_
+from dynaprune.pruning.checks.other_optimizers import (
+    OtherOptimizers,
+    unwatch_other_optimizers,
+    watch_other_optimizers,
+)
+from dynaprune.pruning.checks.reachable import say_what_gets_no_gradient
+from dynaprune.pruning.checks.recompilation import say_recompilations
 from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.decide.growth import Protection
+from dynaprune.pruning.decide.pace import CubicPace, Pace, SelfPaced
+from dynaprune.pruning.decide.trial import Evaluation, TrialRules, TrialState, minimum_interval
+from dynaprune.pruning.edit.followers import Copy, Followers
+from dynaprune.pruning.edit.stale_copies import watch_copies
 from dynaprune.pruning.events import Removals, block_weights, neuron_map_of, run_pruning_event
-from dynaprune.pruning.example_inputs import ExampleInputs, InputCapture
-from dynaprune.pruning.first_batch import FirstBatch, check_first_batch
-from dynaprune.pruning.following import Copy, Followers
-from dynaprune.pruning.group_score import GroupScores
-from dynaprune.pruning.neuron_groups import NeuronMap
-from dynaprune.pruning.observe import (
+from dynaprune.pruning.observe.gradients import (
     LASTING,
     Observed,
     RowCounter,
@@ -31,22 +42,11 @@ from dynaprune.pruning.observe import (
     observe,
     refuse_without_gradients,
 )
-from dynaprune.pruning.one_process import take_off_averaging_
-from dynaprune.pruning.optimizer_state import check_state_shapes, rewrite_state
-from dynaprune.pruning.other_optimizers import (
-    OtherOptimizers,
-    unwatch_other_optimizers,
-    watch_other_optimizers,
-)
-from dynaprune.pruning.pace import CubicPace, Pace, SelfPaced
-from dynaprune.pruning.reachable import say_what_gets_no_gradient
-from dynaprune.pruning.recompilation import say_recompilations
-from dynaprune.pruning.regrowth import Protection
+from dynaprune.pruning.observe.group_score import GroupScores
+from dynaprune.pruning.observe.score import make_score
 from dynaprune.pruning.reporting import load_pruner_state, pruner_state, report
-from dynaprune.pruning.score import make_score
-from dynaprune.pruning.stale_copies import watch_copies
-from dynaprune.pruning.trial import Evaluation, TrialRules, TrialState, minimum_interval
 from dynaprune.pruning.whole_model import ModelSize, model_size
+from dynaprune.saving.reshape import add_structure_hooks
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
 SELF_PACED_INTERVAL = 50

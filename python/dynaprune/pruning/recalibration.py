@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaprune.pruning.calibration import calibration_mode, uncompiled
+from dynaprune.nn.calibration_mode import calibration_mode, uncompiled
 
 _STATISTICS = ("running_mean", "running_var")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dynaprune.pruning.first_batch import exempt_later
+from dynaprune.pruning.checks.first_batch import exempt_later
 from dynaprune.pruning.whole_model import report_layers
 
 if TYPE_CHECKING:

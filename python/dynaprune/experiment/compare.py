@@ -1,0 +1,271 @@
+"""Both arms of a comparison, each in its own process, and the report of the two.
+
+A comparison that was cut short goes on where it is started again with the same settings: an arm that has
+finished is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynaprune.experiment.report import (
+    OF_A_MACHINE,
+    build_report,
+    write_csv_lines,
+    write_json,
+    write_markdown,
+)
+from dynaprune.experiment.run_config import RunConfig
+from dynaprune.experiment.saved_results import read_arm, read_json, read_report
+from dynaprune.experiment.sole_writer import LOCK_NAME, FolderInUse, note_writer, sole_writer
+
+__all__ = ["ArmFailed", "Interrupts", "check_empty", "check_settings", "check_unfinished", "compare"]
+
+ARMS = ("baseline", "pruned")
+CANNOT_START, CANNOT_WRITE = 2, 3
+
+
+class ArmFailed(RuntimeError):
+    """An arm's process ended without a result. ``code`` is its exit code.
+
+    ``explained``: it has said why in one line on stderr (2: wrong input, 3: files that cannot be written)."""
+
+    def __init__(self, arm: str, code: int) -> None:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        super().__init__(f"the {arm} arm {how}; what it said stands above")
+        self.code = code
+        self.explained = code in (CANNOT_START, CANNOT_WRITE)
+
+
+@dataclass
+class Interrupts:
+    """Passes an interrupt on to the arm that is running, and remembers it.
+
+    The arms run in sessions of their own, so that a Ctrl-C reaches them once and through here. The first asks
+    the arm to finish its step and report; the second ends it."""
+
+    seen: int = 0
+    child: subprocess.Popen[bytes] | None = None
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: Any) -> None:
+        self.seen += 1
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(signal.SIGTERM if self.seen == 1 else signal.SIGKILL)
+        if self.seen == 1:
+            print(
+                "\ninterrupted: the running arm finishes its step and reports; once more to end it",
+                file=sys.stderr,
+            )
+
+
+def check_empty(out: Path) -> None:
+    """ValueError unless ``out`` is a folder with nothing in it or does not exist."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file")
+    if out.is_dir() and any(each.name != LOCK_NAME for each in out.iterdir()):
+        raise ValueError(
+            f"--out must be new or empty, and {out} holds files: choose another folder or remove it"
+        )
+
+
+def check_settings(folder: Path, found: dict[str, Any], config: RunConfig) -> None:
+    """ValueError, with their names, unless the settings ``found`` in ``folder`` are those of ``config``."""
+    wanted = json.loads(json.dumps(config.to_json()))
+    if found != wanted:
+        other = sorted(k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k))
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(other)}): choose another --out"
+        )
+
+
+def check_unfinished(out: Path, config: RunConfig) -> None:
+    """ValueError unless ``out`` is new, empty, or holds a comparison of these settings that was cut short."""
+    if not (out / "config.json").is_file():
+        check_empty(out)
+        return
+    report = out / "report.json"
+    if report.is_file() and read_report(report) is not None:
+        check_empty(out)
+    check_settings(out, read_json(out / "config.json"), config)
+
+
+def _finished_arm(folder: Path, arm: str, device: str) -> dict[str, Any] | None:
+    """The content of ``arm.json`` in ``folder`` if that arm was trained to its end.
+
+    ValueError where its files are damaged, or where it was trained on another machine or with other threads
+    than this process has: the times of the two arms could not be compared."""
+    found = read_arm(folder, arm)
+    if found is None:
+        return None
+    import torch
+
+    from dynaprune.experiment.metrics import environment
+
+    here = environment(torch.device(device))
+    different = [
+        f"{key} {found['environment'].get(key)}, now {here[key]}"
+        for key in OF_A_MACHINE
+        if found["environment"].get(key) != here[key]
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds an arm that was trained elsewhere ({'; '.join(different)}), whose times cannot "
+            "be set beside this machine's: choose another --out"
+        )
+    return dict(found)
+
+
+def _run_arm(
+    config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool, lock: int
+) -> dict[str, Any] | None:
+    """The content of the arm's ``arm.json``; None where an interrupt ended it before it could write one."""
+    command = [
+        sys.executable,
+        "-m",
+        "dynaprune.experiment.train",
+        str(config_path),
+        "--arm",
+        arm,
+        "--out",
+        str(out / arm),
+        "--pretrained",
+        str(out / "pretrained.safetensors"),
+        "--parent",
+        str(os.getpid()),
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command + (["--quiet"] if quiet else []),
+        env=environment,
+        start_new_session=True,
+        pass_fds=(lock,),
+    )
+    note_writer(lock, process.pid, f"the {arm} arm of it")
+    interrupts.child = process
+    if interrupts.seen:
+        process.send_signal(signal.SIGTERM)
+    try:
+        code = process.wait()
+    finally:
+        interrupts.child = None
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    result = out / arm / "arm.json"
+    if result.is_file() and code in (0, 130):
+        found = read_json(result)
+        found["result"]["process_seconds"] = time.perf_counter() - started
+        write_json(result, found)
+        return found
+    if interrupts.seen:
+        return None
+    raise ArmFailed(arm, code)
+
+
+def _forget(out: Path, config_path: Path, arm: str) -> None:
+    """Remove what an arm that could not start has left, so that the same command can be given again."""
+    with contextlib.suppress(FolderInUse), sole_writer(out / arm):
+        shutil.rmtree(out / arm, ignore_errors=True)
+    if not any((out / other).exists() for other in ARMS):
+        for left in (config_path, *out.glob("pretrained.*")):
+            left.unlink(missing_ok=True)
+
+
+def _check_same_data(out: Path, arms: dict[str, dict[str, Any] | None]) -> None:
+    """ValueError where the arms name different sources: the newest commit on the hub may have moved."""
+    sources = {arm["data"].get("source") for arm in arms.values() if arm is not None and arm.get("data")}
+    if len(sources) > 1:
+        raise ValueError(
+            f"the arms in {out} read different data ({', '.join(map(str, sources))}): choose another --out "
+            "and a commit with --data hub@COMMIT"
+        )
+
+
+def compare(
+    config: RunConfig,
+    out: Path,
+    *,
+    quiet: bool = False,
+    pictures: bool = True,
+    interrupts: Interrupts | None = None,
+) -> dict[str, Any]:
+    """Train both arms on the same data and write ``out``: the report, histories and pictures. Returns the
+    report.
+
+    After an interrupt the report holds what was done (``interrupted`` true, an arm that never finished an
+    epoch null). Started again, it keeps the arms in ``out`` that have finished.
+
+    Raises:
+        ValueError: another process writes ``out``; it holds other settings, damaged files, or an arm of
+            another machine.
+        ArmFailed: an arm ended without a result. OSError: ``out`` cannot be written.
+    """
+    if interrupts is None:
+        with Interrupts() as own:
+            return compare(config, out, quiet=quiet, pictures=pictures, interrupts=own)
+    with sole_writer(out) as lock:
+        return _compare(config, out, quiet, pictures, interrupts, lock)
+
+
+def _compare(
+    config: RunConfig, out: Path, quiet: bool, pictures: bool, interrupts: Interrupts, lock: int
+) -> dict[str, Any]:
+    config_path = out / "config.json"
+    arms: dict[str, dict[str, Any] | None] = dict.fromkeys(ARMS)
+    environment: dict[str, Any] = {}
+    if continued := config_path.is_file():
+        check_settings(out, read_json(config_path), config)
+        for arm in ARMS:  # all of them before any is trained
+            kept = _finished_arm(out / arm, arm, config.device)
+            if kept is not None:
+                arms[arm], environment = kept["result"], kept["environment"]
+    write_json(config_path, config.to_json())
+    for arm in ARMS:
+        if interrupts.seen:
+            break
+        if arms[arm] is not None:
+            continue
+        if continued:
+            with sole_writer(out / arm):  # `dynaprune train` may be writing there
+                shutil.rmtree(out / arm, ignore_errors=True)
+        try:
+            found = _run_arm(config_path, arm, out, interrupts, quiet, lock)
+        except ArmFailed as error:
+            if error.code == CANNOT_START:
+                _forget(out, config_path, arm)
+            raise
+        if found is not None:
+            arms[arm], environment = found["result"], found["environment"]
+    _check_same_data(out, arms)
+    report = build_report(config.to_json(), environment, arms)
+    write_csv_lines(out / "history.csv", [out / arm / "history.csv" for arm in ARMS])
+    write_json(out / "report.json", report)
+    drawn: list[str] = []
+    if pictures and any(arms.values()):
+        from dynaprune.experiment.pictures import draw_all
+
+        drawn = draw_all(out, report)
+    write_markdown(out / "report.md", report, drawn)
+    return report

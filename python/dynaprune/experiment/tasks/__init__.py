@@ -1,0 +1,168 @@
+"""The tasks that ``dynaprune compare`` knows: data, model, loss, metric and the experiment's defaults.
+
+A task is one `Task` object in its own module; the modules are imported only when asked for, so that the
+command line starts quickly and a task's libraries are needed only by those who run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.data import Dataset
+
+__all__ = ["Defaults", "Split", "Task", "TaskData", "accuracy_and_f1", "get_task", "task_names"]
+
+_MODULES = {
+    "digits": "dynaprune.experiment.tasks.digits",
+    "titanic": "dynaprune.experiment.tasks.titanic",
+    "cifar10": "dynaprune.experiment.tasks.cifar10",
+    "imdb": "dynaprune.experiment.tasks.imdb",
+    "common_voice": "dynaprune.experiment.tasks.common_voice",
+    "spoken_digits": "dynaprune.experiment.tasks.spoken_digits",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which part of the data is the test part, and where the data come from.
+
+    ``fold`` of ``folds`` is the test part (stratified k-fold, shuffled by ``seed``); without folds one fifth
+    is, drawn by ``seed``. One eighth of the rest is the validation part in both cases. Tasks with an official
+    test set keep it. ``source`` is ``None`` (the environment's DYNAPRUNE_DATA, else the hub), ``"hub"``, or a
+    folder."""
+
+    seed: int
+    fold: int | None = None
+    folds: int | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Prepared data: three datasets of ``(inputs, target)``, ready for the model, and what was done to get
+    them.
+
+    ``classes`` is None where a sample has more than one label. ``collate`` makes a batch of a list of samples
+    (None: torch's default); ``augment(inputs, generator)`` changes a training batch, never one of the
+    calibration, validation or test samples. ``options`` are the task's own settings that the data were loaded
+    with, for `Task.build_model`."""
+
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
+    classes: int | None
+    description: dict[str, Any] = field(default_factory=dict)
+    collate: Callable[[list[Any]], Any] | None = None
+    augment: Callable[[Any, torch.Generator], Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A task's settings. The values here are the experiment's; a task that needs others says so in its
+    module.
+
+    ``optimizer`` is "adam" (L2 in the gradient) or "adamw". The learning rate rises over ``warmup_steps``,
+    then follows ``schedule``: "constant", "linear" (to zero) or "cosine" (to zero). Gradients are clipped to
+    the norm ``max_grad_norm`` where it is above 0. ``pruning`` holds further arguments of
+    `dynaprune.PruningConfig`; ``self_paced`` those that take their place where there is no target."""
+
+    epochs: int = 50
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0
+    batch_size: int = 32
+    weight_decay: float = 1e-4
+    patience: int = 5
+    dropout: float = 0.5
+    threshold: float = 0.01
+    block_size: int = 32
+    target_sparsity: float = 0.9
+    calibration_samples: int = 1024
+    pruning: dict[str, Any] = field(default_factory=dict)
+    self_paced: dict[str, Any] = field(default_factory=dict)
+
+
+def _call_model(model: nn.Module, inputs: Any) -> torch.Tensor:
+    return model(inputs)
+
+
+def _cross_entropy_per_sample(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    from torch import nn
+
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def _likeliest_class(outputs: torch.Tensor) -> torch.Tensor:
+    return outputs.argmax(dim=-1)
+
+
+def accuracy_and_f1(average: str) -> Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]:
+    """A `Task.score` of true and predicted classes: accuracy and F1 (scikit-learn, ``average`` "macro" or
+    "binary"), both 0..1."""
+
+    def score(truth: Sequence[Any], guess: Sequence[Any]) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score
+
+        f1 = f1_score(truth, guess, average=average, zero_division=0.0)
+        return {"accuracy": float(accuracy_score(truth, guess)), "f1": float(f1)}
+
+    return score
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything an arm needs to know about a task.
+
+    ``load(split, options)`` gives the data; ``build_model(data, dropout)`` a fresh model whose initial
+    weights depend on torch's global seed only (not on ``dropout``); ``forward(model, inputs)`` its outputs,
+    one row per sample; ``losses(outputs, targets)`` one loss per sample ``[n]``.
+
+    ``predict(outputs)`` turns outputs into one prediction per sample (a tensor ``[n]`` or a list);
+    ``score(truth, predictions)`` turns those of an evaluation, as lists, into the metrics: "accuracy" and
+    "f1", both 0..1, and whatever else the task reports.
+
+    ``options`` are the settings that only this task has, with their defaults; ``presets`` named settings.
+    ``pretrain(model, data, config, device)`` trains the fresh model before both arms and returns what the
+    report says of it; it runs once for both, where the option "pretrain_epochs" is above 0.
+
+    ``evaluation_batch`` is the number of samples per forward pass in evaluations and trials, where the usual
+    128 and 256 would take too much memory."""
+
+    name: str
+    title: str
+    load: Callable[[Split, Mapping[str, Any]], TaskData]
+    build_model: Callable[[TaskData, float], nn.Module]
+    score: Callable[[Sequence[Any], Sequence[Any]], dict[str, float]] = field(
+        default_factory=lambda: accuracy_and_f1("macro")
+    )
+    defaults: Defaults = field(default_factory=Defaults)
+    options: dict[str, Any] = field(default_factory=dict)
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    uses_data_folder: bool = True
+    evaluation_batch: int | None = None
+    forward: Callable[[nn.Module, Any], Any] = _call_model
+    losses: Callable[[Any, torch.Tensor], torch.Tensor] = _cross_entropy_per_sample
+    predict: Callable[[Any], Any] = _likeliest_class
+    pretrain: Callable[[nn.Module, TaskData, Any, torch.device], dict[str, Any]] | None = None
+
+
+def task_names() -> list[str]:
+    """The names that `get_task` takes."""
+    return list(_MODULES)
+
+
+def get_task(name: str) -> Task:
+    """The task called ``name``; ValueError naming the known ones otherwise."""
+    if name not in _MODULES:
+        raise ValueError(f"unknown task {name!r}: expected one of {', '.join(task_names())}")
+    task = import_module(_MODULES[name]).TASK
+    assert isinstance(task, Task)
+    return task

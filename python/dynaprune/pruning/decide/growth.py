@@ -1,0 +1,115 @@
+"""Regrowth: how many removed blocks return, which ones, in what state, and how long they are safe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def growth_fraction(step: int, end_step: int, initial: float = 0.3) -> float:
+    """Share of an event's removed units that may return: ``initial / 2 * (1 + cos(pi * step / end_step))``, 0
+    from ``end_step`` on (RigL, Evci et al. 2020, arXiv:1911.11134, section 3 (2)).
+
+    Raises:
+        ValueError: a negative step, an end before step 1, a fraction outside [0, 1].
+    """
+    if step < 0 or end_step < 1:
+        raise ValueError(f"expected a step of at least 0 and an end of at least 1, got {step} and {end_step}")
+    if not 0 <= initial <= 1:
+        raise ValueError(f"expected an initial fraction from 0 to 1, got {initial}")
+    return 0.0 if step >= end_step else initial / 2 * (1 + math.cos(math.pi * step / end_step))
+
+
+def select_growth(
+    probe_norms: Mapping[str, Tensor],
+    eligible: Mapping[str, Tensor],
+    count: int,
+    capacity_left: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Choose the blocks that return: largest norm of the dense gradient first, over all layers. No host sync.
+
+    Ties go by layer order, then by block number. Blocks without gradient (norm 0 or not finite) never return.
+
+    Args:
+        probe_norms: per layer, float ``[rows, columns]``.
+        eligible: bool, blocks that may return.
+        count: at most this many in all.
+        capacity_left: free slots of each layer.
+
+    Returns:
+        Bool ``[rows, columns]`` per layer.
+
+    Raises:
+        TypeError, ValueError: layers, shapes or dtypes that do not fit, a negative number.
+    """
+    names = list(probe_norms)
+    if not names or set(names) != set(eligible) or set(names) - set(capacity_left):
+        raise ValueError(
+            f"expected norms, eligible blocks and free slots of the same layers, got {names}, "
+            f"{sorted(eligible)} and {sorted(capacity_left)}"
+        )
+    if count < 0 or min(capacity_left[name] for name in names) < 0:
+        raise ValueError(f"expected counts of at least 0, got {count} and {dict(capacity_left)}")
+    for name in names:
+        mask, norms = eligible[name], probe_norms[name]
+        if mask.dtype != torch.bool:
+            raise TypeError(f"expected a bool mask for {name}, got {mask.dtype}")
+        if mask.shape != norms.shape:
+            raise ValueError(
+                f"expected a mask for {name} of shape {tuple(norms.shape)}, got {tuple(mask.shape)}"
+            )
+
+    device = probe_norms[names[0]].device
+    wanted = []
+    for name in names:
+        norms = probe_norms[name].detach().reshape(-1)
+        norms = torch.where(
+            eligible[name].reshape(-1) & torch.isfinite(norms) & (norms > 0), norms, -torch.inf
+        )
+        best = torch.sort(norms, descending=True, stable=True).indices[capacity_left[name] :]
+        norms[best] = -torch.inf
+        wanted.append(norms.to(device))
+    flat = torch.cat(wanted)
+    order = torch.sort(flat, descending=True, stable=True).indices[:count]
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[order] = flat[order] > -torch.inf
+    parts = zip(names, chosen.split([norms.shape[0] for norms in wanted]), strict=True)
+    return {name: part.view_as(probe_norms[name]).to(probe_norms[name].device) for name, part in parts}
+
+
+class Protection:
+    """Blocks that returned lately and must not be removed yet."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, Tensor] = {}
+
+    def protect(self, name: str, blocks: Tensor, until: int) -> None:
+        """Protect ``blocks`` (bool ``[rows, columns]``) in events before step ``until``."""
+        previous = self._until.get(name)
+        if previous is None or previous.shape != blocks.shape:
+            previous = torch.zeros(blocks.shape, dtype=torch.int64, device=blocks.device)
+        self._until[name] = torch.where(blocks, until, previous.to(blocks.device))
+
+    def masks(self, step: int) -> dict[str, Tensor]:
+        """Bool ``[rows, columns]`` of the blocks protected at ``step``, for layers in which any ever were."""
+        return {name: until > step for name, until in self._until.items()}
+
+    def keep(self, name: str, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Slice after neurons were cut: int64 block rows and columns that stay, None for all."""
+        until = self._until.get(name)
+        if until is None:
+            return
+        until = until if rows is None else until[rows.to(until.device)]
+        self._until[name] = until if columns is None else until[:, columns.to(until.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by layer name, copied."""
+        return {name: until.clone() for name, until in self._until.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Adopt a saved state."""
+        self._until = {name: until.clone() for name, until in state.items()}

@@ -1,0 +1,1 @@
+"""Files and state dicts that carry a structure: manifest, checkpoints, pretrained folders."""
