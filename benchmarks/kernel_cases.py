@@ -155,7 +155,7 @@ def dense_result(case: Case, operands: Operands, result: Tensor) -> Tensor:
     layout = operands.layout
     blocks = reference.dense_to_blocks(result, (case.block, case.block), case.conv)
     if case.op.endswith("wgrad"):
-        return blocks[layout.lists.block_of_slot.long()]
+        return blocks[layout.block_of_slot.long()]
     return blocks.float().square().sum((1, 2)).masked_fill(layout.mask.flatten(), 0)
 
 

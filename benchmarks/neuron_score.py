@@ -147,7 +147,7 @@ def thin(model: nn.Module) -> None:
     """Remove blocks at random: every block row and column keeps a share of its own, from a fifth to all."""
     for layer in model.modules():
         if isinstance(layer, BlockSparseLayer):
-            taps = layer.layout.conv.taps if layer.layout.conv else 1
+            taps = layer.layout.taps
             rows, columns = layer.layout.mask.shape
             share = torch.empty(rows, 1).uniform_(0.2, 1) * torch.empty(columns // taps).uniform_(
                 0.2, 1

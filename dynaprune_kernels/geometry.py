@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 MIN_BLOCK = 8
 MAX_BLOCK = 128
 _INT32_MAX = 2**31 - 1
+
+
+class Block(NamedTuple):
+    """Outputs and inputs per block of a weight; ``values [capacity, bi, bo]`` store the inputs first."""
+
+    outputs: int
+    inputs: int
+
+    def __str__(self) -> str:
+        return str(tuple(self))
+
+    @staticmethod
+    def of(values: Tensor) -> Block:
+        """The block that ``values [capacity, bi, bo]`` store."""
+        return Block(values.shape[2], values.shape[1])
 
 
 class ConvGeometry(NamedTuple):
@@ -55,8 +72,8 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def check_block(block: int | tuple[int, int]) -> tuple[int, int]:
-    """Validate ``(outputs, inputs)`` per block.
+def check_block(block: int | tuple[int, int]) -> Block:
+    """``(outputs, inputs)`` per block, or one number for both, as a :class:`Block`.
 
     Raises:
         TypeError: not a pair of ints. ValueError: a size outside 8..128.
@@ -67,7 +84,7 @@ def check_block(block: int | tuple[int, int]) -> tuple[int, int]:
         raise TypeError(f"expected block_size as an int or a pair (outputs, inputs), got {block!r}")
     if not all(MIN_BLOCK <= b <= MAX_BLOCK for b in block):
         raise ValueError(f"expected block sizes from {MIN_BLOCK} to {MAX_BLOCK}, got {block}")
-    return block
+    return Block(*block)
 
 
 def linear_grid(out_features: int, in_features: int, block: tuple[int, int]) -> tuple[int, int]:
@@ -105,3 +122,9 @@ def check_int32(rows: int, columns: int) -> None:
     """Refuse a grid whose block numbers do not fit the int32 indices."""
     if rows * columns > _INT32_MAX:
         raise ValueError(f"expected at most {_INT32_MAX} blocks, got {rows} x {columns}")
+
+
+def kept_size(keep: Tensor, block: int, size: int) -> int:
+    """Elements in the kept blocks of an axis of ``size`` elements, whose last block may be ragged."""
+    missing = keep.numel() * block - size
+    return int(keep.sum()) * block - (missing if bool(keep[-1]) else 0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, reference
+from dynaprune_kernels.geometry import Block
 from dynaprune_kernels.index import IndexSections, index_size
 from tests.kernels.packed_index import packed_index, updated_slots
 
@@ -356,3 +357,90 @@ def test_check_notices_a_mask_that_is_not_the_index_s(backend: str) -> None:
     layout.mask.data[1, 2] = False
     with pytest.raises(RuntimeError, match="the layout is corrupted"):
         layout.check()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_sizes_of_a_layout(name: str) -> None:
+    grid = GRIDS[name]
+    layout = _layout(grid)
+    conv = grid.conv or ConvGeometry(1, 1)
+    assert (layout.taps, layout.groups) == (conv.kernel_h * conv.kernel_w, conv.groups)
+    shape = (grid.out, grid.inputs // conv.groups)
+    assert layout.dense_shape == torch.Size(shape if grid.conv is None else (*shape, *conv[0:2]))
+    assert layout.block == grid.block and str(layout.block) == str(grid.block)
+    assert (layout.block.outputs, layout.block.inputs) == grid.block
+    values = torch.zeros(layout.capacity, layout.block.inputs, layout.block.outputs)
+    assert Block.of(values) == layout.block
+    blocks = reference.dense_to_blocks(torch.zeros(layout.dense_shape), layout.block, grid.conv)
+    assert blocks.shape == (layout.blocks, *values.shape[1:])
+
+
+def test_blocks_by_their_slots() -> None:
+    mask = torch.tensor([[1, 0, 1], [0, 1, 0]]) > 0
+    layout = BlockLayout(16, 24, (8, 8), mask=mask, capacity=5)
+    assert layout.block_of_slot.tolist() == [0, 2, 4, -1, -1]
+    layout.suspend_(torch.tensor([[0, 0, 1], [0, 0, 0]]) > 0)
+    assert layout.slots_of(layout.mask).tolist() == [True, False, True, False, False]
+    assert layout.slots_of(~layout.mask).tolist() == [False, True, False, False, False]
+    numbers = torch.arange(1.0, 7).view(6, 1, 1).expand(6, 8, 8)
+    assert layout.by_slot(numbers)[:, 7, 7].tolist() == [1, 3, 5, 0, 0]
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), got \(6,\)"):
+        layout.slots_of(torch.ones(6, dtype=torch.bool))
+
+
+def _change(layout: BlockLayout, change: str) -> None:
+    if change == "drop":
+        layout.drop_(torch.tensor([True, False, False]), torch.tensor([False, True, False, False]))
+    elif change == "compact":
+        layout.compact_(int((layout.slot_of_block >= 0).sum()))
+    elif change == "update":
+        layout.update_(~layout.mask)
+    else:
+        layout.restore_(torch.arange(12, dtype=torch.int32).view(3, 4), 12)
+
+
+@pytest.mark.parametrize("changes", [(), ("drop",), ("update", "drop"), ("compact", "update"), ("restore",)])
+def test_a_snapshot_brings_back_sizes_tensors_and_numbers(backend: str, changes: tuple[str, ...]) -> None:
+    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    layout = BlockLayout(20, 30, (8, 8), mask=mask, capacity=10)
+    twin = copy.deepcopy(layout)
+    tensors = (layout.mask, layout.slot_of_block, layout.index)
+    versions = [tensor._version for tensor in tensors]
+
+    snapshot = layout.snapshot()
+    for change in changes:
+        _change(layout, change)
+        with pytest.raises(AssertionError):
+            _assert_as(layout, twin)
+    layout.rollback_(snapshot)
+
+    _assert_as(layout, twin)
+    layout.check()
+    back = (layout.mask, layout.slot_of_block, layout.index)
+    assert all(one is other for one, other in zip(back, tensors, strict=True))
+    if changes in ((), ("drop",)):
+        assert [tensor._version for tensor in back] == versions
+
+
+def _assert_as(layout: BlockLayout, other: BlockLayout) -> None:
+    for name in ("out_features", "in_features", "rows", "columns", "blocks", "capacity", "dense_shape"):
+        assert getattr(layout, name) == getattr(other, name), name
+    for name in ("mask", "slot_of_block", "index"):
+        assert torch.equal(getattr(layout, name), getattr(other, name)), name
+
+
+def test_a_snapshot_of_a_layout_on_meta_brings_back_its_known_slots() -> None:
+    layout = BlockLayout(16, 16, (8, 8), mask=torch.eye(2) > 0).to("meta")
+    snapshot = layout.snapshot()
+    layout.restore_(torch.arange(4, dtype=torch.int32).view(2, 2), 4)
+    assert layout.known_slots.tolist() == [[0, 1], [2, 3]] and layout.capacity == 4
+    layout.rollback_(snapshot)
+    assert layout.known_slots.tolist() == [[0, -1], [-1, 1]] and layout.capacity == 2
+
+
+def test_a_layout_pickled_with_a_plain_pair_has_a_block() -> None:
+    layout = BlockLayout(16, 32, (8, 16))
+    state = {**layout.__dict__, "block": (8, 16)}
+    old = BlockLayout.__new__(BlockLayout)
+    old.__setstate__(state)
+    assert old.block.outputs == 8 and old.block.inputs == 16

@@ -34,8 +34,7 @@ def kill(model: nn.Module, name: str, rows: Any = (), columns: Any = ()) -> None
     layer = model.get_submodule(name)
     assert isinstance(layer, BlockSparseLayer)
     layout = layer.layout
-    taps = 1 if layout.conv is None else layout.conv.taps
-    dead = torch.zeros(layout.rows, taps, layout.columns // taps, dtype=torch.bool)
+    dead = torch.zeros(layout.rows, layout.taps, layout.columns // layout.taps, dtype=torch.bool)
     dead[list(rows)] = True
     dead[:, :, list(columns)] = True
     layout.release_(dead.view(layout.rows, layout.columns))

@@ -296,7 +296,7 @@ def test_averages_of_equal_slots_that_were_cut_to_integers_load() -> None:
     layer = BlockSparseLinear.from_dense(nn.Linear(128, 128), 8)
     layer.layout.release_(torch.rand(16, 16) < 0.4)
     with torch.no_grad():
-        layer.values.masked_fill_((layer.layout.lists.block_of_slot < 0).view(-1, 1, 1), 0)
+        layer.values.masked_fill_((layer.layout.block_of_slot < 0).view(-1, 1, 1), 0)
     state = layer.state_dict()
     slots = state["layout.slot_of_block"]
     average = slots.clone()

@@ -50,7 +50,7 @@ def pruned() -> nn.Sequential:
     assert report.neurons == {"0": 16, "7": 16}
     kill(model, "3", rows=[1])
     with torch.no_grad():
-        free = model[3].layout.lists.block_of_slot < 0  # type: ignore[union-attr, operator]
+        free = model[3].layout.block_of_slot < 0  # type: ignore[union-attr, operator]
         model[3].values[free] = torch.nan  # type: ignore[index, union-attr]
     return model
 

@@ -83,21 +83,13 @@ def operands(case: Case, device: str) -> Operands:
     if case.mask == "suspended":
         layout.suspend_(live_mask("random", layout.rows, layout.columns))
     clean = torch.randn(capacity, bi, bo)
-    taps = 1 if case.conv is None else case.conv.taps
-    groups = 1 if case.conv is None else case.conv.groups
-    real = torch.zeros(layout.blocks, bi, bo, dtype=torch.bool)
-    dense = (
-        (case.out, case.inputs // groups)
-        if case.conv is None
-        else (case.out, case.inputs // groups, *case.conv[:2])
-    )
-    real = reference.dense_to_blocks(torch.ones(dense), (bo, bi), case.conv).bool()
+    real = reference.dense_to_blocks(torch.ones(layout.dense_shape), case.block, case.conv).bool()
     listed = torch.zeros(capacity, bi, bo, dtype=torch.bool)
     live = layout.lists.row_slots[: layout.live_count()].long()
-    listed[live] = real[layout.lists.block_of_slot[live].long()]
+    listed[live] = real[layout.block_of_slot[live].long()]
     clean = torch.where(listed, clean, 0.0).to(case.dtype)
     values = torch.where(listed, clean, torch.nan)
-    assert taps * ceil_div(case.inputs // groups, bi) == layout.columns
+    assert layout.taps * ceil_div(case.inputs // layout.groups, bi) == layout.columns
     if case.conv is None:
         x, dy = torch.randn(case.rows, case.inputs), torch.randn(case.rows, case.out)
     else:
