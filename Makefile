@@ -88,9 +88,10 @@ families:  ## train tiny networks of over 50 architectures sparse, beside dense 
 	$(MAKE) VENV=.venv-families TORCH="torch==2.14.1 torchvision==0.29.1" .venv-families/.families
 	.venv-families/bin/python -m benchmarks.families
 
-$(VENV)/.families: $(VENV)/.installed
-	@echo "dynaprune: installing the networks' libraries"
-	@$(BIN)/python -m pip install $(call extra,families) $(QUIETLY)
+# Without the tests' packages: they want another Triton than this torch.
+$(VENV)/.families: $(VENV)/.torch $(SOURCES)
+	@echo "dynaprune: compiling the kernels and installing the networks' libraries"
+	@$(BIN)/python -m pip install --no-build-isolation -e '.[families]' $(QUIETLY)
 	@touch $@
 
 ext: $(VENV)/.torch  ## compile the extensions in place, after a change in csrc/
