@@ -132,4 +132,4 @@ def test_another_number_of_labels_is_refused(labels: int, tmp_path: Path) -> Non
     again = type(model).from_pretrained(tmp_path / "task").eval()
     x = torch.randint(2, 40, (3, 12))
     with torch.no_grad():
-        assert torch.equal(again(x).logits, loaded.eval()(x).logits)
+        assert agree(again(x).logits, loaded.eval()(x).logits)
