@@ -11,63 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaprune_kernels import index_check
 from dynaprune_kernels.backends.memory import with_memory
 from dynaprune_kernels.geometry import ConvGeometry, ceil_div
 from dynaprune_kernels.index import (
     N_LIVE,
     N_SLOTS,
     OVERFLOW,
-    IndexSections,
     column_list_of_block,
     column_lists,
     sections,
 )
 from dynaprune_kernels.memory_format import in_format
-
-
-def _refuse_first(section: str, wrong: Tensor, places: Tensor, numbers: Tensor, expected: str) -> None:
-    """Raise ValueError that names the first of a section's ``numbers`` that is ``wrong``, and its place."""
-    if bool(wrong.any()):
-        at = int(wrong.to(torch.uint8).argmax())
-        raise ValueError(
-            f"index is corrupted: {section}[{int(places[at])}] is {int(numbers[at])}, expected {expected} "
-            "(something other than layout_update wrote to it)"
-        )
-
-
-def _check_entries(s: IndexSections, rows: int, columns: int, capacity: int) -> None:
-    """Raise ValueError unless header and column lists list every block and every slot at most once.
-
-    ``block_of_slot`` has to name the block of each entry, so that an entry with another one's slot is wrong.
-    """
-    live = int(s.header[N_LIVE])
-    if not 0 <= live <= capacity:
-        raise ValueError(
-            f"index is corrupted: header[{N_LIVE}] is {live}, expected a number of live blocks up to the "
-            f"capacity {capacity} (something other than layout_update wrote to it)"
-        )
-    ends = torch.tensor([0, s.col_ptr.numel() - 1])
-    wrong = s.col_ptr[ends] != torch.tensor([0, live])
-    _refuse_first("col_ptr", wrong, ends, s.col_ptr[ends], f"0 entries before the first list, {live} in all")
-    entry = torch.arange(capacity)
-    for name, numbers, limit in (
-        ("col_rows", s.col_rows, rows),
-        ("col_cols", s.col_cols, columns),
-        ("col_slots", s.col_slots, capacity),
-    ):
-        wrong = torch.where(entry < live, (numbers < 0) | (numbers >= limit), numbers != -1)
-        _refuse_first(name, wrong, entry, numbers, f"0 to {limit - 1} in {live} live blocks, -1 behind them")
-    entry, slots = entry[:live], s.col_slots[:live].long()
-    block = s.col_rows[:live].long() * columns + s.col_cols[:live]
-    named = s.block_of_slot[slots]
-    _refuse_first("block_of_slot", named != block, slots, named, "the block that lists the slot")
-    times = torch.bincount(block, minlength=rows * columns)[block]
-    _refuse_first("col_slots", times > 1, entry, slots, "the slot of a block that is listed once")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the host may look at the numbers: neither does it wait for a device, nor is this a trace."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def _entries(
@@ -86,11 +41,12 @@ def _entries(
             f"expected an index with {lists} column lists, got {s.col_order.numel()} by its length "
             f"{index.numel()}"
         )
-    if _readable(index):
-        _check_entries(s, rows, columns, capacity)
-    live = s.col_slots >= 0
-    block = torch.where(live, s.col_rows.long() * columns + s.col_cols.long(), rows * columns)
-    return block, torch.where(live, s.col_slots.long(), capacity)
+    if index_check.readable(index):
+        index_check.check_index(index, rows, columns, capacity)
+    live = torch.arange(capacity, device=index.device) < s.header[N_LIVE]
+    slot = torch.where(live, s.row_slots, capacity).long()
+    block = torch.cat([s.block_of_slot, s.block_of_slot.new_full((1,), rows * columns)])[slot]
+    return block.long(), slot
 
 
 def _blocks_by_position(
@@ -424,7 +380,7 @@ def layout_update(
     if release:
         slot = torch.where(live, slot, -1)
     outside = below | (slot >= capacity)
-    if _readable(slot):
+    if index_check.readable(slot):
         held = slot[slot >= 0]
         if bool(outside.any()) or held.unique().numel() != held.numel():
             raise ValueError(

@@ -1,10 +1,10 @@
 """Corrupted indices and malformed calls of the raw CPU ops: `python -m tests.fuzz.kernels`.
 
 Every call has to raise a Python exception or to return; where it returns for an index, what it returns
-has to be right for the blocks that the index lists. The reference in plain PyTorch goes by the column
-lists whatever the op. The compiled kernels run under AddressSanitizer, built into build/sanitized, in
-processes of their own: a signal, a report or a hang is a fault of the case at hand, which its seed and
-number repeat (`--seed S --first N --count 1`).
+has to be right for the blocks that the index lists. The reference in plain PyTorch goes by the row lists
+whatever the op, and both ways in which it checks an index have to say the same. The compiled kernels run
+under AddressSanitizer, built into build/sanitized, in processes of their own: a signal, a report or a hang
+is a fault of the case at hand, which its seed and number repeat (`--seed S --first N --count 1`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from dynaprune_kernels import index_check
 from tests.fuzz.corruptions import CORRUPTIONS, corrupted
-from tests.fuzz.kernel_problems import BY_COLUMN, Problem, difference, draw_problem, public_calls, raw_calls
+from tests.fuzz.kernel_problems import Problem, difference, draw_problem, public_calls, raw_calls
 from tests.fuzz.malformed_calls import all_calls, malformed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,8 @@ def try_index(seed: int, number: int) -> tuple[Outcome, str | None]:
     p = _problem(seed, number // SHARED_PROBLEM)
     kind = list(CORRUPTIONS)[number % len(CORRUPTIONS)]
     index = corrupted(p, kind, pick)
+    if kind not in ("other_length", "other_tensor") and pick.random() < 0.1:
+        return compare_checks(p, kind, index)
     backend = pick.choice(["raw", "raw", "cpu", "reference"])
     calls = (raw_calls if backend == "raw" else public_calls)(p, index)
     op = pick.choice(list(calls))
@@ -69,8 +73,21 @@ def try_index(seed: int, number: int) -> tuple[Outcome, str | None]:
     if index.shape != p.index.shape:  # block_saliency goes by what number of lists the index has
         wrong = op != "block_saliency" and f"{kind} {backend} {op}: returned for another length"
         return (kind, "returned for another number of lists"), wrong or None
-    wrong = difference(p, op, index, results, lists_of=BY_COLUMN[0] if backend == "reference" else op)
+    wrong = difference(p, op, index, results, lists_of="block_saliency" if backend == "reference" else op)
     return (kind, "right"), wrong and f"{kind} {backend} {op}: {wrong}"
+
+
+def compare_checks(p: Problem, kind: str, index: Tensor) -> tuple[Outcome, str | None]:
+    """The compiled check of an index beside the one in torch's ops, both of the reference."""
+    said = []
+    for check in (index_check.check_index, index_check.check_with_torch):
+        try:
+            check(index, *p.grid, p.capacity)
+            said.append("right")
+        except ValueError as error:
+            said.append(str(error))
+    wrong = said[0] != said[1] and f"{kind}: {said[0]}, without the extension: {said[1]}"
+    return (kind, "right" if said[0] == "right" else "refused as corrupted"), wrong or None
 
 
 def try_call(seed: int, number: int) -> tuple[Outcome, str | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, reference
+from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, index_check, reference
 from dynaprune_kernels.index import sections
 from tests.kernels.packed_index import packed_index, updated_slots
 
@@ -121,38 +122,48 @@ def test_any_byte_but_zero_is_a_live_block(backend: str, release: bool, conv: Co
 WRONG: list[tuple[str, int, int]] = [
     ("header", 0, -1),
     ("header", 0, 10_000),
+    ("row_ptr", 0, 1),
+    ("row_ptr", 2, 10_000),
+    ("row_ptr", -1, 2),
     ("col_ptr", 0, 1),
-    ("col_ptr", -1, 2),
-    ("col_rows", 0, -1),
-    ("col_rows", 1, 10_000),
-    ("col_cols", 0, -(2**31)),
-    ("col_cols", 2, 2**31 - 1),
-    ("col_slots", 0, -1),
-    ("col_slots", 3, 10_000),
-    ("col_slots", -1, 0),
+    ("col_ptr", 3, -1),
+    ("col_ptr", -1, 10_000),
+    ("row_cols", 0, -(2**31)),
+    ("row_cols", 2, 2**31 - 1),
+    ("row_slots", 0, -1),
+    ("row_slots", 3, 10_000),
     ("block_of_slot", 4, 0),
-    ("col_slots twice", 3, 0),
+    ("block_of_slot", 2, 2**31 - 1),
+    ("row_order", 0, -1),
+    ("row_order", 4, 5),
 ]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def checked_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DYNAPRUNE_BACKEND", "reference")
+    if request.param == "torch":
+        monkeypatch.setattr(index_check, "check_index", index_check.check_with_torch)
+    elif not _extension.load().loaded:
+        pytest.skip(str(_extension.load().reason))
+    return request.param
 
 
 @pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv2d"])
 @pytest.mark.parametrize(("section", "at", "number"), WRONG)
 def test_the_reference_names_what_is_wrong_in_an_index(
-    monkeypatch: pytest.MonkeyPatch, section: str, at: int, number: int, conv: ConvGeometry | None
+    checked_by: str, section: str, at: int, number: int, conv: ConvGeometry | None
 ) -> None:
-    monkeypatch.setenv("DYNAPRUNE_BACKEND", "reference")
     layout = layout_of(conv)
     s = sections(layout.index, layout.rows, layout.capacity)
     if section == "block_of_slot":
-        at = int(s.col_slots[at])
-    if section == "col_slots twice":
-        section, number = "col_slots", int(s.col_slots[at])
-        for part in (s.col_rows, s.col_cols, s.col_slots):
-            part[at + 1] = part[at].item()
+        at = int(s.row_slots[at])
     getattr(s, section)[at] = number
     at %= getattr(s, section).numel()
+    if section.endswith("_ptr") and number == 10_000 and at < getattr(s, section).numel() - 1:
+        at, number = at + 1, int(getattr(s, section)[at + 1])
     values = torch.zeros(layout.capacity, 16, 8)
-    with pytest.raises(ValueError, match=rf"index is corrupted: {section}\[{at}\] is {number}, expected"):
+    with pytest.raises(ValueError, match=rf"^index is corrupted: {section}\[{at}\] is {number}, expected"):
         reference.dense_weight(values, layout.index, 40, 52, conv)
     calls = [
         lambda: torch.ops.dynaprune.block_saliency(values, values, layout.index, layout.rows, layout.columns)
@@ -167,6 +178,48 @@ def test_the_reference_names_what_is_wrong_in_an_index(
     for call in calls:
         with pytest.raises(ValueError, match="index is corrupted"):
             call()
+
+
+def answer(check: Callable[..., None], *arguments: object) -> str:
+    try:
+        check(*arguments)
+    except ValueError as error:
+        return str(error)
+    return "right"
+
+
+@pytest.mark.skipif(not _extension.load().loaded, reason="the compiled kernels are not loaded")
+@pytest.mark.parametrize("seed", range(8))
+def test_both_checks_of_an_index_say_the_same(seed: int) -> None:
+    """One number, or two, of any section become others."""
+    pick = random.Random(seed)
+    layout = layout_of(CONV if seed % 2 else None)
+    right = layout.index.clone()
+    said = set()
+    for _ in range(300):
+        layout.index.copy_(right)
+        s = sections(layout.index, layout.rows, layout.capacity)
+        for section in pick.sample(s._fields, pick.choice([1, 1, 2])):
+            part = getattr(s, section)
+            part[pick.randrange(part.numel())] = pick.choice([-1, 0, 1, 2, layout.capacity, 2**31 - 1])
+        given = (layout.index, layout.rows, layout.columns, layout.capacity)
+        compiled = answer(index_check.check_index, *given)
+        assert compiled == answer(index_check.check_with_torch, *given)
+        said.add(compiled.partition("[")[0])
+    assert {
+        "right",
+        *(f"index is corrupted: {part}" for part in ("row_ptr", "row_cols", "row_order")),
+    } <= said
+
+
+def test_the_reference_takes_no_notice_of_what_stands_behind_the_live_blocks(checked_by: str) -> None:
+    layout = layout_of(None)
+    values = torch.randn(layout.capacity, 16, 8)
+    before = reference.dense_weight(values, layout.index, 40, 52)
+    s = sections(layout.index, layout.rows, layout.capacity)
+    for part in (s.row_cols, s.row_slots, s.col_rows, s.col_cols, s.col_slots):
+        part[int(s.header[0]) :] = 0
+    assert torch.equal(reference.dense_weight(values, layout.index, 40, 52), before)
 
 
 @pytest.mark.parametrize("name", ["x", "values", "bias", "index"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, reference
+from dynaprune_kernels import BlockLayout, ConvGeometry, _extension, index_check, reference
 from dynaprune_kernels.geometry import Block
 from dynaprune_kernels.index import IndexSections, index_size
 from tests.kernels.packed_index import packed_index, updated_slots
@@ -211,7 +211,7 @@ class _NoSync(TorchDispatchMode):
 
 
 def test_the_reference_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_readable", lambda tensor: False)  # what it is of a tensor on a GPU
+    monkeypatch.setattr(index_check, "readable", lambda tensor: False)  # what it is of a tensor on a GPU
     with pytest.raises(AssertionError, match="waits"), _NoSync():
         torch.ones(3).sum().item()
     for grid in GRIDS.values():

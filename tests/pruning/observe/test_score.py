@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.pruning.observe.score import SCORES, Score, make_score
-from dynaprune_kernels import block_saliency, reference
+from dynaprune_kernels import block_saliency, index_check
 
 DECAY = 0.9
 
@@ -220,7 +220,7 @@ def test_a_resumed_score_continues_bitwise(name: str) -> None:
 def test_ranking_reads_no_value_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, score = _linear(), make_score(name)
     score.attach({"layer": layer})
-    monkeypatch.setattr(reference, "_readable", lambda _: False)  # as of an index on a device
+    monkeypatch.setattr(index_check, "readable", lambda _: False)  # as of an index on a device
     monkeypatch.setattr(Tensor, "item", _forbidden)
     monkeypatch.setattr(Tensor, "tolist", _forbidden)
     monkeypatch.setattr(Tensor, "__bool__", _forbidden)
