@@ -19,7 +19,7 @@ import dynaprune
 from benchmarks.family_models import Family
 from dynaprune.neurons.groups import widths_of
 from dynaprune.nn import BlockSparseLayer, swap_back
-from dynaprune.pruning import events
+from dynaprune.pruning.edit import apply
 
 BATCH, CALIBRATION, STEPS, TWIN_STEPS = 8, 32, 30, 12
 TARGET, BLOCK = 0.6, 8
@@ -157,9 +157,8 @@ def examine(family: Family) -> Outcome:
     if family.in_float64:
         dense, rows = dense.double(), rows.double()
     follows_masked_twin(dense, rows)
-    removals = pruner.removals
-    not_cut = "; ".join(sorted({f"{reason}" for reason in removals.neurons_refused.values()}))
-    return Outcome("works", "", swapped, round(pruner.sparsity, 4), removals.neurons, cut, not_cut)
+    not_cut = "; ".join(sorted({f"{reason}" for reason in pruner.tracer.refused.values()}))
+    return Outcome("works", "", swapped, round(pruner.sparsity, 4), pruner.ledger.neurons, cut, not_cut)
 
 
 def swapped_share(model: nn.Module, dense: nn.Module) -> float:
@@ -191,7 +190,7 @@ def outputs_cut(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, 
 @contextmanager
 def cuts_compared(model: nn.Module, example: dict[str, Tensor]) -> Iterator[None]:
     """While inside: every cut of neurons leaves the outputs as they were."""
-    original: Callable[..., Any] = events.cut_neurons
+    original: Callable[..., Any] = apply._cut
 
     def compared(*arguments: Any) -> Any:
         before = evaluated(model, example)
@@ -199,11 +198,11 @@ def cuts_compared(model: nn.Module, example: dict[str, Tensor]) -> Iterator[None
         check("outputs after a cut of neurons", evaluated(model, example), before, SAME_FUNCTION)
         return result
 
-    events.cut_neurons = compared
+    apply._cut = compared
     try:
         yield
     finally:
-        events.cut_neurons = original
+        apply._cut = original
 
 
 def after_training(family: Family, model: nn.Module, example: dict[str, Tensor]) -> None:

@@ -29,10 +29,10 @@ from dynaprune.neurons.groups import Member, NeuronGroup, NeuronMap, find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.nn.calibration_mode import calibration_mode
 from dynaprune.pruning.decide.neuron_order import block_sparse_layer
-from dynaprune.pruning.events import slots_of
+from dynaprune.pruning.edit.group_scores import GroupScores
+from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.observe.gradients import Observed, observe
-from dynaprune.pruning.observe.group_score import GroupScores
-from dynaprune.pruning.observe.score import SecondMoment
+from dynaprune.pruning.observe.scores import SecondMoment
 
 BLOCK = 8
 WIDTH, CHANNELS = 256, 128
@@ -153,7 +153,7 @@ def thin(model: nn.Module) -> None:
                 0.2, 1
             ).repeat(taps)
             gone = torch.rand(rows, columns) >= share
-            layer.values.data[slots_of(layer, gone)] = 0
+            layer.values.data[layer.layout.slots_of(gone)] = 0
             layer.layout.release_(gone)
 
 
@@ -166,6 +166,7 @@ class Trained:
     cuttable: bool
     by_readers: GroupScores
     by_rows: SecondMoment
+    layers: dict[str, LayerState]
 
 
 def trained(build: Callable[[], nn.Module], seed: int) -> Trained:
@@ -180,17 +181,17 @@ def trained(build: Callable[[], nn.Module], seed: int) -> Trained:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
     by_readers.watch(model, neuron_map, [optimizer])
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
+    layers = {n: LayerState.of(n, m) for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
     for step in range(STEPS):
         rows = torch.randint(len(x), (BATCH,))
         optimizer.zero_grad()
         F.cross_entropy(model(x[rows]), y[rows]).backward()
         if step >= STEPS - OBSERVED:
             by_readers.observe(model, 0, by_rows, step=step)
-            observe(layers, by_rows, optimizer, Observed())
+            observe(layers.values(), by_rows, optimizer, Observed())
         optimizer.step()
         schedule.step()
-    return Trained(model, neuron_map, cuttable, by_readers, by_rows)
+    return Trained(model, neuron_map, cuttable, by_readers, by_rows, layers)
 
 
 @contextmanager
@@ -234,8 +235,8 @@ def scores(found: Trained) -> list[list[float]]:
     readers = [0.0 if value is None else value for value in found.by_readers.scores(found.by_rows)]
     rows = []
     for group in groups:
-        sparse = {m.name: m.index for m in group.producers if m.name in found.by_rows.state_dict()["layers"]}
-        figures = {n: found.by_rows.neuron_scores(n, block_sparse_layer(model, n)) for n in sparse}
+        sparse = {m.name: m.index for m in group.producers if m.name in found.layers}
+        figures = {n: found.by_rows.neuron_scores(found.layers[n]) for n in sparse}
         rows.append(sum(float(figures[n][index].double().sum()) for n, index in sparse.items()))
     made = [sum(squares(model, m) for m in group.producers) for group in groups]
     read = [sum(squares(model, m) for m in group.readers) for group in groups]

@@ -12,8 +12,15 @@ if TYPE_CHECKING:
     from dynaprune.pruning.attach import attach
     from dynaprune.pruning.config import PruningConfig
     from dynaprune.pruning.decide.calibration import CalibrationTrial
+    from dynaprune.pruning.decide.policy import Policy, View
+    from dynaprune.pruning.decide.trial import Trial
+    from dynaprune.pruning.decide.trial_rules import TrialRules
+    from dynaprune.pruning.edit.edits import Grow, Release
+    from dynaprune.pruning.observe.score import MeanScore, Score
+    from dynaprune.pruning.prepare import Prepared, prepare
     from dynaprune.pruning.pruner import Pruner
     from dynaprune.pruning.recalibration import recalibrate_batch_norm
+    from dynaprune.pruning.settings import Ranking, Regrowth, Schedule, Scope
     from dynaprune.saving.checkpoint import load, save
 
 _HOMES = {
@@ -23,10 +30,24 @@ _HOMES = {
     "CalibrationTrial": "dynaprune.pruning.decide.calibration",
     "DynaPruneCallback": "dynaprune.integrations.transformers",
     "DynaPruneLightningCallback": "dynaprune.integrations.lightning",
+    "Grow": "dynaprune.pruning.edit.edits",
+    "MeanScore": "dynaprune.pruning.observe.score",
+    "Policy": "dynaprune.pruning.decide.policy",
+    "Prepared": "dynaprune.pruning.prepare",
     "Pruner": "dynaprune.pruning.pruner",
     "PruningConfig": "dynaprune.pruning.config",
+    "Ranking": "dynaprune.pruning.settings",
+    "Regrowth": "dynaprune.pruning.settings",
+    "Release": "dynaprune.pruning.edit.edits",
+    "Schedule": "dynaprune.pruning.settings",
+    "Scope": "dynaprune.pruning.settings",
+    "Score": "dynaprune.pruning.observe.score",
+    "Trial": "dynaprune.pruning.decide.trial",
+    "TrialRules": "dynaprune.pruning.decide.trial_rules",
+    "View": "dynaprune.pruning.decide.policy",
     "attach": "dynaprune.pruning.attach",
     "load": "dynaprune.saving.checkpoint",
+    "prepare": "dynaprune.pruning.prepare",
     "recalibrate_batch_norm": "dynaprune.pruning.recalibration",
     "save": "dynaprune.saving.checkpoint",
     "swap_back": "dynaprune.nn",
@@ -40,10 +61,24 @@ __all__ = [
     "CalibrationTrial",
     "DynaPruneCallback",
     "DynaPruneLightningCallback",
+    "Grow",
+    "MeanScore",
+    "Policy",
+    "Prepared",
     "Pruner",
     "PruningConfig",
+    "Ranking",
+    "Regrowth",
+    "Release",
+    "Schedule",
+    "Scope",
+    "Score",
+    "Trial",
+    "TrialRules",
+    "View",
     "attach",
     "load",
+    "prepare",
     "recalibrate_batch_norm",
     "save",
     "swap_back",

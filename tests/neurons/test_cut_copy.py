@@ -90,7 +90,7 @@ def test_average_follows_prunes_compaction_and_cuts(regrow: float, when: str) ->
             assert torch.equal(mine.layout.slot_of_block, theirs.layout.slot_of_block)
     assert pruner.target_reached and pruner.compactions > 0
     assert (pruner.report()["neurons_removed"] > 0) == (regrow == 0)
-    assert (pruner.removals.grown > 0) == (regrow > 0)
+    assert (pruner.ledger.grown > 0) == (regrow > 0)
     plain = pruner.finalize()
     assert torch.isfinite(average(x)).all() and isinstance(average.module[0], nn.Linear)
     average.update_parameters(plain)

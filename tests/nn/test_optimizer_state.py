@@ -18,7 +18,6 @@ from dynaprune.nn.optimizer_state import (
     zero_slots,
 )
 from dynaprune.pruning.edit.compaction import compact_layer, wanted_capacity
-from dynaprune.pruning.events import slots_of
 from tests.pruning.attached import loss_of, mlp, settings, sparse_layers
 
 VARIANTS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -108,7 +107,7 @@ def test_removed_blocks_are_zeroed_everywhere_and_stay_zero(variant: str) -> Non
     layer, optimizer = network(variant)
     blocks = torch.zeros(4, 3, dtype=torch.bool)
     blocks[1, 2] = blocks[3, 0] = True
-    slots = slots_of(layer, blocks)
+    slots = layer.layout.slots_of(blocks)
     assert int(slots.sum()) == 2
     kept = {key: tensor[~slots].clone() for _, key, tensor in sliced_state([optimizer], layer.values)}
     zero_slots([optimizer], layer.values, slots)
@@ -150,10 +149,10 @@ def test_an_update_after_return_is_no_larger_than_the_living_ones() -> None:
     state["exp_avg"].zero_()
     blocks = torch.zeros(4, 3, dtype=torch.bool)
     blocks[2, 1] = True
-    zero_slots([optimizer], layer.values, slots_of(layer, blocks))
+    zero_slots([optimizer], layer.values, layer.layout.slots_of(blocks))
     layer.layout.release_(blocks)
     layer.layout.allocate_(blocks)
-    new = slots_of(layer, blocks)
+    new = layer.layout.slots_of(blocks)
     seed_slots([optimizer], layer.values, ~new, new)
     before = layer.values.detach().clone()
     layer.values.grad = torch.full_like(layer.values, 1e-2)
@@ -176,7 +175,7 @@ def test_fourteen_compactions_in_a_row_while_the_loop_holds_its_loss() -> None:
         losses.append(loss)
         order = torch.arange(64).view(8, 8)
         blocks = layer.layout.mask & (order >= capacity)
-        zero_slots([optimizer], layer.values, slots_of(layer, blocks))
+        zero_slots([optimizer], layer.values, layer.layout.slots_of(blocks))
         layer.layout.release_(blocks)
         compact_layer(layer, capacity, [optimizer], [])
         assert layer.values.shape[0] == capacity == layer.layout.live_count()

@@ -91,7 +91,7 @@ def test_the_largest_candidate_that_passes_goes() -> None:
     wish = live - 24
     trial.free = event["forced"] + wish // 4
     trial.densities.clear()
-    train(model, optimizer, pruner.pace.catch_up_interval, 12)
+    train(model, optimizer, pruner.policy.pace.catch_up_interval, 12)
     event = pruner.report()["trials"]["events"][1]
     assert trial.densities == [n / 96 for n in (live, live - wish, live - wish // 2, live - wish // 4)]
     assert (event["wish"], event["passed"]) == (wish, wish // 4)
@@ -225,7 +225,7 @@ def test_blocks_grow_back_where_the_gradient_is(scaled: bool) -> None:
         optimizer.zero_grad()
         scaler.scale(loss_of(model, step)).backward()
         probing = [bool(layer.probe) for layer in sparse_layers(model)]
-        assert set(probing) == {pruner.pace.due(step + 1) and not pruner.nothing_left()}
+        assert set(probing) == {pruner.policy.pace.due(step + 1) and not pruner.nothing_left()}
         scaler.step(optimizer)
         scaler.update()
         for layer, mask in zip(sparse_layers(model), masks, strict=True):
@@ -251,7 +251,7 @@ def test_blocks_that_returned_are_safe_for_one_interval() -> None:
     for step in range(60):
         before = {name: layer.layout.mask.clone() for name, layer in pruner.layers.items()}
         train(model, optimizer, 1, step)
-        if pruner.pace.due(step + 1):
+        if pruner.policy.pace.due(step + 1):
             for name, layer in pruner.layers.items():
                 if name in fresh:
                     assert layer.layout.mask[fresh[name]].all()
@@ -315,7 +315,7 @@ def test_observing_is_spread_out_where_steps_are_cheap_and_never_by_the_clock() 
         for _ in range(2):
             model(torch.randn(rows, 256)).sum().backward()
             optimizer.step()
-        periods[rows] = pruner.observe_every
+        periods[rows] = pruner.observer.every
     assert periods[4] > 4 and periods[4096] <= 2
 
 

@@ -81,9 +81,9 @@ def test_a_vision_transformer_loses_feed_forward_neurons_and_says_why_heads_stay
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    assert pruner.removals.neurons > 0 and model.block.fc1.out_features < 256
+    assert pruner.ledger.neurons > 0 and model.block.fc1.out_features < 256
     assert model.block.fc1.out_features == model.block.fc2.in_features
-    refused = pruner.removals.neurons_refused
+    refused = pruner.tracer.refused
     assert "the whole model" not in refused
     assert "LayerNorm" in refused["block.fc2"]
     assert model.block.qkv.out_features == 192

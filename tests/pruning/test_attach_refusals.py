@@ -165,7 +165,7 @@ def test_a_second_pruner_on_the_same_model() -> None:
     first = dynaprune.attach(model, optimizer, settings())
     refused(model, optimizer, "without a pruner, got one attached to 0: detach it first")
     first.detach()
-    assert dynaprune.attach(model, optimizer, settings()).units_total == BLOCKS
+    assert dynaprune.attach(model, optimizer, settings()).structure.units == BLOCKS
 
 
 def test_an_optimizer_without_prunable_weights() -> None:

@@ -76,7 +76,9 @@ def test_gradients_that_are_not_finite_are_discarded_and_counted() -> None:
         model[2].values.data.nan_to_num_(0, 0, 0)
     report = pruner.report()
     assert (report["gradients_discarded"], report["observing"]["observations"]) == (2, 4)
-    assert torch.isfinite(pruner.score.scores("2", model[2])[model[2].layout.mask]).all()
+    assert torch.isfinite(
+        pruner.score.scores(pruner.structure.layers["2"], model[2].layout.mask)[model[2].layout.mask]
+    ).all()
 
 
 def test_accelerate() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import dynaprune
 from dynaprune import Pruner, PruningConfig
-from dynaprune.integrations.figures import figures
 from dynaprune.nn import swap_layers
 from tests.pruning.attached import STEPS, adam, mlp, settings, train
 
@@ -185,10 +184,10 @@ def check_account(pruner: Pruner, total: int) -> dict[str, Any]:
     assert counted == report["parameters"]["total"] == total
     swapped = {id(layer.values) for layer in pruner.layers.values()}
     rest = sum(p.numel() for p in pruner.model.parameters() if id(p) not in swapped)
-    live = rest + sum(pruner.live_weights.values())
+    live = rest + pruner.structure.live_weights
     assert report["parameters"]["live"] == live
     assert report["sparsity_of_model"] == pruner.sparsity_of_model == 1 - live / total
-    assert figures(pruner)["sparsity_of_model"] == report["sparsity_of_model"]
+    assert pruner.figures()["sparsity_of_model"] == report["sparsity_of_model"]
     return report
 
 

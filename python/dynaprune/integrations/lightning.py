@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
-from dynaprune.integrations.figures import figures
-from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.attach import attach
+from dynaprune.integrations.session import NO_STATE, Session
+from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.config import PruningConfig
-from dynaprune.pruning.decide.calibration import CalibrationTrial, Losses
+from dynaprune.pruning.decide.calibration import CalibrationTrial
+from dynaprune.pruning.decide.trial import Losses, Trial
 from dynaprune.pruning.edit.followers import swapped_copies
-from dynaprune.pruning.pruner import Pruner, Trial
+from dynaprune.pruning.prepare import checked, prepare
+from dynaprune.pruning.pruner import Pruner
 from dynaprune.saving.carried import carry_structure
 from dynaprune.saving.checksum import checksum_of, verify
 from dynaprune.saving.reshape import add_structure_hooks
@@ -65,9 +65,6 @@ class DynaPruneLightningCallback(Callback):
         trial: a trial of your own, as for ``dynaprune.attach``.
         example_inputs: as for ``dynaprune.attach``.
 
-    Attributes:
-        pruner: the pruner of this training, or of the last one; None before.
-
     Raises:
         TypeError, ValueError: a wrong argument; in ``fit``, a module that cannot be pruned, with the reason.
     """
@@ -79,66 +76,52 @@ class DynaPruneLightningCallback(Callback):
         loss: Callable[[nn.Module, Any], Losses] | None = None,
         calibration: Any = None,
         samples: int = 1024,
-        trial: Trial | None = None,
+        trial: Trial | Callable[[], Losses] | None = None,
         example_inputs: Any = None,
     ) -> None:
-        config = PruningConfig() if config is None else config
-        if not isinstance(config, PruningConfig):
-            raise TypeError(f"expected a PruningConfig, got {type(config).__name__}")
         if trial is not None and loss is not None:
             raise ValueError("expected a loss or a trial, got both: the loss makes a trial")
         if calibration is not None and loss is None:
             raise ValueError("expected a loss beside calibration, got None: nothing else reads it")
-        self.config = config
-        self.pruner: Pruner | None = None
+        self.config = checked(config)
         self._loss, self._calibration, self._samples = loss, calibration, samples
         self._trial, self._example = trial, example_inputs
-        self._exempt: dict[str, str] = {}
+        self._session: Session | None = None
         self._saved: dict[str, Any] | None = None
-        self._standing = 0
+
+    @property
+    def pruner(self) -> Pruner | None:
+        """The pruner of this training, or of the last one; None before."""
+        return None if self._session is None else self._session.pruner
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the layers (to fit), and let the module take the structure of what it loads."""
         add_structure_hooks(pl_module)
         if any(hasattr(callback, _AVERAGE) for callback in getattr(trainer, "callbacks", ())):
             carry_structure(pl_module)  # callbacks that average drop the metadata of state dicts
-        sparse = any(isinstance(module, BlockSparseLayer) for module in pl_module.modules())
-        if stage == "fit" and not sparse:
-            entries = swap_layers(
-                pl_module,
-                self.config.block_size,
-                types=self.config.layer_types,
-                include=self.config.include,
-                exclude=self.config.exclude,
-            )
-            self._exempt = {entry.name: entry.reason for entry in entries if not entry.swapped}
-            _swap_averages(trainer, pl_module)
+        if stage == "fit" and (self._session is None or self._session.prepared.given is not pl_module):
+            sparse = any(isinstance(module, BlockSparseLayer) for module in pl_module.modules())
+            self._session = Session(prepare(pl_module, self.config, example_inputs=self._example))
+            if not sparse:
+                _swap_averages(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the pruner to the module's optimizers, and go on where a checkpoint left off."""
-        if self.pruner is not None:
-            self.pruner.detach()
-        config = replace(
-            self.config,
-            total_steps=self.config.total_steps or _total_steps(trainer),
-            batch_size=self.config.batch_size or _batch_size(trainer),
-        )
+        assert self._session is not None, "Lightning calls setup first"
         trial = self._trial if self._loss is None else self._make_trial(trainer, pl_module, self._loss)
-        self.pruner = attach(pl_module, trainer.optimizers, config, trial=trial, example_inputs=self._example)
-        self.pruner.exempt.update(
-            {name: reason for name, reason in self._exempt.items() if name in self.pruner.exempt}
+        pruner = self._session.begin(
+            trainer.optimizers,
+            trial,
+            total_steps=self.config.total_steps or _total_steps(trainer),
+            batch_size=_batch_size(trainer),
         )
         for average in _averages(trainer):
-            self.pruner.follow(average)
-        self._standing = 0
+            pruner.follow(average)
         if self._saved is not None:
-            self.pruner.load_state_dict(self._saved["pruner"])
-            self._standing, self._saved = self._saved["standing"], None
+            self._session.resume(self._saved)
+            self._saved = None
         elif trainer.global_step > 0 and trainer.ckpt_path is not None:
-            raise ValueError(
-                "expected a checkpoint saved while this callback was pruning, got one without a pruner's "
-                "state: only such a checkpoint can be resumed"
-            )
+            raise ValueError(NO_STATE)
 
     def _make_trial(
         self, trainer: Trainer, module: LightningModule, loss: Callable[[nn.Module, Any], Losses]
@@ -165,15 +148,12 @@ class DynaPruneLightningCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Log the pruner's figures, and let early stopping and best checkpoints wait."""
-        pruner = self.pruner
-        if pruner is None:
+        if self._session is None or self._session.pruner is None:
             return
-        pl_module.log_dict(figures(pruner), on_step=True, on_epoch=False, batch_size=1)
-        standing = 2 if pruner.target_reached else int(pruner.structure_final)
-        if standing == 0 or standing > self._standing:
+        pl_module.log_dict(self._session.pruner.figures(), on_step=True, on_epoch=False, batch_size=1)
+        if self._session.outranks():
             for callback in getattr(trainer, "callbacks", ()):
                 _forget_best(callback)
-        self._standing = standing
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach the pruner; the module keeps its block-sparse layers."""
@@ -182,9 +162,9 @@ class DynaPruneLightningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the module's and the optimizers' states."""
-        if self.pruner is None:
+        if self._session is None or self._session.pruner is None:
             return {}
-        state = {"pruner": self.pruner.state_dict(), "standing": self._standing}
+        state = self._session.state_dict()
         return {**state, "checksum": checksum_of(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dynaprune.integrations.figures import figures
 from dynaprune.integrations.losses import per_sample_losses
-from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.attach import attach
-from dynaprune.pruning.checks import refusals
+from dynaprune.integrations.session import Session, check_model
 from dynaprune.pruning.config import PruningConfig
-from dynaprune.pruning.decide.calibration import CalibrationTrial, Losses
+from dynaprune.pruning.decide.calibration import CalibrationTrial
+from dynaprune.pruning.decide.trial import Losses, Trial
 from dynaprune.pruning.early_stopping import EarlyStopping
-from dynaprune.pruning.pruner import Pruner, Trial
+from dynaprune.pruning.prepare import checked, prepare
+from dynaprune.pruning.pruner import Pruner
 from dynaprune.saving.carried import carry_structure
 from dynaprune.saving.pretrained import describe_structure
 
 # A forward pass without gradients takes a fraction of a training step's memory.
 _FORWARD_BATCHES = 4
-_NOT_ELIGIBLE, _SCHEDULE_ENDED, _TARGET_REACHED = 0, 1, 2
 
 
 class DynaPruneCallback(TrainerCallback):
@@ -76,9 +74,6 @@ class DynaPruneCallback(TrainerCallback):
             evaluation loss); None: never.
         example_inputs: as for ``dynaprune.attach``.
 
-    Attributes:
-        pruner: the pruner of this training, or of the last one; None before.
-
     Raises:
         TypeError, ValueError: a model that cannot be pruned, by name and with the reason; a wrong argument.
     """
@@ -88,16 +83,13 @@ class DynaPruneCallback(TrainerCallback):
         model: nn.Module,
         config: PruningConfig | None = None,
         *,
-        trial: Trial | bool = True,
+        trial: Trial | Callable[[], Losses] | bool = True,
         calibration: Any = None,
         loss: Callable[[nn.Module, Any], Losses] | None = None,
         samples: int = 1024,
         patience: int | None = None,
         example_inputs: Any = None,
     ) -> None:
-        config = PruningConfig() if config is None else config
-        if not isinstance(config, PruningConfig):
-            raise TypeError(f"expected a PruningConfig, got {type(config).__name__}")
         if not isinstance(trial, bool) and not callable(trial):
             raise TypeError(
                 "expected the trial as True, False or a callable that returns per-sample losses, got "
@@ -105,44 +97,35 @@ class DynaPruneCallback(TrainerCallback):
             )
         if trial is not True and (calibration is not None or loss is not None):
             raise ValueError("expected calibration and loss with trial=True only: nothing else reads them")
-        self.config = config
-        self.pruner: Pruner | None = None
+        self.config = checked(config)
         self._trial, self._calibration, self._loss = trial, calibration, loss
-        self._samples, self._example = samples, example_inputs
+        self._samples = samples
         self._early_stopping = None if patience is None else EarlyStopping(patience)
         self._patience = patience
         self._training = False
         self._resumed: dict[str, Any] | None = None
-        self._standing = _NOT_ELIGIBLE
         self._version = 0
-        self.model = refusals.unwrap_model(model)
-        self._exempt = self._swap()
-
-    def _swap(self) -> dict[str, str]:
-        """Swap the layers and let the model carry its structure; the layers that stay dense, with reasons."""
-        model, config = self.model, self.config
         plain = describe_structure(model) if isinstance(model, PreTrainedModel) else None
-        exempt = {}
-        if not any(isinstance(module, BlockSparseLayer) for module in model.modules()):
-            entries = swap_layers(
-                model,
-                config.block_size,
-                types=config.layer_types,
-                include=config.include,
-                exclude=config.exclude,
-            )
-            exempt = {entry.name: entry.reason for entry in entries if not entry.swapped}
-        carry_structure(model, state=self._carried, loaded=self._loaded, plain=plain)
-        return exempt
+        self._session = Session(prepare(model, self.config, example_inputs=example_inputs))
+        carry_structure(self.model, state=self._carried, loaded=self._loaded, plain=plain)
+
+    @property
+    def model(self) -> nn.Module:
+        """The Trainer's model."""
+        return self._session.prepared.model
+
+    @property
+    def pruner(self) -> Pruner | None:
+        """The pruner of this training, or of the last one; None before."""
+        return self._session.pruner
 
     def _carried(self) -> dict[str, Any] | None:
         if not self._training or self.pruner is None:
             return None
         stopping = None if self._early_stopping is None else asdict(self._early_stopping)
         return {
-            "pruner": self.pruner.state_dict(),
+            **self._session.state_dict(),
             "early_stopping": stopping,
-            "standing": self._standing,
             "structure_seen": self._version,
         }
 
@@ -153,62 +136,39 @@ class DynaPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse a Trainer with another model."""
-        self._check_model(kwargs.get("model"))
+        check_model(self.model, kwargs.get("model"), "Trainer")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach the pruner to the Trainer's optimizer, and go on where a checkpoint left off."""
-        self._check_model(kwargs.get("model"))
+        check_model(self.model, kwargs.get("model"), "Trainer")
         if args.n_gpu > 1:
             raise ValueError(
                 f"cannot prune on {args.n_gpu} GPUs in one process: the replicas of DataParallel would be "
                 "cut from masks of another device; make one device visible"
             )
-        if self.pruner is not None:
-            self.pruner.detach()
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps
-        config = replace(
-            self.config,
-            total_steps=self.config.total_steps or state.max_steps,
-            batch_size=self.config.batch_size or batch_size,
-        )
         trial = self._make_trial(args, kwargs.get("train_dataloader")) if self._trial is True else self._trial
-        self.pruner = attach(
-            self.model, kwargs["optimizer"], config, trial=trial or None, example_inputs=self._example
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        pruner = self._session.begin(
+            kwargs["optimizer"], trial or None, total_steps=state.max_steps, batch_size=batch_size
         )
-        self.pruner.exempt.update(
-            {name: reason for name, reason in self._exempt.items() if name in self.pruner.exempt}
-        )
-        self._training, self._version = True, self.pruner.structure_version
-        self._standing = _NOT_ELIGIBLE
+        self._training, self._version = True, pruner.structure_version
         if self._early_stopping is not None and self._patience is not None:
             self._early_stopping = EarlyStopping(self._patience)
         if state.global_step > 0:
-            self._resume(self.pruner)
+            self._resume()
         self._resumed = None
         self._forget_ineligible_best(state)
 
-    def _resume(self, pruner: Pruner) -> None:
+    def _resume(self) -> None:
         saved = self._resumed
-        if saved is None:
-            raise ValueError(
-                "expected a checkpoint saved while this callback was pruning, got one without a pruner's "
-                "state: only such a checkpoint can be resumed"
-            )
-        pruner.load_state_dict(saved["pruner"])
+        self._session.resume(saved)
+        assert saved is not None
         if self._early_stopping is not None and saved["early_stopping"] is not None:
             waited = {**saved["early_stopping"], "patience": self._early_stopping.patience}
             self._early_stopping = EarlyStopping(**waited)
-        self._standing, self._version = saved["standing"], saved["structure_seen"]
-
-    def _check_model(self, model: Any) -> None:
-        if model is not self.model:
-            raise ValueError(
-                f"expected a Trainer of the {type(self.model).__name__} that this callback was made with, "
-                f"got another {type(model).__name__}: make the callback with the Trainer's model, and give "
-                "the Trainer no model_init, which builds a new one"
-            )
+        self._version = saved["structure_seen"]
 
     def _make_trial(self, args: TrainingArguments, loader: Any) -> CalibrationTrial:
         training: Any = getattr(loader, "dataset", None)
@@ -253,21 +213,15 @@ class DynaPruneCallback(TrainerCallback):
         self._forget_ineligible_best(state)
         if not self._training or self.pruner is None:
             return
-        found = figures(self.pruner)
+        found = self.pruner.figures()
         if logs is not None:
             logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)
 
     def _forget_ineligible_best(self, state: TrainerState) -> None:
-        pruner = self.pruner
-        if not self._training or pruner is None:
-            return
-        reached, ended = pruner.target_reached, pruner.structure_final
-        standing = _TARGET_REACHED if reached else _SCHEDULE_ENDED if ended else _NOT_ELIGIBLE
-        if standing == _NOT_ELIGIBLE or standing > self._standing:
+        if self._training and self._session.outranks():
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        self._standing = standing
 
     def on_evaluate(
         self,

@@ -8,16 +8,16 @@ For the pruner, in this order (every function is exact: what it cuts changes no 
 
     masks = blocks_of_group(model, group)              # {sparse layer: bool [R, C]}: suspend to try a group;
                                                        # passed: release_ them, and the group is dead
-    report = cut_dead_neurons(model, neuron_map, example, optimizers, floor=0.02)
-    report.kept                                        # {sparse layer: Kept(rows, columns, neurons)} for
-                                                       # score.keep(name, *kept), protection.keep(...)
-    report.neurons, report.blocks                      # neurons cut by layer; live blocks that went along
+    report = find_cut(model, neuron_map, example, floor=0.02)
+    report.kept                                        # {sparse layer: Kept(rows, columns, neurons)}: what
+                                                       # is known of the layer is sliced with it
+    report.neurons, report.blocks                      # neurons to cut by layer; live blocks that go along
     report.refused                                     # {layer: why dead neurons of it stay}
-    report.plan                                        # None when nothing was cut; else, for every copy:
-                                                       # copies.cut_copy(copy, report.plan, example)
+    carry_out(model, report.plan, optimizers)          # unless the plan is None; and for every copy:
+    cut_copy(copy, report.plan, example)
 
 The cost is one forward pass of the example inputs to find groups and two or three for a cut; without a dead
-row or column ``cut_dead_neurons`` runs none. No block may be suspended meanwhile.
+row or column ``find_cut`` runs none. No block may be suspended meanwhile.
 
 Which groups can go without harm:
 
@@ -28,7 +28,7 @@ Which groups can go without harm:
   A reader without a bias, or one that pads with zeros, takes no constant but 0: such a group stays, with the
   reason. (No bias is added: a new Parameter would have to enter somebody else's optimizer.)
 
-Attention loses whole heads (see ``attention_heads``).
+Attention loses whole heads (see ``families.attention``).
 
 Each cut is tried on the example inputs and taken back where the outputs of the model or of a layer move by
 more than rounding or the forward fails, in evaluation or in training mode (code that knows a width by heart):
@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,8 +69,10 @@ __all__ = [
     "NeuronGroup",
     "NeuronMap",
     "blocks_of_group",
+    "carry_out",
     "cut_dead_neurons",
     "execute",
+    "find_cut",
     "find_groups",
 ]
 
@@ -89,18 +91,20 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class CutPlan:
-    """What was cut, in the numbering before: bool masks of outputs and inputs by layer, and folded inputs.
+    """What to cut, in the numbering before: bool masks of outputs and inputs by layer, and folded inputs.
 
-    ``folds``: for each reader that took up constants, int64 inputs that were constant.
+    ``folds``: for each reader that takes up constants, int64 inputs that are constant. ``amounts``: what they
+    add to the reader's outputs, float64 ``[out]``.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
     folds: dict[str, Tensor]
+    amounts: dict[str, Tensor]
 
 
 @dataclass
 class CutReport:
-    """Outcome of :func:`cut_dead_neurons`; see the module's text."""
+    """Outcome of :func:`find_cut`; see the module's text."""
 
     neurons: dict[str, int] = field(default_factory=dict)
     blocks: int = 0
@@ -126,8 +130,7 @@ def _member_blocks(layer: BlockSparseLayer, member: Member) -> Tensor:
         (layout.out_features, layout.block[0]) if member.outputs else (layout.in_features, layout.block[1])
     )
     chosen = block_mask(_mask(member.index, size), block).to(layout.mask.device)
-    taps = 1 if layout.conv is None else layout.conv.taps
-    return (chosen.unsqueeze(1) if member.outputs else chosen.repeat(taps)).expand_as(layout.mask)
+    return (chosen.unsqueeze(1) if member.outputs else chosen.repeat(layout.taps)).expand_as(layout.mask)
 
 
 def _mask(index: Tensor, size: int) -> Tensor:
@@ -142,12 +145,25 @@ def cut_dead_neurons(
     *,
     floor: float = 0.0,
 ) -> CutReport:
-    """Cut every group of ``neuron_map`` that nothing reads or that is constant.
+    """:func:`find_cut`, carried out; ``neuron_map`` is stale afterwards where anything was cut.
 
     Args:
-        neuron_map: of the model as it is now. It is stale afterwards where anything was cut.
-        example: inputs that the model accepts; constants and the check of the outputs come from them.
         optimizers: whose state is cut along.
+    """
+    report = find_cut(model, neuron_map, example, floor=floor)
+    if report.plan is not None:
+        carry_out(model, report.plan, optimizers)
+    return report
+
+
+def find_cut(
+    model: nn.Module, neuron_map: NeuronMap, example: ExampleInputs, *, floor: float = 0.0
+) -> CutReport:
+    """Find every group of ``neuron_map`` that nothing reads or that is constant. The model stays as it is.
+
+    Args:
+        neuron_map: of the model as it is now.
+        example: inputs that the model accepts; constants and the check of the outputs come from them.
         floor: least share of a layer's outputs that stays, in [0, 1); at least one group always does.
 
     Raises:
@@ -155,7 +171,6 @@ def cut_dead_neurons(
     """
     if not 0 <= floor < 1:
         raise ValueError(f"expected a floor in [0, 1), got {floor}")
-    optimizers = list(optimizers)
     dead = _Dead(model)
     report = CutReport(refused={n: why for n, why in neuron_map.refused.items() if dead.any_output(n)})
     candidates = [c for g in neuron_map.groups if (c := dead.candidate(g)) is not None]
@@ -175,21 +190,13 @@ def cut_dead_neurons(
             fit.append(candidate)
     trains = bool(fit) and model.training and _runs_in_training(model, example)
 
-    def attempt(chosen: Sequence[_Candidate], surgery: Surgery) -> str:
-        return _try(model, _plan(model, chosen), example, before, surgery, trains)
-
-    def taken_back(chosen: Sequence[_Candidate]) -> str:
-        surgery = Surgery(optimizers)
-        reason = attempt(chosen, surgery)
-        surgery.undo()
-        return reason
+    def attempt(chosen: Sequence[_Candidate]) -> str:
+        return _try(model, _plan(model, chosen, before), example, before, trains)
 
     def cut(chosen: Sequence[_Candidate]) -> str:
-        plan, slots = _plan(model, chosen), _slots(model)
-        kept = _kept(model, plan)
-        reason = attempt(chosen, Surgery(optimizers))
+        reason = attempt(chosen)
         if not reason:
-            _enter(report, chosen, plan, kept, slots - _slots(model))
+            _enter(report, model, chosen, _plan(model, chosen, before))
         return reason
 
     def refuse(group: NeuronGroup, reason: str) -> None:
@@ -197,18 +204,17 @@ def cut_dead_neurons(
 
     if not fit or not cut(fit):
         return report
-    fit = _passing_alone(fit, taken_back, refuse)
+    fit = _passing_alone(fit, attempt, refuse)
     if fit and (reason := cut(fit)):
         for candidate in fit:
             refuse(candidate.group, f"together with others: {reason}")
     return report
 
 
-def _enter(
-    report: CutReport, candidates: Sequence[_Candidate], plan: CutPlan, kept: dict[str, Kept], blocks: int
-) -> None:
-    """Say in ``report`` that ``candidates`` were cut."""
-    report.plan, report.kept, report.blocks = plan, kept, blocks
+def _enter(report: CutReport, model: nn.Module, candidates: Sequence[_Candidate], plan: CutPlan) -> None:
+    """Say in ``report`` that ``candidates`` can be cut."""
+    report.plan, report.kept = plan, _kept(model, plan)
+    report.blocks = _slots_in(model, report.kept)
     for candidate in candidates:
         name = candidate.group.name
         report.neurons[name] = report.neurons.get(name, 0) + int(candidate.group.neurons.numel())
@@ -223,11 +229,20 @@ def _runs_in_training(model: nn.Module, example: ExampleInputs) -> bool:
     return True
 
 
-def execute(model: nn.Module, plan: CutPlan, observed: Observation, surgery: Surgery) -> None:
-    """Fold and cut as ``plan`` says, with the constants that the readers were ``observed`` to read."""
-    for name, index in plan.folds.items():
+def carry_out(model: nn.Module, plan: CutPlan, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+    """Cut what ``plan`` says, with the state of ``optimizers``; an error leaves everything as it was."""
+    surgery = Surgery(optimizers)
+    try:
+        execute(model, plan, plan.amounts, surgery)
+    except BaseException:
+        surgery.undo()
+        raise
+
+
+def execute(model: nn.Module, plan: CutPlan, amounts: Mapping[str, Tensor], surgery: Surgery) -> None:
+    """Fold and cut as ``plan`` says, with these ``amounts`` for the readers' biases."""
+    for name, amount in amounts.items():
         reader = model.get_submodule(name)
-        amount = contribution(reader, observed, name, index)
         if isinstance(reader.bias, nn.Parameter) and bool(amount.any()):
             surgery.add_(reader.bias, amount)
     attentions = find_attentions(model)
@@ -256,7 +271,7 @@ class _Dead:
         for name, layer in _sparse(model).items():
             layout = layer.layout
             held = (layout.slot_of_block >= 0).cpu()
-            taps = 1 if layout.conv is None else layout.conv.taps
+            taps = layout.taps
             rows, columns = ~held.any(1), ~held.view(layout.rows, taps, -1).any(0).any(0)
             self._of[name, True] = rows.repeat_interleave(layout.block[0])[: layout.out_features]
             self._of[name, False] = columns.repeat_interleave(layout.block[1])[: layout.in_features]
@@ -286,9 +301,14 @@ def _sparse(model: nn.Module) -> dict[str, BlockSparseLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
 
 
-def _slots(model: nn.Module) -> int:
-    """Blocks that hold values, over all layers."""
-    return sum(int((layer.layout.slot_of_block >= 0).sum()) for layer in _sparse(model).values())
+def _slots_in(model: nn.Module, kept: Mapping[str, Kept]) -> int:
+    """Blocks that hold values and do not stay, over all layers."""
+    total = 0
+    for name, layer in _sparse(model).items():
+        if name in kept:
+            held = (layer.layout.slot_of_block >= 0).cpu()
+            total += int(held.sum() - held[kept[name].rows][:, kept[name].columns].sum())
+    return total
 
 
 def _above_floor(
@@ -327,7 +347,7 @@ def _why_not(model: nn.Module, candidate: _Candidate, before: Observation, batch
     return ""
 
 
-def _plan(model: nn.Module, candidates: Sequence[_Candidate]) -> CutPlan:
+def _plan(model: nn.Module, candidates: Sequence[_Candidate], observed: Observation) -> CutPlan:
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     folds: dict[str, list[Tensor]] = {}
     for candidate in candidates:
@@ -341,7 +361,15 @@ def _plan(model: nn.Module, candidates: Sequence[_Candidate]) -> CutPlan:
             layers[member.name][0 if member.outputs else 1][member.index] = True
         for member in candidate.folded:
             folds.setdefault(member.name, []).append(member.index)
-    return CutPlan(layers, {name: torch.cat(parts).unique() for name, parts in folds.items()})
+    folded = {name: torch.cat(parts).unique() for name, parts in folds.items()}
+    return CutPlan(layers, folded, amounts_of(model, folded, observed))
+
+
+def amounts_of(model: nn.Module, folds: Mapping[str, Tensor], observed: Observation) -> dict[str, Tensor]:
+    """What the constants of ``folds`` add to each reader's outputs, as they were ``observed``."""
+    return {
+        name: contribution(model.get_submodule(name), observed, name, index) for name, index in folds.items()
+    }
 
 
 def _kept(model: nn.Module, plan: CutPlan) -> dict[str, Kept]:
@@ -349,10 +377,11 @@ def _kept(model: nn.Module, plan: CutPlan) -> dict[str, Kept]:
     for name, (outputs, inputs) in plan.layers.items():
         layer = model.get_submodule(name)
         if isinstance(layer, BlockSparseLayer):
-            taps = 1 if layer.layout.conv is None else layer.layout.conv.taps
             rows = ~block_mask(outputs, layer.layout.block[0])
             columns = ~block_mask(inputs, layer.layout.block[1])
-            kept[name] = Kept(*(m.nonzero().squeeze(1) for m in (rows, columns.repeat(taps), ~outputs)))
+            kept[name] = Kept(
+                *(m.nonzero().squeeze(1) for m in (rows, columns.repeat(layer.layout.taps), ~outputs))
+            )
     return kept
 
 
@@ -361,23 +390,20 @@ def _try(
     plan: CutPlan,
     example: ExampleInputs,
     before: Observation,
-    surgery: Surgery,
     trains: bool,
 ) -> str:
-    """Cut; when the model then fails or computes something else, take the cut back and say why."""
+    """Cut, and take the cut back; say why the model fails then or computes something else."""
     reason = ""
+    surgery = Surgery()
     try:
-        execute(model, plan, before, surgery)
+        execute(model, plan, plan.amounts, surgery)
         after = observe(model, example, layers=before.layers)
         reason = differs(before, after, {name: outputs for name, (outputs, _) in plan.layers.items()})
         if not reason and trains:
             observe(model, example, training=True)
     except Exception as error:
         reason = f"{_FAILS}: {type(error).__name__}: {error}"
-    except BaseException:
-        surgery.undo()
-        raise
-    if reason:
+    finally:
         surgery.undo()
     return reason
 

@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from dynaprune.neurons.cut import CutPlan, execute
+from dynaprune.neurons.cut import CutPlan, amounts_of, execute
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.folding import observe
 from dynaprune.neurons.surgery import Surgery
@@ -17,7 +17,7 @@ from dynaprune.nn.shape import layer_shape
 def cut_copy(
     copy: nn.Module, plan: CutPlan, example: ExampleInputs, *, like: nn.Module | None = None
 ) -> None:
-    """Cut from ``copy`` what :func:`~dynaprune.neurons.cut.cut_dead_neurons` cut from the model.
+    """Cut from ``copy`` what :func:`~dynaprune.neurons.cut.carry_out` cut from the model.
 
     Constants that move into biases are the copy's own: its biases differ from the model's.
 
@@ -44,7 +44,8 @@ def cut_copy(
     surgery = Surgery()
     with torch.no_grad():
         try:
-            execute(copy, plan, observe(_placed(copy, like), example, plan.folds), surgery)
+            own = observe(_placed(copy, like), example, plan.folds)
+            execute(copy, plan, amounts_of(copy, plan.folds, own), surgery)
             observe(_placed(copy, like), example)
         except BaseException as error:
             surgery.undo()

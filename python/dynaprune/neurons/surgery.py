@@ -18,8 +18,6 @@ from dynaprune.nn.shape import layer_shape, note_original_widths_, original_widt
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_SIZES = ("rows", "columns", "out_features", "in_features")
-_LAYOUT_STATE = (*_SIZES, "mask", "slot_of_block", "index")
 
 
 def gather_slots(by_slot: Tensor, old_slot: Tensor) -> Tensor:
@@ -135,13 +133,8 @@ class Surgery:
         layout = layer.layout
         bo, bi = layout.block
         rows, columns = block_mask(outputs, bo), block_mask(inputs, bi)
-        old = {name: getattr(layout, name) for name in _LAYOUT_STATE}
-
-        def restore() -> None:
-            for name, value in old.items():
-                setattr(layout, name, value)
-
-        self._undo.append(restore)
+        snapshot = layout.snapshot()
+        self._undo.append(lambda: layout.rollback_(snapshot))
         old_slot = layout.drop_(rows, columns)
         self.map_(layer.values, lambda by_slot: gather_slots(by_slot, old_slot))
         if bool(outputs.any()):

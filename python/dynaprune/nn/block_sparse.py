@@ -166,7 +166,7 @@ class BlockSparseLayer(nn.Module):
 
     def to_slots(self, weight: Tensor) -> Tensor:
         """Cut a tensor shaped like the dense weight into ``[capacity, bi, bo]``; free slots get zeros."""
-        block = self.layout.lists.block_of_slot.long()
+        block = self.layout.block_of_slot.long()
         by_slot = self.to_blocks(weight)[block.clamp(min=0)]
         return by_slot.masked_fill_((block < 0).view(-1, 1, 1), 0)
 
@@ -179,7 +179,7 @@ class BlockSparseLayer(nn.Module):
         stored.copy_(torch.where(self._listed(), self.to_slots(weight), stored))
 
     def _listed(self) -> Tensor:
-        block = self.layout.lists.block_of_slot.long()
+        block = self.layout.block_of_slot.long()
         live = self.layout.mask.reshape(-1)[block.clamp(min=0)] & (block >= 0)
         return live.view(-1, 1, 1)
 
@@ -312,7 +312,7 @@ def as_it_is(layer: BlockSparseLayer) -> BlockSparseLayer:
 
 def take_over_weight(weight: nn.Parameter, layout: BlockLayout) -> None:
     """Turn the data (and gradient) of a dense layer's Parameter into the blocks of ``layout``, in place."""
-    block = layout.lists.block_of_slot.long()
+    block = layout.block_of_slot.long()
     dead = (block < 0).view(-1, 1, 1)
 
     def by_slot(dense: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dynaprune.nn.block_sparse import BlockSparseLayer
 from dynaprune.nn.conv import BlockSparseConv1d, BlockSparseConv2d
@@ -97,3 +98,15 @@ def note_original_widths_(module: Any, widths: tuple[int, int] | None) -> None:
     vars(module).pop(ATTRIBUTE, None)
     if widths is not None:
         setattr(module, ATTRIBUTE, widths)
+
+
+def block_weights(layer: BlockSparseLayer) -> Tensor:
+    """Number of weights that each block holds inside the dense weight: float64 ``[rows, columns]``."""
+    layout = layer.layout
+    device = layout.mask.device
+    rows = torch.full((layout.rows,), layout.block.outputs, dtype=torch.float64, device=device)
+    rows[-1] = layout.out_features - (layout.rows - 1) * layout.block.outputs
+    inputs, channel_blocks = layout.in_features // layout.groups, layout.columns // layout.taps
+    columns = torch.full((channel_blocks,), layout.block.inputs, dtype=torch.float64, device=device)
+    columns[-1] = inputs - (channel_blocks - 1) * layout.block.inputs
+    return rows.unsqueeze(1) * columns.repeat(layout.taps)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.nn.weight_account import held_weights, why_whole
-
-if TYPE_CHECKING:
-    from dynaprune.pruning.pruner import Pruner
+from dynaprune.pruning.edit.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,19 @@ def model_size(
     return ModelSize(found, other)
 
 
-def report_layers(pruner: Pruner) -> dict[str, dict[str, Any]]:
+def report_layers(
+    structure: Structure, exempt: Mapping[str, str], at_attach: ModelSize
+) -> dict[str, dict[str, Any]]:
     """Every weight of the model by layer: its density, why it stays whole, and its weights at attach.
 
     A weight that is tied to another counts there, and has no weights of its own here.
     """
-    at_attach = pruner.size_at_attach.layers
-    now = model_size(pruner.model, pruner.layers, pruner.exempt, pruner.live_weights).layers
-    density = pruner.density()
-    reasons = {**dict.fromkeys(pruner.layers, ""), **pruner.exempt}
-    trained = {id(p) for o in pruner.optimizers for group in o.param_groups for p in group["params"]}
-    for held in held_weights(pruner.model, reasons):
+    live = {name: state.live_weights for name, state in structure.layers.items()}
+    now = model_size(structure.model, structure.modules, exempt, live).layers
+    density = {name: state.density for name, state in structure.layers.items()}
+    reasons = {**dict.fromkeys(structure.layers, ""), **exempt}
+    trained = {id(p) for o in structure.optimizers for group in o.param_groups for p in group["params"]}
+    for held in held_weights(structure.model, reasons):
         if not held.entry:
             continue
         if held.entry not in reasons:
@@ -75,7 +75,7 @@ def report_layers(pruner: Pruner) -> dict[str, dict[str, Any]]:
             reasons[held.entry] += f"; it counts under {held.counted_under}"
     lines = {}
     for name, reason in reasons.items():
-        first = at_attach.get(name, now.get(name, 0))
+        first = at_attach.layers.get(name, now.get(name, 0))
         left = density[name] if name in density else now.get(name, 0) / first if first else 1.0
         lines[name] = {"density": left, "exempt": reason, "weights": first}
     return lines

@@ -50,7 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     for name, layer in model.named_modules():
         if isinstance(layer, BlockSparseLayer):
             key = f"{name}.values" if name else "values"
-            free = (layer.layout.lists.block_of_slot < 0).view(-1, 1, 1)
+            free = (layer.layout.block_of_slot < 0).view(-1, 1, 1)
             tensors[key] = tensors[key].masked_fill(free, 0)
     manifest = {
         **structure_manifest(model),

@@ -125,4 +125,4 @@ def test_a_compiled_step_of_another_optimizer_has_the_graphs_that_it_had() -> No
     model = mlp()
     pruner = dynaprune.attach(model, adam(model), settings())
     assert graphs() == before > 0
-    assert not pruner.other_optimizers.steps
+    assert not pruner._others.steps

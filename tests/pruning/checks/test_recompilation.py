@@ -158,7 +158,7 @@ def test_neurons_of_a_compiled_model_need_example_inputs_and_that_is_said_once()
         train(given, optimizer, STEPS)  # type: ignore[arg-type]
     assert len([each for each in record if "dead neurons stay" in str(each.message)]) == 1
     assert "example_inputs" in pruner.report()["neurons_refused"]["the whole model"]
-    assert pruner.removals.neurons == 0
+    assert pruner.ledger.neurons == 0
 
 
 def test_uncompiled_models_say_nothing() -> None:

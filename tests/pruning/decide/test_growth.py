@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynaprune.nn.optimizer_state import seed_state
-from dynaprune.pruning.decide.growth import Protection, growth_fraction, select_growth
+from dynaprune.pruning.decide.growth import growth_fraction, select_growth
 
 
 def test_the_fraction_follows_half_a_cosine() -> None:
@@ -116,19 +116,3 @@ def test_a_seeded_block_takes_steps_of_the_size_of_the_others() -> None:
         adam.step()
         largest = max(largest, float((values - before)[1].abs().max()))
     assert largest < 1.5, "in learning rates; zero second moments gave 6.5"
-
-
-def test_protection_ends_after_its_interval_and_follows_cuts() -> None:
-    protection = Protection()
-    assert protection.masks(0) == {}
-    first = torch.tensor([[True, False], [False, True]])
-    protection.protect("a", first, 10)
-    protection.protect("a", torch.tensor([[False, True], [False, False]]), 20)
-    assert torch.equal(protection.masks(9)["a"], torch.tensor([[True, True], [False, True]]))
-    assert torch.equal(protection.masks(10)["a"], torch.tensor([[False, True], [False, False]]))
-    resumed = Protection()
-    resumed.load_state_dict(protection.state_dict())
-    resumed.keep("a", torch.tensor([0]), torch.tensor([1]))
-    resumed.keep("other", torch.tensor([0]), None)
-    assert torch.equal(resumed.masks(19)["a"], torch.tensor([[True]]))
-    assert not resumed.masks(20)["a"].any()

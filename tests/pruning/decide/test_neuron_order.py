@@ -14,7 +14,12 @@ from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.groups import NeuronGroup, find_groups
 from dynaprune.nn import swap_layers
 from dynaprune.pruning.decide.allocation import Selection, select
-from dynaprune.pruning.decide.neuron_order import GroupFigures, flops_saved, whole_neurons_first
+from dynaprune.pruning.decide.neuron_order import (
+    GroupFigures,
+    NeuronFigures,
+    flops_saved,
+    whole_neurons_first,
+)
 
 
 class Case:
@@ -30,7 +35,7 @@ class Case:
         self.scores = {"0": torch.arange(10.0, 26).view(4, 4), "2": torch.arange(100.0, 116).view(4, 4)}
         self.group_scores: list[float | None] = [24.0, 25.0, 26.0, 27.0, *[1e6] * 4]  # 8 blocks each in "0"
         self.neuron_scores: dict[str, Tensor] | None = None
-        self.rows: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
         self.removable = {"0": 15, "2": 15}
 
     def selection(self, count: int) -> Selection:
@@ -45,15 +50,9 @@ class Case:
 
     def order(self, count: int, protected: dict[str, Tensor] | None = None) -> Selection:
         may_go = {name: mask & ~(protected or {}).get(name, ~mask) for name, mask in self.live().items()}
-        return whole_neurons_first(
-            self.model,
-            self.selection(count),
-            find_groups(self.model, self.x),
-            self.scores,
-            GroupFigures(self.group_scores, self.neuron_scores, self.rows),
-            may_go,
-            self.removable,
-        )
+        figures = GroupFigures(self.group_scores, self.neuron_scores, self.tokens)
+        neurons = NeuronFigures(self.model, find_groups(self.model, self.x), figures)
+        return whole_neurons_first(neurons, self.selection(count), self.scores, may_go, self.removable)
 
 
 def test_a_group_below_the_margin_goes_first_and_is_cut() -> None:
@@ -189,7 +188,6 @@ def test_neurons_that_plain_layers_make_and_read_never_die_and_do_not_come_first
     live = {name: layer.layout.mask for name, layer in layers.items()}
     selection = select(scores, live, 20)
     figures = GroupFigures([0.0] * 4, None, {})
-    order = whole_neurons_first(
-        model, selection, neuron_map, scores, figures, live, dict.fromkeys(layers, 15)
-    )
+    neurons = NeuronFigures(model, neuron_map, figures)
+    order = whole_neurons_first(neurons, selection, scores, live, dict.fromkeys(layers, 15))
     assert torch.equal(order.order, selection.order)

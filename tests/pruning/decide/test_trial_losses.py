@@ -44,7 +44,7 @@ def test_single_samples_without_a_finite_loss_are_left_out(value: float) -> None
     trials = pruner.report()["trials"]
     assert trials["unusable"] == 0 and trials["samples_left_out"] == 2 * trials["count"] > 0
     assert trials["smallest_sample"] == ROWS - 2
-    assert pruner.removals.passed + pruner.removals.forced > 0
+    assert pruner.ledger.passed + pruner.ledger.forced > 0
 
 
 @pytest.mark.parametrize("rows", [3, 30])
@@ -56,7 +56,7 @@ def test_too_many_of_them_remove_nothing_warn_once_and_end_in_an_error(rows: int
     ):
         train(model, optimizer)
     assert len([each for each in said if "says nothing" in str(each.message)]) == 1
-    assert pruner.removals.passed == pruner.removals.forced == 0 and pruner.sparsity == 0
+    assert pruner.ledger.passed == pruner.ledger.forced == 0 and pruner.sparsity == 0
     assert pruner.report()["trials"]["unusable"] == 3
 
 
@@ -66,14 +66,16 @@ def test_a_usable_trial_between_them_starts_the_count_anew() -> None:
     def sometimes(model: nn.Module, parts: Any) -> Tensor:
         losses = each(model, parts)
         calls.append(None)
-        return losses * float("nan") if pruner is not None and pruner.trial_state.events % 2 else losses
+        return (
+            losses * float("nan") if pruner is not None and pruner.policy.trials.state.events % 2 else losses
+        )
 
     pruner = None
     model, optimizer, pruner = attached(spoiled(0), sometimes)
     with pytest.warns(RuntimeWarning, match="says nothing"):
         train(model, optimizer)
-    assert pruner.report()["trials"]["unusable"] > 0 and pruner.trial_state.unusable_in_a_row < 3
-    assert pruner.removals.passed + pruner.removals.forced > 0
+    assert pruner.report()["trials"]["unusable"] > 0 and pruner.policy.trials.state.unusable_in_a_row < 3
+    assert pruner.ledger.passed + pruner.ledger.forced > 0
 
 
 WRONG = {

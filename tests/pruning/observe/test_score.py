@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dynaprune.neurons.cut import Kept
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
-from dynaprune.pruning.observe.score import SCORES, Score, make_score
-from dynaprune_kernels import block_saliency, index_check
+from dynaprune.pruning.edit.layer_state import LayerState
+from dynaprune.pruning.observe.score import Score
+from dynaprune.pruning.observe.scores import SCORES, make_score
+from dynaprune_kernels import BlockSaliency, block_saliency, index_check
 
 DECAY = 0.9
 
@@ -20,12 +23,18 @@ def _linear(out: int = 20, inputs: int = 24) -> BlockSparseLinear:
     return BlockSparseLinear.from_dense(nn.Linear(inputs, out, dtype=torch.float64), 8)
 
 
-def _step(layer: BlockSparseLayer, score: Score, name: str = "layer") -> Tensor:
+def _state(layer: BlockSparseLayer | None = None) -> LayerState:
+    return LayerState.of("layer", _linear() if layer is None else layer)
+
+
+def _step(state: LayerState, score: Score) -> Tensor:
     """One training step without an update; the dense gradient of it."""
+    layer = state.layer
     x = torch.randn(5, layer.layout.in_features, dtype=torch.float64)
     layer.values.grad = None
     layer(x).sigmoid().square().sum().backward()
-    score.observe(name, layer, block_saliency(layer.values, layer.values.grad, layer.layout))
+    score.observe(state, block_saliency(layer.values, layer.values.grad, layer.layout))
+    state.observations += 1
     return layer.to_dense_shape(layer.values.grad)
 
 
@@ -55,43 +64,43 @@ PER_NEURON: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", sorted(PER_STEP))
 def test_exponential_means_follow_their_formula(name: str) -> None:
-    layer, score = _linear(), make_score(name, decay=DECAY)
-    weight = layer.weight
+    state, score = _state(), make_score(name, decay=DECAY)
+    weight = state.layer.weight
     blocks, neurons = [], []
     for _ in range(4):
-        grad = _step(layer, score)
+        grad = _step(state, score)
         pair = torch.stack([weight, grad])
         rows = [
             torch.stack([PER_STEP[name](*block) for block in row.split(8, 2)]) for row in pair.split(8, 1)
         ]
         blocks.append(torch.stack(rows))
         neurons.append(PER_NEURON[name](weight, grad))
-    torch.testing.assert_close(score.scores("layer", layer), _mean(blocks))
-    torch.testing.assert_close(score.neuron_scores("layer", layer), _mean(neurons))
+    torch.testing.assert_close(score.scores(state, state.mask), _mean(blocks))
+    torch.testing.assert_close(score.neuron_scores(state), _mean(neurons))
 
 
 def test_movement_accumulates_minus_weight_times_gradient() -> None:
-    layer, score = _linear(), make_score("movement")
-    products = [layer.weight * _step(layer, score) for _ in range(3)]
+    state, score = _state(), make_score("movement")
+    products = [state.layer.weight * _step(state, score) for _ in range(3)]
     total = -sum(products)
-    torch.testing.assert_close(score.scores("layer", layer), _by_block(total, torch.sum))
-    torch.testing.assert_close(score.neuron_scores("layer", layer), total.sum(1))
+    torch.testing.assert_close(score.scores(state, state.mask), _by_block(total, torch.sum))
+    torch.testing.assert_close(score.neuron_scores(state), total.sum(1))
 
 
 def test_magnitude_is_relative_to_the_layers_live_mean_and_needs_no_observation() -> None:
-    layer, score = _linear(), make_score("magnitude")
+    state, score = _state(), make_score("magnitude")
     dead = torch.zeros(3, 3, dtype=torch.bool)
     dead[1, 2] = True
-    layer.layout.release_(dead)
-    square = _by_block(layer.weight.square(), torch.sum)
+    state.layer.layout.release_(dead)
+    square = _by_block(state.layer.weight.square(), torch.sum)
     expected = square / square[~dead].mean()
-    torch.testing.assert_close(score.scores("layer", layer)[~dead], expected[~dead])
+    torch.testing.assert_close(score.scores(state, state.mask)[~dead], expected[~dead])
     with torch.no_grad():
-        before = score.scores("layer", layer)
-        layer.values.mul_(3)
-    torch.testing.assert_close(score.scores("layer", layer), before)
-    neurons = layer.weight.square().sum(1)
-    torch.testing.assert_close(score.neuron_scores("layer", layer), neurons / neurons.mean())
+        before = score.scores(state, state.mask)
+        state.layer.values.mul_(3)
+    torch.testing.assert_close(score.scores(state, state.mask), before)
+    neurons = state.layer.weight.square().sum(1)
+    torch.testing.assert_close(score.neuron_scores(state), neurons / neurons.mean())
 
 
 @pytest.mark.parametrize(
@@ -106,8 +115,8 @@ def test_magnitude_is_relative_to_the_layers_live_mean_and_needs_no_observation(
 def test_activation_frequency_of_training_forwards(
     layer: BlockSparseLayer, shape: tuple[int, ...], dims: tuple[int, ...]
 ) -> None:
-    score = make_score("activation", decay=DECAY)
-    score.attach({"layer": layer})
+    state, score = _state(layer), make_score("activation", decay=DECAY)
+    score.attach({"layer": state})
     frequencies = []
     for _ in range(3):
         out = layer(torch.randn(shape))
@@ -116,8 +125,8 @@ def test_activation_frequency_of_training_forwards(
         layer(torch.randn(shape))
     layer.eval()(torch.randn(shape))
     expected = _mean(frequencies)
-    torch.testing.assert_close(score.neuron_scores("layer", layer), expected)
-    blocks = score.scores("layer", layer)
+    torch.testing.assert_close(score.neuron_scores(state), expected)
+    blocks = score.scores(state, state.mask)
     assert blocks.shape == layer.layout.mask.shape
     torch.testing.assert_close(blocks[0], expected[:8].mean().expand(layer.layout.columns))
     torch.testing.assert_close(blocks[1], expected[8:].mean().expand(layer.layout.columns))
@@ -127,107 +136,130 @@ def test_activation_frequency_of_training_forwards(
 
 
 def test_random_scores_differ_by_layer_step_and_seed_and_repeat() -> None:
-    layer, saliency = _linear(), None
-    score = make_score("random", seed=3)
-    first = score.scores("a", layer)
-    assert torch.equal(first, make_score("random", seed=3).scores("a", layer))
-    others = [score.scores("b", layer), make_score("random", seed=4).scores("a", layer)]
-    score.observe("a", layer, saliency)  # type: ignore[arg-type]
-    others.append(score.scores("a", layer))
+    state, other = _state(), LayerState.of("b", _linear())
+    score, again, unlike = (make_score("random", seed=seed) for seed in (3, 3, 4))
+    first = score.scores(state, state.mask)
+    assert torch.equal(first, again.scores(state, state.mask))
+    others = [score.scores(other, other.mask), unlike.scores(state, state.mask)]
+    state.observations += 1
+    others.append(score.scores(state, state.mask))
     assert not any(torch.equal(first, other) for other in others)
-    assert score.neuron_scores("a", layer).shape == (20,)
+    assert score.neuron_scores(state).shape == (20,)
 
 
 @pytest.mark.parametrize("name", sorted(PER_STEP))
 def test_a_regrown_block_starts_afresh_with_its_own_bias_correction(name: str) -> None:
-    layer, score = _linear(), make_score(name, decay=DECAY)
+    state, score = _state(), make_score(name, decay=DECAY)
     for _ in range(5):
-        _step(layer, score)
-    before = score.scores("layer", layer)
+        _step(state, score)
+    before = score.scores(state, state.mask)
     block = torch.zeros(3, 3, dtype=torch.bool)
     block[0, 1] = True
-    score.forget("layer", block)
-    fresh = score.scores("layer", layer)
+    state.forget(block)
+    fresh = score.scores(state, state.mask)
     assert torch.isinf(fresh[0, 1])
     assert torch.equal(fresh[~block], before[~block])
-    grad = _step(layer, score)
-    expected = PER_STEP[name](layer.weight[:8, 8:16], grad[:8, 8:16])
-    torch.testing.assert_close(score.scores("layer", layer)[0, 1], expected)
+    grad = _step(state, score)
+    expected = PER_STEP[name](state.layer.weight[:8, 8:16], grad[:8, 8:16])
+    torch.testing.assert_close(score.scores(state, state.mask)[0, 1], expected)
 
 
 def test_a_block_that_is_not_live_keeps_its_statistics() -> None:
-    layer, score = _linear(), make_score("second_moment", decay=DECAY)
-    _step(layer, score)
-    before = score.scores("layer", layer)
+    state, score = _state(), make_score("second_moment", decay=DECAY)
+    _step(state, score)
+    before = score.scores(state, state.mask)
     block = torch.zeros(3, 3, dtype=torch.bool)
     block[2, 0] = True
-    layer.layout.suspend_(block)
-    _step(layer, score)
-    layer.layout.resume_()
-    after = score.scores("layer", layer)
+    state.layer.layout.suspend_(block)
+    _step(state, score)
+    state.layer.layout.resume_()
+    after = score.scores(state, state.mask)
     assert torch.equal(after[block], before[block])
     assert (after[~block] != before[~block]).all()
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_statistics_are_sliced_with_the_layer(name: str) -> None:
-    layer, score = _linear(24, 24), make_score(name, decay=DECAY)
-    score.attach({"layer": layer})
+    state, score = _state(_linear(24, 24)), make_score(name, decay=DECAY)
+    score.attach({"layer": state})
     for _ in range(2):
-        _step(layer, score)
+        _step(state, score)
     score.detach()
-    blocks, neurons = score.scores("layer", layer), score.neuron_scores("layer", layer)
+    blocks, neurons = score.scores(state, state.mask), score.neuron_scores(state)
     rows, columns = torch.tensor([0, 2]), torch.tensor([1])
     outputs = torch.tensor([*range(8), *range(16, 24)])
     smaller = BlockSparseLinear.from_dense(nn.Linear(8, 16, dtype=torch.float64), 8)
     with torch.no_grad():
-        smaller.values.copy_(smaller.to_slots(layer.weight[outputs][:, 8:16]))
-    score.keep("layer", rows, columns, outputs)
-    now_blocks, now_neurons = score.scores("layer", smaller), score.neuron_scores("layer", smaller)
+        smaller.values.copy_(smaller.to_slots(state.layer.weight[outputs][:, 8:16]))
+    state.keep(Kept(rows, columns, outputs))
+    state.layer = smaller
+    now_blocks, now_neurons = score.scores(state, state.mask), score.neuron_scores(state)
     assert now_blocks.shape == (2, 1) and now_neurons.shape == (16,)
     if name in PER_STEP or name == "movement":
         assert torch.equal(now_blocks, blocks[rows][:, columns])
     if name in PER_STEP or name in ("movement", "activation"):
         assert torch.equal(now_neurons, neurons[outputs])
-    score.keep("layer", torch.tensor([0]), None)
-    tiny = BlockSparseLinear.from_dense(nn.Linear(8, 8, dtype=torch.float64), 8)
-    assert score.neuron_scores("layer", tiny).shape == (8,)
+    # A layer that has changed its size in another way starts afresh.
+    state.layer = BlockSparseLinear.from_dense(nn.Linear(8, 8, dtype=torch.float64), 8)
+    assert score.neuron_scores(state).shape == (8,)
     if name in PER_STEP:
-        assert torch.equal(score.scores("layer", tiny), blocks[:1, 1:2])
-        assert torch.isinf(score.neuron_scores("layer", tiny)).all()
+        assert torch.isinf(score.scores(state, state.mask)).all()
+        assert torch.isinf(score.neuron_scores(state)).all()
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_a_resumed_score_continues_bitwise(name: str) -> None:
-    layer, score = _linear(), make_score(name, seed=1, decay=DECAY)
-    score.attach({"layer": layer})
-    _step(layer, score)
-    saved = score.state_dict()
+    state, score = _state(), make_score(name, seed=1, decay=DECAY)
+    score.attach({"layer": state})
+    _step(state, score)
     resumed = make_score(name, seed=5)
-    resumed.load_state_dict(saved)
+    resumed.load_state_dict(score.state_dict())
+    resumed_state = _state(state.layer)
+    resumed_state.observations = state.observations
+    resumed_state.statistics = {key: tensor.clone() for key, tensor in state.statistics.items()}
     torch.manual_seed(1)
-    _step(layer, score)
+    _step(state, score)
     score.detach()
-    resumed.attach({"layer": layer})
+    resumed.attach({"layer": resumed_state})
     torch.manual_seed(1)
-    _step(layer, resumed)
+    _step(resumed_state, resumed)
     resumed.detach()
-    assert torch.equal(score.scores("layer", layer), resumed.scores("layer", layer))
-    assert torch.equal(score.neuron_scores("layer", layer), resumed.neuron_scores("layer", layer))
+    assert torch.equal(score.scores(state, state.mask), resumed.scores(resumed_state, resumed_state.mask))
+    assert torch.equal(score.neuron_scores(state), resumed.neuron_scores(resumed_state))
+
+
+def test_a_score_of_ones_own_needs_three_members() -> None:
+    class Fewest(Score):
+        """The number of live blocks in the row."""
+
+        name = "fewest"
+
+        def observe(self, layer: LayerState, saliency: BlockSaliency) -> None:
+            pass
+
+        def scores(self, layer: LayerState, live: Tensor) -> Tensor:
+            return live.sum(1, keepdim=True).expand(live.shape).float()
+
+    state, score = _state(), make_score(Fewest())
+    live = state.mask.clone()
+    live[1, 0] = False
+    assert score.scores(state, live).tolist() == [[3] * 3, [2] * 3, [3] * 3]
+    assert score.neuron_scores(state).tolist() == [9] * 20  # the row's blocks, 3 of 3 each
+    assert not score.of_gates and score.state_dict() == {}
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_ranking_reads_no_value_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, score = _linear(), make_score(name)
-    score.attach({"layer": layer})
+    state, score = _state(), make_score(name)
+    score.attach({"layer": state})
     monkeypatch.setattr(index_check, "readable", lambda _: False)  # as of an index on a device
     monkeypatch.setattr(Tensor, "item", _forbidden)
     monkeypatch.setattr(Tensor, "tolist", _forbidden)
     monkeypatch.setattr(Tensor, "__bool__", _forbidden)
-    _step(layer, score)
-    score.forget("layer", layer.layout.mask)
-    score.scores("layer", layer)
-    score.neuron_scores("layer", layer)
+    _step(state, score)
+    state.forget(state.mask)
+    score.scores(state, state.mask)
+    score.neuron_scores(state)
 
 
 def _forbidden(*_: object) -> None:
@@ -239,9 +271,7 @@ def test_wrong_input_is_refused() -> None:
         make_score("fisher")
     with pytest.raises(ValueError, match=r"decay in \[0, 1\), got 1"):
         make_score("taylor", decay=1)
-    with pytest.raises(ValueError, match="'taylor', got that of 'movement'"):
-        make_score("taylor").load_state_dict(make_score("movement").state_dict())
-    with pytest.raises(TypeError, match="block-sparse layer, got Linear"):
-        make_score("second_moment").scores("layer", nn.Linear(8, 8))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got object without name, observe, scores"):
+        make_score(object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gradient, got None"):
-        make_score("gradient").observe("layer", _linear(), None)  # type: ignore[arg-type]
+        make_score("gradient").observe(_state(), None)  # type: ignore[arg-type]

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from dynaprune.neurons.example_inputs import ExampleInputs, detached
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.nn.optimizer_state import rewrite_state
 from dynaprune.pruning.checks.same_function import (
     as_dense,
     refuse_other_function,
     run_if_possible,
     weight_readers,
 )
-from dynaprune.pruning.edit.stale_copies import CopyWatch
-
-if TYPE_CHECKING:
-    from dynaprune.pruning.pruner import Pruner
 
 
 class FirstBatch:
@@ -46,61 +41,37 @@ class FirstBatch:
             self._handle.remove()
             self._handle = None
 
+    def check(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, BlockSparseLayer],
+        exempt: Callable[[Mapping[str, str]], None],
+    ) -> None:
+        """Exempt layers whose weight other code reads, and compare the model with itself in plain layers.
 
-def check_first_batch(pruner: Pruner, batch: FirstBatch) -> None:
-    """Before the first step: exempt what is read elsewhere, and refuse a model that computes something else.
+        Args:
+            exempt: makes the layers named dense, with the reasons; ``layers`` stays as it is.
 
-    Raises:
-        RuntimeError: the model computes something else with block-sparse layers, or none is left; it has
-            plain layers again, and the pruner is detached.
-    """
-    batch.remove()
-    model, example = pruner.model, batch.example
-    reasons = {
-        name: f"its weight is read by {layer.reads.reader} directly"
-        for name, layer in pruner.layers.items()
-        if layer.reads.reader
-    }
-    plain = None
-    if example is not None:
-        with as_dense(pruner.layers):
-            plain = run_if_possible(model, example)
-            if plain is not None:
-                reasons.update(weight_readers(model, example, pruner.layers))
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    try:
-        if len(reasons) == len(pruner.layers):
+        Raises:
+            ValueError: the model computes something else with block-sparse layers, or none is left.
+        """
+        reasons = {
+            name: f"its weight is read by {layer.reads.reader} directly"
+            for name, layer in layers.items()
+            if layer.reads.reader
+        }
+        plain = None
+        if self.example is not None:
+            with as_dense(layers):
+                plain = run_if_possible(model, self.example)
+                if plain is not None:
+                    reasons.update(weight_readers(model, self.example, layers))
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        if len(reasons) == len(layers):
             raise ValueError(f"cannot prune this model, no layer is left: {told}")
         if reasons:
-            exempt_later(pruner, reasons)
+            exempt(reasons)
             warnings.warn(f"not pruned, and dense again: {told}", RuntimeWarning, stacklevel=2)
-        if example is not None and plain is not None:
-            refuse_other_function(model, example, pruner.layers, plain)
-    except ValueError as error:
-        pruner.finalize()
-        raise RuntimeError(str(error)) from error
-
-
-def exempt_later(pruner: Pruner, reasons: Mapping[str, str]) -> None:
-    """Make layers dense that are not to be pruned after all, with their state and in every copy.
-
-    Their Parameters stay the same objects; nothing may have been removed from them yet.
-    """
-    with torch.no_grad():
-        pruner.followers.turn_dense(pruner.model, pruner.layers, list(reasons))
-        for name in reasons:
-            layer = pruner.layers[name]
-            if isinstance(layer, BlockSparseLayer):
-                for twin in _copies(layer):
-                    twin.to_dense()
-                rewrite_state(pruner.optimizers, layer.values, layer.to_dense_shape)
-                layer.to_dense()
-                # For code that took up the block-sparse layer's name of the Parameter since attach.
-                layer.__dict__["values"] = layer.weight
-    pruner.forget_layers(reasons)
-
-
-def _copies(layer: BlockSparseLayer) -> list[BlockSparseLayer]:
-    watch = layer.copy_watch
-    twins = [ref() for ref in watch.copies] if isinstance(watch, CopyWatch) else []
-    return [twin for twin in twins if isinstance(twin, BlockSparseLayer)]
+        if self.example is not None and plain is not None:
+            left = {name: layer for name, layer in layers.items() if name not in reasons}
+            refuse_other_function(model, self.example, left, plain)

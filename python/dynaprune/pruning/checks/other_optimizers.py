@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from dynaprune.pruning.pruner import Pruner
+from dynaprune.pruning.edit.structure import Structure
 
 # Steps in a row of others, without one of a watched optimizer, after which they are no accident.
 LASTING = 8
 
 
 class OtherOptimizers:
-    """Counts the steps that other optimizers take with weights of one pruner, and warns once they last.
+    """Counts the steps that other optimizers take with pruned weights, and warns once they last.
 
     One hook on the steps of all optimizers serves every pruner, while there is one that is attached.
 
@@ -26,55 +26,60 @@ class OtherOptimizers:
         steps: taken so far, by the optimizer's type.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, structure: Structure, standing: Callable[[], str]) -> None:
+        """Count from :meth:`watch` on.
+
+        Args:
+            standing: says where the pruning stands; empty where it is over, and nothing is lost.
+        """
+        self._structure, self._standing = structure, standing
         self.steps: Counter[str] = Counter()
         self._in_a_row = 0
         self._said = False
 
-    def stepped(self, pruner: Pruner, optimizer: torch.optim.Optimizer) -> None:
+    def watch(self) -> None:
+        """Learn of every optimizer's steps, until :meth:`unwatch`."""
+        _WATCHING.add(self)
+        if not _HOOK:
+            _HOOK.append(register_optimizer_step_post_hook(_stepped))
+
+    def unwatch(self) -> None:
+        """Stop it, and let go of what says where pruning stands."""
+        self._standing = str
+        _WATCHING.discard(self)
+        if not _WATCHING and _HOOK:
+            _HOOK.pop().remove()
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after each step of any optimizer."""
-        if any(optimizer is watched for watched in pruner.optimizers):
+        watched = self._structure.optimizers
+        if any(optimizer is each for each in watched):
             self._in_a_row = 0
             return
-        values = {id(layer.values) for layer in pruner.layers.values()}
+        values = {id(state.layer.values) for state in self._structure.layers.values()}
         held = sum(id(p) in values for group in optimizer.param_groups for p in group["params"])
         if not held:
             return
         self.steps[type(optimizer).__name__] += 1
         self._in_a_row += 1
-        if self._in_a_row == LASTING and not self._said and not pruner.nothing_left():
+        if self._in_a_row == LASTING and not self._said and (standing := self._standing()):
             self._said = True
-            watched_types = ", ".join(type(each).__name__ for each in pruner.optimizers)
+            watched_types = ", ".join(type(each).__name__ for each in watched)
             warnings.warn(
                 f"{type(optimizer).__name__} has taken {LASTING} steps with weights of {held} pruned layers, "
-                f"and the pruner watches {watched_types} only: it stands at step {pruner.steps} of "
-                f"{pruner.config.total_steps} with {pruner.sparsity:.1%} of the weights gone, and goes no "
+                f"and the pruner watches {watched_types} only: it stands at {standing}, and goes no "
                 "further. Call pruner.detach(), and attach again with the optimizer that trains from here",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
 
-_ATTACHED: WeakSet[Pruner] = WeakSet()
+_WATCHING: WeakSet[OtherOptimizers] = WeakSet()
 _HOOK: list[Any] = []
-
-
-def watch_other_optimizers(pruner: Pruner) -> None:
-    """Tell ``pruner.other_optimizers`` of every optimizer's steps, until :func:`unwatch_other_optimizers`."""
-    _ATTACHED.add(pruner)
-    if not _HOOK:
-        _HOOK.append(register_optimizer_step_post_hook(_stepped))
-
-
-def unwatch_other_optimizers(pruner: Pruner) -> None:
-    """Stop it."""
-    _ATTACHED.discard(pruner)
-    if not _ATTACHED and _HOOK:
-        _HOOK.pop().remove()
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for pruner in list(_ATTACHED):
-        pruner.other_optimizers.stepped(pruner, optimizer)
+    for others in list(_WATCHING):
+        others.stepped(optimizer)

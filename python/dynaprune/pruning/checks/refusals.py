@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -146,14 +145,3 @@ def refuse_without_prunable_weights(
             "with none of them"
         )
     return held
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which case hooks must not touch anything."""
-    cuda = sys.modules.get("torch.cuda")
-    return cuda is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

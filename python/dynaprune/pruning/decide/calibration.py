@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dynaprune.nn.calibration_mode import calibration_mode
 from dynaprune.pruning.decide.significance import MIN_SAMPLES
-
-Losses = Tensor | tuple[Tensor, Tensor | None]
+from dynaprune.pruning.decide.trial import Losses
 
 
 class CalibrationTrial:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,37 +78,3 @@ def select_growth(
     chosen[order] = flat[order] > -torch.inf
     parts = zip(names, chosen.split([norms.shape[0] for norms in wanted]), strict=True)
     return {name: part.view_as(probe_norms[name]).to(probe_norms[name].device) for name, part in parts}
-
-
-class Protection:
-    """Blocks that returned lately and must not be removed yet."""
-
-    def __init__(self) -> None:
-        self._until: dict[str, Tensor] = {}
-
-    def protect(self, name: str, blocks: Tensor, until: int) -> None:
-        """Protect ``blocks`` (bool ``[rows, columns]``) in events before step ``until``."""
-        previous = self._until.get(name)
-        if previous is None or previous.shape != blocks.shape:
-            previous = torch.zeros(blocks.shape, dtype=torch.int64, device=blocks.device)
-        self._until[name] = torch.where(blocks, until, previous.to(blocks.device))
-
-    def masks(self, step: int) -> dict[str, Tensor]:
-        """Bool ``[rows, columns]`` of the blocks protected at ``step``, for layers in which any ever were."""
-        return {name: until > step for name, until in self._until.items()}
-
-    def keep(self, name: str, rows: Tensor | None, columns: Tensor | None) -> None:
-        """Slice after neurons were cut: int64 block rows and columns that stay, None for all."""
-        until = self._until.get(name)
-        if until is None:
-            return
-        until = until if rows is None else until[rows.to(until.device)]
-        self._until[name] = until if columns is None else until[:, columns.to(until.device)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors by layer name, copied."""
-        return {name: until.clone() for name, until in self._until.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Adopt a saved state."""
-        self._until = {name: until.clone() for name, until in state.items()}

@@ -28,20 +28,27 @@ class GroupFigures:
             is said to cost. None where unknown: the sum of the scores of its blocks then stands for it.
         neurons: float ``[out]`` by layer for a score that is not made of gates: groups are ranked by the sum
             over their producers' rows, and ``scores`` is not read. None otherwise.
-        rows: rows (tokens, output positions) that each layer sees in a step; 1 where missing.
+        tokens: tokens (output positions of a convolution) that each layer sees in a step; 1 where missing.
     """
 
     scores: Sequence[float | None]
     neurons: Mapping[str, Tensor] | None
-    rows: Mapping[str, int]
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronFigures:
+    """The groups of neurons of a model as it is now, and what they are ranked by."""
+
+    model: nn.Module
+    neuron_map: NeuronMap
+    figures: GroupFigures
 
 
 def whole_neurons_first(
-    model: nn.Module,
+    neurons: NeuronFigures,
     selection: Selection,
-    neuron_map: NeuronMap,
     scores: Mapping[str, Tensor],
-    figures: GroupFigures,
     may_go: Mapping[str, Tensor],
     removable: Mapping[str, int],
 ) -> Selection:
@@ -60,6 +67,7 @@ def whole_neurons_first(
     Returns:
         As many units as before; the selection itself where no group qualifies or a floor would be broken.
     """
+    model, neuron_map, figures = neurons.model, neurons.neuron_map, neurons.figures
     names = list(selection.shapes)
     order = selection.order.cpu()
     if not len(order):
@@ -84,7 +92,7 @@ def whole_neurons_first(
         else:
             rank, cost = _row_score(group, figures.neurons), of_blocks
         if cost <= margin * len(units):
-            saved = flops_saved(model, group, figures.rows)
+            saved = flops_saved(model, group, figures.tokens)
             ranked.append((rank * saved if rank < 0 else rank / saved, units))
     ranked.sort(key=lambda each: each[0])
     chosen = torch.zeros_like(free)
@@ -104,14 +112,14 @@ def whole_neurons_first(
     return replace(selection, order=reordered.to(selection.order.device))
 
 
-def flops_saved(model: nn.Module, group: NeuronGroup, rows: Mapping[str, int]) -> float:
+def flops_saved(model: nn.Module, group: NeuronGroup, tokens: Mapping[str, int]) -> float:
     """FLOPs of a training step that go with the group: of its producers' rows and its readers' columns.
 
-    Six per live weight and row (forward, input gradient, weight gradient). What goes along (norms, depthwise
-    convolutions, an attention's queries) is not counted.
+    Six per live weight and token (forward, input gradient, weight gradient). What goes along (norms,
+    depthwise convolutions, an attention's queries) is not counted.
 
     Args:
-        rows: as in :class:`GroupFigures`.
+        tokens: as in :class:`GroupFigures`.
     """
     masks = blocks_of_group(model, group)
     total = 0.0
@@ -121,7 +129,7 @@ def flops_saved(model: nn.Module, group: NeuronGroup, rows: Mapping[str, int]) -
             weights = int((masks[name] & layer.layout.mask).sum()) * math.prod(layer.layout.block)
         else:
             weights = _plain_weights(layer, [m for m in group.members if m.name == name and not m.along])
-        total += 6.0 * weights * max(rows.get(name, 1), 1)
+        total += 6.0 * weights * max(tokens.get(name, 1), 1)
     return max(total, 1.0)
 
 

@@ -32,6 +32,12 @@ class Pace(Protocol):
         """Whether the schedule is over (units may still be removed to catch up with it)."""
 
 
+class PaceWithInterval(Pace, Protocol):
+    """A pace that says how many steps lie between its events as a rule."""
+
+    interval: int
+
+
 class CubicPace:
     """Sparsity ``s(p) = target * (1 - (1 - p)^3)`` between two points of training (Zhu & Gupta 2017,
     arXiv:1710.01878, eq. 1 from 0), with the trial as brake.

@@ -13,8 +13,8 @@ import dynaprune
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.groups import NeuronGroup, NeuronMap, find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.observe.group_score import GroupScores, input_gates
-from dynaprune.pruning.observe.score import make_score
+from dynaprune.pruning.edit.group_scores import GroupScores, input_gates
+from dynaprune.pruning.observe.scores import make_score
 
 WIDE = torch.float64
 
@@ -199,8 +199,8 @@ def pruned(which: str, every: int | None) -> Any:
 @pytest.mark.parametrize("which", ["body first", "head first"])
 def test_readers_of_several_optimizers_are_added_up_before_the_square(which: str, every: int | None) -> None:
     wanted, found = pruned("one", every), pruned(which, every)
-    assert not any(each.groups.waiting(step) for each in (wanted, found) for step in range(9))
-    scores = [torch.tensor(each.groups.scores(each.score), dtype=WIDE) for each in (wanted, found)]
+    assert not any(each.structure.groups.waiting(step) for each in (wanted, found) for step in range(9))
+    scores = [torch.tensor(each.structure.groups.scores(each.score), dtype=WIDE) for each in (wanted, found)]
     assert len(scores[0]) == 10
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=0)
     assert found.report()["neurons_ranked_by_blocks"] == {}
@@ -216,8 +216,8 @@ def test_readers_without_a_gradient_are_named() -> None:
     pruner = dynaprune.attach(model, optimizer, config, trial=lambda: torch.ones(64))
     loss_of(model, torch.randn(12, 16, 4, 4, dtype=WIDE)).backward()
     optimizer.step()
-    scores = pruner.groups.scores(pruner.score)
-    assert [s is None for s in scores] == [g.name == "stem" for g in pruner.neuron_map.groups]
+    scores = pruner.structure.groups.scores(pruner.score)
+    assert [s is None for s in scores] == [g.name == "stem" for g in pruner.tracer.current.groups]
     assert pruner.report()["neurons_ranked_by_blocks"] == {"stem": "'head', which reads them, is frozen"}
 
 
@@ -266,14 +266,14 @@ def test_the_figures_follow_a_cut_and_a_saved_state() -> None:
         optimizer.zero_grad()
         loss_of(model, x).backward()
         optimizer.step()
-    before = pruner.groups.scores(pruner.score)
-    groups = pruner.neuron_map.groups
+    before = pruner.structure.groups.scores(pruner.score)
+    groups = pruner.tracer.current.groups
     assert len(groups) == 10 and None not in before
-    state = pruner.groups.state_dict()
+    state = pruner.structure.groups.state_dict()
     assert set(state) == {"0", "2"} and state["0"]["value"].shape == (64,)
     again = GroupScores()
     again.load_state_dict(state)
-    again.watch(model, pruner.neuron_map, [optimizer])
+    again.watch(model, pruner.tracer.current, [optimizer])
     assert again.scores(pruner.score) == before
     gone = torch.zeros(64, dtype=torch.bool)
     gone[groups[3].neurons] = True

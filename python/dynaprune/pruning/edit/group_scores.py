@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from dynaprune.neurons.cut import CutPlan
 from dynaprune.neurons.groups import NeuronGroup, NeuronMap
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.pruning.observe.score import Score
+
+
+class Gates(Protocol):
+    """What a score says of the gates that it is made of; see ``dynaprune.Score``."""
+
+    of_gates: bool
+    accumulates: bool
+    decay: float
+
+    def gated(self, derivative: Tensor) -> Tensor:
+        """What gates with these derivatives count in one step."""
+
 
 _CHUNK = 2**20
 _VALUE, _COUNT = "value", "count"
@@ -54,15 +65,14 @@ def input_gates(layer: nn.Module) -> Tensor | None:
 def _sparse_gates(layer: BlockSparseLayer, grad: Tensor) -> Tensor:
     layout, values = layer.layout, layer.values.detach()
     capacity, bi, _ = values.shape
-    groups, taps = (layout.conv.groups, layout.conv.taps) if layout.conv else (1, 1)
+    groups, taps = layout.groups, layout.taps
     per_slot = torch.empty(capacity, bi, dtype=_wide(values), device=values.device)
     start = 0
     for part, part_grad in _chunked(values, grad, 0):
         per_slot[start : start + len(part)] = (part.to(per_slot.dtype) * part_grad).sum(2)
         start += len(part)
-    block = layout.lists.block_of_slot.long()
-    live = (block >= 0) & layout.mask.reshape(-1)[block.clamp(min=0)]
-    per_slot.masked_fill_(~live.unsqueeze(1), 0)
+    block = layout.block_of_slot.long()
+    per_slot.masked_fill_(~layout.slots_of(layout.mask).unsqueeze(1), 0)
     row, column = block.clamp(min=0) // layout.columns, block.clamp(min=0) % layout.columns
     blocks = layout.columns // taps
     place = row * groups // layout.rows * blocks + column % blocks
@@ -174,7 +184,7 @@ class GroupScores:
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, owner: int, score: Score, *, step: int, scale: Any = None) -> None:
+    def observe(self, model: nn.Module, owner: int, score: Gates, *, step: int, scale: Any = None) -> None:
         """Take in the gradients of the readers that optimizer number ``owner`` holds, right before its step.
 
         The statistics move when those of all optimizers are there; an earlier step that lacks some is
@@ -211,7 +221,7 @@ class GroupScores:
             watched.value.add_(torch.where(seen, figure - watched.value, 0), alpha=1 - score.decay)
         watched.count.add_(seen)
 
-    def scores(self, score: Score) -> list[float | None]:
+    def scores(self, score: Gates) -> list[float | None]:
         """One figure per group of the map, higher = keep; None of one that was never seen. Syncs."""
         if self._watched is None:
             return []

@@ -1,0 +1,54 @@
+"""The policy that a configuration asks for when it hands in none."""
+
+from __future__ import annotations
+
+import math
+
+from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.decide.gradual import Gradual, regrowth_end
+from dynaprune.pruning.decide.pace import CubicPace, PaceWithInterval, SelfPaced
+from dynaprune.pruning.decide.trial import Trial
+from dynaprune.pruning.decide.trial_event import minimum_interval
+from dynaprune.pruning.settings import Schedule
+
+EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
+SELF_PACED_INTERVAL = 50
+
+
+def built_in_policy(config: PruningConfig, trial: Trial | None) -> Gradual:
+    """Gradual with a target sparsity, self-paced without one."""
+    return Gradual(
+        make_pace(config.schedule, config.rungs, None if trial is None else trial.samples),
+        config.trial_rules,
+        allocation=config.allocation,
+        per_flop=config.cost == "flops",
+        whole_neurons=tries_neurons(config, trial),
+        regrow=config.regrow,
+        regrow_until=regrowth_end(config.end, config.total_steps),
+    )
+
+
+def tries_neurons(config: PruningConfig, trial: Trial | None) -> bool:
+    """Whether the built-in policy puts whole neurons first."""
+    return config.neurons and config.allocation == "global" and trial is not None and config.policy is None
+
+
+def make_pace(schedule: Schedule, rungs: int, samples: int | None) -> PaceWithInterval:
+    """The pace that the schedule asks for, with its default interval.
+
+    Args:
+        rungs: candidate sets of a trial.
+        samples: of a trial's call; None: not known, or there is no trial.
+    """
+    affordable, steps = 1, schedule.total_steps
+    if samples is not None and schedule.batch_size is not None:
+        affordable = minimum_interval(samples, schedule.batch_size, rungs)
+    if schedule.target_sparsity is None:
+        start = 0 if steps is None else math.floor(schedule.start * steps)
+        end = None if steps is None else max(start + 1, math.floor(schedule.end * steps))
+        interval = schedule.interval or max(SELF_PACED_INTERVAL, affordable)
+        return SelfPaced(interval, schedule.self_paced_share, start_step=start, end_step=end)
+    assert steps is not None
+    ramp = max(1, math.floor(schedule.end * steps) - math.floor(schedule.start * steps))
+    interval = schedule.interval or max(1, ramp // EVENTS_WANTED, min(affordable, ramp // EVENTS_AT_LEAST))
+    return CubicPace(schedule.target_sparsity, schedule.start, schedule.end, steps, interval)

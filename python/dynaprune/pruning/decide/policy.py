@@ -1,0 +1,101 @@
+"""What a policy is: it looks at the structure and says which blocks should go or come back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dynaprune.pruning.decide.neuron_order import NeuronFigures
+from dynaprune.pruning.decide.trial import Losses
+from dynaprune.pruning.decide.trials import Trials
+from dynaprune.pruning.edit.edits import Grow, Release
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """One layer as a policy sees it. Tensors are copies: writing to them changes nothing.
+
+    Attributes:
+        mask: bool ``[rows, columns]``, the live blocks.
+        protected: bool ``[rows, columns]``, blocks that came back lately, or all where no gradient was seen.
+        probe: float ``[rows, columns]``, squared norms of the dense gradient at dead blocks; None where
+            nothing grows.
+        capacity: slots, live or free.
+        original: shape of the dense weight at attach.
+        floor: live blocks that have to stay; at least one.
+        floor_share: the share of the blocks that ``floor`` comes from.
+        flops_per_block: FLOPs of a training step that a block costs.
+        scores: ``scores(live)``, float ``[rows, columns]``, higher = keep, with ``live`` for the live blocks.
+        neuron_scores: float ``[out]``, higher = keep.
+    """
+
+    mask: Tensor
+    protected: Tensor
+    probe: Tensor | None
+    capacity: int
+    original: tuple[int, ...]
+    floor: int
+    floor_share: float
+    flops_per_block: float
+    scores: Callable[[Tensor], Tensor]
+    neuron_scores: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a policy decides from.
+
+    Attributes:
+        step: optimizer steps done.
+        layers: the pruned layers, by name.
+        units, live_units: blocks at attach, and those that live (in blocks of average size).
+        losses: ``losses(masks)``, per-sample losses with the blocks of ``masks`` suspended, ``{}`` for the
+            model as it stands. All calls of one event see the same samples. None where nothing is tested.
+        neurons: what whole neurons are worth; None where the model cannot be traced.
+    """
+
+    step: int
+    layers: Mapping[str, LayerView]
+    units: int
+    live_units: int
+    losses: Callable[[Mapping[str, Tensor]], Losses] | None
+    neurons: Callable[[], NeuronFigures | None]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides which blocks go and which return. A subclass needs ``due`` and ``decide``.
+
+    Attributes:
+        interval: steps between events as a rule; the score sees at least eight of them.
+        trials: what was tried so far, for the report; None for a policy that tries nothing.
+        grows: blocks may return: layers then measure their dense gradient before an event, and keep spare
+            slots.
+    """
+
+    interval: int = 100
+    trials: Trials | None = None
+    grows: bool = False
+
+    @abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether an event comes after this step; steps count from 1."""
+
+    @abstractmethod
+    def decide(self, view: View) -> Sequence[Release | Grow]:
+        """The changes, in the order in which they are carried out. Nothing is changed here."""
+
+    def ended(self, step: int) -> bool:
+        """Whether the schedule is over: then the best model counts, and capacities become exact."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved run."""

@@ -1,0 +1,97 @@
+"""Everything that a pruner knows of one layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dynaprune.neurons.cut import Kept
+from dynaprune.nn import BlockSparseLayer
+from dynaprune.nn.shape import block_weights
+
+
+@dataclass(eq=False)
+class LayerState:
+    """A layer that is pruned.
+
+    Attributes:
+        name: of the layer in the model.
+        layer: the layer itself.
+        original: shape of the dense weight at attach.
+        blocks: of the whole weight at attach, live or not.
+        live_weights: weights of live blocks, as last measured.
+        observations: steps whose gradients the score has seen.
+        statistics: what the score keeps. Names that begin with "block" hold ``[rows, columns]``, those that
+            begin with "neuron" ``[out]``. Both are sliced with the layer; a block that dies loses its own.
+        probe: squared norms of the dense gradient at dead blocks, ``[rows, columns]``; None but at an event.
+        protected_until: int64 ``[rows, columns]``, first step at which a block may be removed; None: any.
+    """
+
+    name: str
+    layer: BlockSparseLayer
+    original: tuple[int, ...]
+    blocks: int
+    live_weights: int = 0
+    observations: int = 0
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    probe: Tensor | None = None
+    protected_until: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, layer: BlockSparseLayer) -> LayerState:
+        """The state of a layer that nothing is known of yet."""
+        return cls(name, layer, tuple(layer.layout.dense_shape), layer.layout.blocks)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the dense weight at attach."""
+        return math.prod(self.original)
+
+    @property
+    def density(self) -> float:
+        """Share of the original weights that live, as last measured."""
+        return self.live_weights / self.weights
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool ``[rows, columns]``: the live blocks."""
+        return self.layer.layout.mask
+
+    def measure(self) -> None:
+        """Bring :attr:`live_weights` up to date. Syncs."""
+        self.live_weights = int((block_weights(self.layer) * self.mask).sum().item())
+
+    def protected(self, step: int) -> Tensor:
+        """Bool ``[rows, columns]``: blocks that may not go at ``step``; all before a gradient was seen."""
+        if not self.observations:
+            return self.mask.clone()
+        if self.protected_until is None:
+            return torch.zeros_like(self.mask)
+        return self.protected_until > step
+
+    def protect(self, blocks: Tensor, until: int) -> None:
+        """Let no event before step ``until`` remove ``blocks`` (bool ``[rows, columns]``)."""
+        previous = self.protected_until
+        if previous is None or previous.shape != blocks.shape:
+            previous = torch.zeros(blocks.shape, dtype=torch.int64, device=blocks.device)
+        self.protected_until = torch.where(blocks, until, previous.to(blocks.device))
+
+    def forget(self, blocks: Tensor) -> None:
+        """Start the score's statistics of ``blocks`` (bool ``[rows, columns]``) afresh."""
+        for key, tensor in self.statistics.items():
+            if key.startswith("block"):
+                tensor.masked_fill_(blocks.to(tensor.device), 0)
+
+    def keep(self, kept: Kept) -> None:
+        """Slice what is known after neurons were cut: what stays, in its new order."""
+        for key, tensor in self.statistics.items():
+            if key.startswith("block"):
+                tensor = tensor[kept.rows.to(tensor.device)][:, kept.columns.to(tensor.device)]
+            elif key.startswith("neuron"):
+                tensor = tensor[kept.neurons.to(tensor.device)]
+            self.statistics[key] = tensor
+        if (until := self.protected_until) is not None:
+            self.protected_until = until[kept.rows.to(until.device)][:, kept.columns.to(until.device)]

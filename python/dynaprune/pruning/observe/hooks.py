@@ -1,0 +1,86 @@
+"""Hooks on ``optimizer.step``: when gradients are ready, and when all that train the layers have stepped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+class StepHooks:
+    """Calls ``before(optimizer)`` when gradients are ready, and ``completed()`` when all have stepped.
+
+    ``before`` runs right before the update; with ``step(closure)`` after the closure, which is where backward
+    is. During the capture of a CUDA graph nothing runs.
+
+    Args:
+        refuse_in_backward: raise where a step is inside backward; otherwise nothing runs there.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        before: Callable[[torch.optim.Optimizer], None],
+        completed: Callable[[], None] | None = None,
+        *,
+        refuse_in_backward: bool = True,
+    ) -> None:
+        self._before, self._completed, self._refuses = before, completed, refuse_in_backward
+        self._waiting_for, self._stepped = len(optimizers), set[int]()
+        self._handles: list[Any] = []
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._pre))
+            self._handles.append(optimizer.register_step_post_hook(self._post))
+
+    def _pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_capturing():
+            return None
+        if in_backward():
+            if not self._refuses:
+                return None
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes after "
+                "the step, which must not happen there; step after backward"
+            )
+        # `step` is wrapped as a function of the class, so args[0] is the optimizer itself.
+        position = 1 if args and args[0] is optimizer else 0
+        closure = args[position] if len(args) > position else kwargs.get("closure")
+        if closure is None:
+            self._before(optimizer)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            self._before(optimizer)
+            return loss
+
+        if len(args) > position:
+            return (*args[:position], observed, *args[position + 1 :]), kwargs
+        return args, {**kwargs, "closure": observed}
+
+    def _post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._completed is None or is_capturing():
+            return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == self._waiting_for:
+            self._stepped.clear()
+            self._completed()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which case hooks must not touch anything."""
+    cuda = sys.modules.get("torch.cuda")
+    return cuda is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,174 @@
+"""``prepare``: dense layers become block-sparse, before an optimizer is built or the model wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from dynaprune.neurons.example_inputs import ExampleInputs
+from dynaprune.nn import BlockSparseLayer, swap_layers
+from dynaprune.nn.adapters import find_adapters
+from dynaprune.pruning.checks import refusals
+from dynaprune.pruning.checks.same_function import refuse_other_function, run_if_possible, weight_readers
+from dynaprune.pruning.checks.undo_swap import BeforeSwap
+from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.edit.stale_copies import CopyWatch
+
+CAME_DENSE = "the model came with block-sparse layers, and this one was dense"
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model with block-sparse layers that no pruner watches yet; ``attach`` takes it.
+
+    Attributes:
+        given: what was given to :func:`prepare`: the model, or what is around it.
+        model: the model itself.
+        exempt: layers that stay dense, with the reason.
+        swapped: layers that became block-sparse here; one that no optimizer holds becomes dense again.
+        example: inputs of the model; None takes a training batch.
+        compared: whether the model was seen to compute the same as before.
+    """
+
+    given: nn.Module
+    model: nn.Module
+    config: PruningConfig
+    exempt: Mapping[str, str]
+    swapped: tuple[str, ...]
+    example: ExampleInputs | None
+    compared: bool
+
+    def for_training(self, total_steps: int, batch_size: int | None) -> Prepared:
+        """The same, with these settings where the configuration left them open."""
+        return replace(self, config=self.config.for_training(total_steps, batch_size))
+
+
+def prepare(model: nn.Module, config: PruningConfig | None = None, *, example_inputs: Any = None) -> Prepared:
+    """Make the layers of ``model`` block-sparse, in place; build the optimizer afterwards, then ``attach``.
+
+    For training loops that load weights, wrap the model or build the optimizer between the two; ``attach``
+    does both. Parameters stay the same objects. A model that has block-sparse layers already (loaded, or
+    detached) keeps those.
+
+    Args:
+        model: on its device, with its weights.
+        config: default ``PruningConfig()``; ``total_steps`` may be left open until ``attach``.
+        example_inputs: what the model takes (a tensor, a tuple of arguments, or a mapping of keywords), to
+            compare it with itself before and after, and to trace it when neurons are cut; None takes a
+            training batch.
+
+    Raises:
+        TypeError, ValueError: what cannot be pruned, by name and with the reason; the model is as it was.
+    """
+    config = checked(config)
+    inner = refusals.unwrap_model(model)
+    example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+    candidates = find_candidates(inner, config)
+    before = BeforeSwap(list(candidates.dense.values()), [])
+    try:
+        return swap(model, inner, config, example, candidates, {})
+    except BaseException:
+        before.restore()
+        raise
+
+
+def checked(config: PruningConfig | None) -> PruningConfig:
+    """The configuration, or the default one; TypeError for something else."""
+    if config is None:
+        return PruningConfig()
+    if not isinstance(config, PruningConfig):
+        raise TypeError(f"expected a PruningConfig, got {type(config).__name__}")
+    return config
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Layers by name: the plain ones that may become block-sparse, those that are, and why others may not."""
+
+    dense: dict[str, Any]
+    sparse: dict[str, BlockSparseLayer]
+    adapters: dict[str, str]
+
+    @property
+    def weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Weights of all of them that are trained, by layer."""
+        dense = {n: m.weight for n, m in self.dense.items() if isinstance(m.weight, nn.Parameter)}
+        sparse = {n: layer.values for n, layer in self.sparse.items()}
+        return [(n, p) for n, p in {**dense, **sparse}.items() if p.requires_grad]
+
+
+def find_candidates(model: nn.Module, config: PruningConfig) -> Candidates:
+    """The layers of ``model`` that can be pruned.
+
+    Raises:
+        ValueError: merged adapters, or a model that another pruner watches.
+    """
+    found = find_adapters(model)
+    if found.merged:
+        raise ValueError(
+            f"cannot prune a model with merged adapters ({len(found.merged)}, the first at "
+            f"{found.merged[0]}): they could not be taken out of removed blocks again. Call "
+            "unmerge_adapter(), or merge_and_unload() to merge for good"
+        )
+    adapters = {n: why for n in found.layers if (why := found.reason(n, named=n in (config.include or ())))}
+    sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
+    for name, layer in sparse.items():
+        watch = getattr(layer, "copy_watch", None)
+        if isinstance(watch, CopyWatch) and watch.owned:
+            raise ValueError(
+                f"expected a model without a pruner, got one attached to {name}: detach it first"
+            )
+    kinds = config.layer_types
+    dense = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, kinds) and not isinstance(m, BlockSparseLayer) and n not in adapters
+    }
+    return Candidates(dense, sparse, adapters)
+
+
+def swap(
+    given: nn.Module,
+    model: nn.Module,
+    config: PruningConfig,
+    example: ExampleInputs | None,
+    candidates: Candidates,
+    exclude: Mapping[str, str],
+) -> Prepared:
+    """Swap the layers of ``candidates``, and compare what the model computes; nothing in a sparse model.
+
+    Args:
+        exclude: layers that stay dense, with the reason.
+    """
+    if candidates.sparse:
+        exempt = {**dict.fromkeys(candidates.dense, CAME_DENSE), **candidates.adapters}
+        return Prepared(given, model, config, exempt, (), example, True)
+    readers: dict[str, str] = {}
+    plain = None if example is None else run_if_possible(model, example)
+    if example is not None and plain is not None:
+        readers = weight_readers(model, example, candidates.dense)
+    entries = swap_layers(
+        model,
+        config.block_size,
+        types=config.layer_types,
+        include=config.include,
+        exclude=[*config.exclude, *exclude],
+        exempt=readers,
+    )
+    exempt = {e.name: exclude.get(e.name, e.reason) for e in entries if not e.swapped}
+    swapped = tuple(entry.name for entry in entries if entry.swapped)
+    refuse_unknown_floors(config, swapped)
+    if example is not None and plain is not None:
+        layers: Any = {name: model.get_submodule(name) for name in swapped}
+        refuse_other_function(model, example, layers, plain)
+    return Prepared(given, model, config, exempt, swapped, example, plain is not None)
+
+
+def refuse_unknown_floors(config: PruningConfig, names: tuple[str, ...]) -> None:
+    """Raise ValueError where a floor is of a layer that is not pruned."""
+    for name in config.floors:
+        if name not in names:
+            raise ValueError(f"expected floors of pruned layers ({', '.join(names)}), got one of {name!r}")

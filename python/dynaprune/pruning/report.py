@@ -1,0 +1,80 @@
+"""A pruner's report: what was removed, why, how it was tested and what it cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynaprune.pruning.decide.trial_rules import TrialState
+from dynaprune.pruning.decide.trials import Trials
+from dynaprune.pruning.standing import Standing
+from dynaprune.pruning.whole_model import report_layers
+
+_UNTESTED = "no trial was given: nothing was tested before it was removed"
+
+
+def report(pruner: Standing) -> dict[str, Any]:
+    """Plain values, fit for JSON. Measures the structure first."""
+    structure, ledger, observed = pruner.structure, pruner.ledger, pruner.observer.observed
+    structure.measure()
+    blocks = sum(state.layer.layout.live_count() for state in structure.layers.values())
+    seconds = ledger.seconds
+    return {
+        "sparsity": pruner.sparsity,
+        "sparsity_of_model": pruner.sparsity_of_model,
+        "target_sparsity": pruner.config.target_sparsity,
+        "target_reached": pruner.target_reached,
+        "steps": pruner.steps,
+        "blocks_total": structure.units,
+        "blocks_removed": structure.units - blocks,
+        "blocks_regrown": ledger.grown,
+        "neurons_removed": ledger.neurons,
+        "neurons_refused": dict(pruner.tracer.refused),
+        "neurons_ranked_by_blocks": structure.groups.unseen(),
+        "blocks_removed_with_neurons": ledger.with_neurons,
+        "removed_passed": ledger.passed,
+        "removed_forced": ledger.forced,
+        "removed_untested": ledger.untested,
+        "layers": report_layers(structure, pruner.exempt, ledger.size),
+        "parameters": {
+            "total": ledger.size.total,
+            "prunable": sum(ledger.size.layers[name] for name in structure.layers),
+            "other": ledger.size.other,
+            "live": pruner.live_parameters,
+        },
+        "trials": _trials(pruner.policy.trials, pruner.trial is not None, seconds),
+        "observing": {
+            "every": pruner.observer.every,
+            "observations": observed.observations,
+            "discarded": observed.discarded,
+            "gradients_are": observed.trouble or "usable",
+            "seconds": observed.seconds,
+            "share": _share(observed.seconds, seconds),
+        },
+        "gradients_discarded": observed.discarded,
+        "compactions": structure.compactions,
+        "structure_version": structure.version,
+        "structure_final": pruner.structure_final,
+        "history": [dict(row) for row in ledger.history],
+        "config": pruner.config.to_json(),
+    }
+
+
+def _trials(trials: Trials | None, given: bool, seconds: float) -> dict[str, Any]:
+    state = TrialState() if trials is None else trials.state
+    return {
+        "tested": given,
+        "note": "" if given else _UNTESTED,
+        "events": [] if trials is None else trials.events,
+        "count": state.events,
+        "accepted": state.accepted,
+        "allowance_spent": state.spent,
+        "smallest_sample": state.smallest_sample,
+        "samples_left_out": state.left_out,
+        "unusable": state.unusable,
+        "seconds": state.seconds,
+        "share": _share(state.seconds, seconds),
+    }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0

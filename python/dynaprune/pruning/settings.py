@@ -1,0 +1,140 @@
+"""The components of a ``PruningConfig``; each checks its own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from dynaprune.pruning.decide.allocation import ALLOCATIONS
+from dynaprune.pruning.decide.setting_checks import count, fraction, one_of, strings
+from dynaprune.pruning.observe.score import Score
+from dynaprune.pruning.observe.scores import SCORES, make_score
+from dynaprune_kernels.geometry import check_block
+
+COSTS = ("parameters", "flops")
+LAYER_TYPES = {"linear": nn.Linear, "conv2d": nn.Conv2d, "conv1d": nn.Conv1d}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far pruning goes, and when.
+
+    Args:
+        target_sparsity: share of the prunable weights to remove, in (0, 1). None: self-paced, the trial alone
+            decides.
+        total_steps: optimizer steps of the whole training; needed with a target. ``attach`` wants them here;
+            the callbacks for the Trainer and for Lightning ask their trainer.
+        start, end: the schedule's span as fractions of ``total_steps``, ``0 <= start < end <= 0.6``.
+        interval: steps between pruning events. None: twenty events between ``start`` and ``end``, fewer (at
+            least ten) where trials would cost more than 5% of training (needs ``batch_size``); 50 when
+            self-paced.
+        self_paced_share: share of the live units that one self-paced event may remove.
+        batch_size: samples per step, for the default interval only.
+    """
+
+    target_sparsity: float | None = 0.8
+    total_steps: int | None = None
+    start: float = 0.05
+    end: float = 0.5
+    interval: int | None = None
+    self_paced_share: float = 0.1
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_sparsity is not None:
+            fraction("target_sparsity", self.target_sparsity)
+        for name in ("total_steps", "interval", "batch_size"):
+            count(name, getattr(self, name), optional=True)
+        fraction("start", self.start, zero=True)
+        fraction("end", self.end)
+        if not self.start < self.end <= 0.6:
+            raise ValueError(f"expected 0 <= start < end <= 0.6, got start {self.start} and end {self.end}")
+        fraction("self_paced_share", self.self_paced_share)
+
+
+@dataclass(frozen=True)
+class Regrowth:
+    """What returns.
+
+    Args:
+        regrow: fraction of the removed blocks that returns per event, cosine-annealed to 0 at ``end``; 0:
+            none.
+    """
+
+    regrow: float = 0.0
+
+    def __post_init__(self) -> None:
+        fraction("regrow", self.regrow, zero=True)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which layers are pruned, in which blocks, and what may leave them.
+
+    Args:
+        block_size: outputs and inputs per block, 8 to 128; one number for square blocks.
+        types: layer types to prune, of "linear", "conv2d" and "conv1d".
+        include, exclude: layer names, parents' names or ``re:`` patterns (see ``dynaprune.nn.swap_layers``).
+        floor: least density that any layer keeps, in [0, 1).
+        floors: other floors by layer name.
+        neurons: cut dead neurons out of the network, which changes nothing that it computes.
+        compact: drop free slots from weights, gradients and optimizer state as the network shrinks.
+    """
+
+    block_size: int | tuple[int, int] = 32
+    types: Sequence[str] = ("linear", "conv2d", "conv1d")
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    floor: float = 0.02
+    floors: Mapping[str, float] = field(default_factory=dict)
+    neurons: bool = True
+    compact: bool = True
+
+    def __post_init__(self) -> None:
+        check_block(self.block_size)
+        fraction("floor", self.floor, zero=True)
+        if not isinstance(self.floors, Mapping):
+            raise TypeError(f"expected floors as a mapping of layer names to densities, got {self.floors!r}")
+        for name, floor in self.floors.items():
+            fraction(f"floors[{name!r}]", floor, zero=True, one=True)
+        for name in ("types", "include", "exclude"):
+            if not (name == "include" and self.include is None):
+                strings(name, getattr(self, name))
+        for name in self.types:
+            one_of("types", name, tuple(LAYER_TYPES))
+        if not self.types:
+            raise ValueError(f"expected at least one of {', '.join(LAYER_TYPES)} in types, got none")
+        for name in ("neurons", "compact"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"expected {name} to be True or False, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What goes first.
+
+    Args:
+        score: one of ``SCORES``, or a ``dynaprune.Score`` of your own.
+        score_decay: decay per observation of a built-in score's exponential mean, in [0, 1).
+        allocation: how removals spread over layers: one of ``ALLOCATIONS``.
+        cost: rank by score per parameter or per FLOP saved.
+        seed: of random scores and random ties.
+    """
+
+    score: str | Score = "second_moment"
+    score_decay: float = 0.99
+    allocation: str = "global"
+    cost: str = "parameters"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.score, str):
+            one_of("score", self.score, tuple(SCORES))
+        else:
+            make_score(self.score)
+        fraction("score_decay", self.score_decay, zero=True)
+        one_of("allocation", self.allocation, ALLOCATIONS)
+        one_of("cost", self.cost, COSTS)
+        count("seed", self.seed, least=0)

@@ -1,0 +1,93 @@
+"""What a policy sees of a structure, and the losses of a trial without some of its blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+from torch import Tensor
+
+from dynaprune.neurons.tracer import NeuronTracer
+from dynaprune.nn.calibration_mode import calibration_mode
+from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.decide.neuron_order import GroupFigures, NeuronFigures
+from dynaprune.pruning.decide.policy import LayerView, View
+from dynaprune.pruning.decide.trial import Losses, Trial
+from dynaprune.pruning.edit.layer_state import LayerState
+from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.observe.score import Score
+
+
+def view_of(
+    structure: Structure,
+    score: Score,
+    trial: Trial | None,
+    tracer: NeuronTracer,
+    config: PruningConfig,
+    step: int,
+) -> View:
+    """The structure after ``step`` optimizer steps, read-only; scores are computed when asked for."""
+
+    def neurons() -> NeuronFigures | None:
+        groups = tracer.groups()
+        if groups is None:
+            return None
+        if not score.of_gates:
+            by_row = {name: score.neuron_scores(state) for name, state in structure.layers.items()}
+            return NeuronFigures(structure.model, groups, GroupFigures((), by_row, structure.tokens))
+        structure.groups.watch(structure.model, groups, structure.optimizers)
+        figures = GroupFigures(structure.groups.scores(score), None, structure.tokens)
+        return NeuronFigures(structure.model, groups, figures)
+
+    return View(
+        step,
+        {
+            name: _layer(state, score, config.floor_of(name), structure.flops_per_block(state), step)
+            for name, state in structure.layers.items()
+        },
+        structure.units,
+        structure.live_units,
+        None if trial is None else losses_without(structure, trial),
+        neurons,
+    )
+
+
+def _layer(state: LayerState, score: Score, floor: float, flops: float, step: int) -> LayerView:
+    return LayerView(
+        mask=state.mask.clone(),
+        protected=state.protected(step),
+        probe=None if state.probe is None else state.probe.clone(),
+        capacity=state.layer.layout.capacity,
+        original=state.original,
+        floor=max(1, math.ceil(floor * state.layer.layout.blocks)),
+        floor_share=floor,
+        flops_per_block=flops,
+        scores=lambda live: score.scores(state, live),
+        neuron_scores=lambda: score.neuron_scores(state),
+    )
+
+
+def losses_without(structure: Structure, trial: Trial) -> Callable[[Mapping[str, Tensor]], Losses]:
+    """``losses(masks)`` of one event: the trial's, with the blocks of ``masks`` suspended.
+
+    The first call draws the event's samples. Values and slots stay as they are.
+    """
+    drawn = False
+
+    def losses(masks: Mapping[str, Tensor]) -> Losses:
+        nonlocal drawn
+        if not drawn:
+            trial.redraw()
+            drawn = True
+        layouts = [(structure.layers[name].layer.layout, blocks) for name, blocks in masks.items()]
+        try:
+            for layout, blocks in layouts:
+                layout.suspend_(blocks)
+            with nullcontext() if trial.isolates_itself else calibration_mode(structure.model):
+                return trial()
+        finally:
+            for layout, _ in layouts:
+                layout.resume_()
+
+    return losses
