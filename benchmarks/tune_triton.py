@@ -57,7 +57,7 @@ def cases(quick: bool, dtypes: list[str], blocks: list[int], densities: list[flo
 def candidates(problem: Problem, device: Device, quick: bool = False) -> list[Tile]:
     """Configurations worth a try, the default first; all fit the device's shared memory."""
     default = config.default_tile(problem, device)
-    bi, bo = config.block_of(problem)
+    bo, bi = config.block_of(problem)
     hopper = device.capability >= 90
     if config.is_wgrad(problem.op):
         rows, stages = (32, 64, 128), (3, 4)

@@ -151,9 +151,9 @@ def block_saliency(values: Tensor, grad: Tensor, layout: BlockLayout) -> BlockSa
             f"expected a gradient like the values {tuple(values.shape)} {values.dtype} {values.device}, "
             f"got {tuple(grad.shape)} {grad.dtype} {grad.device}"
         )
-    if values.shape != (layout.capacity, layout.block[1], layout.block[0]):
+    if values.shape != (layout.capacity, layout.block.inputs, layout.block.outputs):
         raise ValueError(
-            f"expected values of shape {(layout.capacity, layout.block[1], layout.block[0])}, "
+            f"expected values of shape {(layout.capacity, layout.block.inputs, layout.block.outputs)}, "
             f"got {tuple(values.shape)}"
         )
     stats, neuron = torch.ops.dynaprune.block_saliency(

@@ -22,7 +22,9 @@ class Block(NamedTuple):
 
     @staticmethod
     def of(values: Tensor) -> Block:
-        """The block that ``values [capacity, bi, bo]`` store."""
+        """The block that ``values [capacity, bi, bo]`` store; ValueError for another number of dimensions."""
+        if values.dim() != 3:
+            raise ValueError(f"expected values [capacity, bi, bo], got shape {list(values.shape)}")
         return Block(values.shape[2], values.shape[1])
 
 
@@ -89,7 +91,8 @@ def check_block(block: int | tuple[int, int]) -> Block:
 
 def linear_grid(out_features: int, in_features: int, block: tuple[int, int]) -> tuple[int, int]:
     """Block rows and block columns of a ``[out_features, in_features]`` weight."""
-    return ceil_div(out_features, block[0]), ceil_div(in_features, block[1])
+    bo, bi = block
+    return ceil_div(out_features, bo), ceil_div(in_features, bi)
 
 
 def conv_grid(
@@ -100,16 +103,17 @@ def conv_grid(
     Raises:
         ValueError: channels that the groups do not divide, or groups whose outputs the block does not divide.
     """
+    bo, bi = block
     if out_channels % conv.groups or in_channels % conv.groups:
         raise ValueError(
             f"expected channels divisible by groups={conv.groups}, got {in_channels} in, {out_channels} out"
         )
-    if conv.groups > 1 and (out_channels // conv.groups) % block[0]:
+    if conv.groups > 1 and (out_channels // conv.groups) % bo:
         raise ValueError(
             f"expected out_channels / groups ({out_channels // conv.groups}) to be a multiple of the "
-            f"block's outputs ({block[0]}): a block may not straddle two groups"
+            f"block's outputs ({bo}): a block may not straddle two groups"
         )
-    return ceil_div(out_channels, block[0]), conv.taps * ceil_div(in_channels // conv.groups, block[1])
+    return ceil_div(out_channels, bo), conv.taps * ceil_div(in_channels // conv.groups, bi)
 
 
 def padding_ratio(out_features: int, in_features: int, block: tuple[int, int]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynaprune_kernels import index_check
 from dynaprune_kernels.backends.memory import with_memory
-from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+from dynaprune_kernels.geometry import Block, ConvGeometry, ceil_div
 from dynaprune_kernels.index import (
     N_LIVE,
     N_SLOTS,
@@ -80,7 +80,6 @@ def dense_to_blocks(weight: Tensor, block: tuple[int, int], conv: ConvGeometry |
 
     Args:
         weight: ``[out, in]``, or ``[out, in / groups, kh, kw]`` with ``conv``.
-        block: ``(bo, bi)``.
     """
     bo, bi = block
     if conv is not None:
@@ -116,14 +115,13 @@ def dense_weight(
     values: Tensor, index: Tensor, out_features: int, in_features: int, conv: ConvGeometry | None = None
 ) -> Tensor:
     """The dense weight of the live blocks: ``[out, in]`` or ``[out, in / groups, kh, kw]``."""
-    rows, columns = _grid(values.shape[2], values.shape[1], out_features, in_features, conv)
+    rows, columns = _grid(Block.of(values), out_features, in_features, conv)
     blocks = _blocks_by_position(values, index, rows, columns, column_lists(columns, conv))
     return blocks_to_dense(blocks, out_features, in_features, conv)
 
 
-def _grid(
-    bo: int, bi: int, out_features: int, in_features: int, conv: ConvGeometry | None
-) -> tuple[int, int]:
+def _grid(block: Block, out_features: int, in_features: int, conv: ConvGeometry | None) -> tuple[int, int]:
+    bo, bi = block
     taps = 1 if conv is None else conv.taps
     return ceil_div(out_features, bo), taps * ceil_div(in_features, bi)
 
@@ -143,7 +141,7 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) ->
 
 
 @with_memory
-def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int]) -> Tensor:
+def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block) -> Tensor:
     """``dW = dy^T x`` at live blocks, ``[capacity, bi, bo]``, zeros in unlisted slots and in padding."""
     return _wgrad_from_dense(dy.t() @ x, index, capacity, block, None)
 
@@ -155,9 +153,7 @@ def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) 
 
 
 @with_memory
-def linear_probe(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
-) -> Tensor:
+def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, probe: Tensor) -> Tensor:
     """Squared norm of the dense gradient at each block that is not live, ``[rows * columns]``; else zeros.
 
     All zeros while the bool ``probe`` is false.
@@ -220,7 +216,7 @@ def conv2d_dgrad(
 
 @with_memory
 def conv2d_wgrad(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, conv: ConvGeometry
 ) -> Tensor:
     """Gradient of the values at live blocks, ``[capacity, bi, bo]``, zeros in unlisted slots and padding."""
     return _wgrad_from_dense(_dense_conv_wgrad(dy, x, conv), index, capacity, block, conv)
@@ -240,7 +236,7 @@ def conv2d_probe(
     x: Tensor,
     index: Tensor,
     capacity: int,
-    block: tuple[int, int],
+    block: Block,
     conv: ConvGeometry,
     probe: Tensor,
 ) -> Tensor:
@@ -281,22 +277,21 @@ def _convolution_backward(
 
 
 def _wgrad_from_dense(
-    grad: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry | None
+    grad: Tensor, index: Tensor, capacity: int, block: Block, conv: ConvGeometry | None
 ) -> Tensor:
-    bi, bo = block
-    rows, columns = _grid(bo, bi, grad.shape[0], grad.shape[1], conv)
-    blocks = dense_to_blocks(grad, (bo, bi), conv)
+    rows, columns = _grid(block, grad.shape[0], grad.shape[1], conv)
+    blocks = dense_to_blocks(grad, block, conv)
     return _blocks_by_slot(blocks, index, rows, columns, capacity, column_lists(columns, conv))
 
 
 def _wgrad_saliency_from_dense(
     grad: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry | None
 ) -> tuple[Tensor, Tensor]:
-    capacity, bi, bo = values.shape
+    block = Block.of(values)
     accumulate = _accumulator(values.dtype)
     weight = dense_weight(values, index, grad.shape[0], grad.shape[1], conv)
-    signed = dense_to_blocks(weight.to(accumulate) * grad.to(accumulate), (bo, bi), conv).sum((1, 2))
-    return _wgrad_from_dense(grad, index, capacity, (bi, bo), conv), signed
+    signed = dense_to_blocks(weight.to(accumulate) * grad.to(accumulate), block, conv).sum((1, 2))
+    return _wgrad_from_dense(grad, index, values.shape[0], block, conv), signed
 
 
 def _is_off(probe: Tensor) -> bool:
@@ -305,9 +300,9 @@ def _is_off(probe: Tensor) -> bool:
 
 
 def _no_probe(
-    out_features: int, in_features: int, block: tuple[int, int], conv: ConvGeometry | None, x: Tensor
+    out_features: int, in_features: int, block: Block, conv: ConvGeometry | None, x: Tensor
 ) -> Tensor:
-    rows, columns = _grid(block[1], block[0], out_features, in_features, conv)
+    rows, columns = _grid(block, out_features, in_features, conv)
     return x.new_zeros(rows * columns, dtype=_accumulator(x.dtype))
 
 
@@ -315,13 +310,12 @@ def _probe_from_dense(
     grad: Tensor,
     index: Tensor,
     capacity: int,
-    block: tuple[int, int],
+    block: Block,
     conv: ConvGeometry | None,
     probe: Tensor,
 ) -> Tensor:
-    bi, bo = block
-    rows, columns = _grid(bo, bi, grad.shape[0], grad.shape[1], conv)
-    norms = dense_to_blocks(grad, (bo, bi), conv).to(_accumulator(grad.dtype)).square().sum((1, 2))
+    rows, columns = _grid(block, grad.shape[0], grad.shape[1], conv)
+    norms = dense_to_blocks(grad, block, conv).to(_accumulator(grad.dtype)).square().sum((1, 2))
     live = _live(index, rows, columns, capacity, column_lists(columns, conv))
     return norms.masked_fill(live | ~probe, 0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynaprune_kernels import _extension
-from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+from dynaprune_kernels.geometry import Block, ConvGeometry, ceil_div
 
 _raw = torch.ops.dynaprune_cpu
 
@@ -30,20 +30,20 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) ->
     return _raw.linear_dgrad(dy, values, index, in_features)
 
 
-def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int]) -> Tensor:
-    return _raw.linear_wgrad(dy, x, index, capacity, *block)
+def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block) -> Tensor:
+    bo, bi = block
+    return _raw.linear_wgrad(dy, x, index, capacity, bi, bo)
 
 
 def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return _raw.linear_wgrad_saliency(dy, x, values, index)
 
 
-def linear_probe(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
-) -> Tensor:
+def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, probe: Tensor) -> Tensor:
+    bo, bi = block
     if not probe:
-        return _no_probe(ceil_div(dy.shape[1], block[1]) * ceil_div(x.shape[1], block[0]), x)
-    return _raw.linear_probe(dy, x, index, *block)
+        return _no_probe(ceil_div(dy.shape[1], bo) * ceil_div(x.shape[1], bi), x)
+    return _raw.linear_probe(dy, x, index, bi, bo)
 
 
 def conv2d_forward(
@@ -70,9 +70,10 @@ def conv2d_dgrad(
 
 
 def conv2d_wgrad(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, conv: ConvGeometry
 ) -> Tensor:
-    return _raw.conv2d_wgrad(dy, x, index, capacity, *block, conv)
+    bo, bi = block
+    return _raw.conv2d_wgrad(dy, x, index, capacity, bi, bo, conv)
 
 
 def conv2d_wgrad_saliency(
@@ -86,14 +87,15 @@ def conv2d_probe(
     x: Tensor,
     index: Tensor,
     capacity: int,
-    block: tuple[int, int],
+    block: Block,
     conv: ConvGeometry,
     probe: Tensor,
 ) -> Tensor:
+    bo, bi = block
     if not probe:
-        columns = conv.taps * ceil_div(x.shape[1] // conv.groups, block[0])
-        return _no_probe(ceil_div(dy.shape[1], block[1]) * columns, x)
-    return _raw.conv2d_probe(dy, x, index, *block, conv)
+        columns = conv.taps * ceil_div(x.shape[1] // conv.groups, bi)
+        return _no_probe(ceil_div(dy.shape[1], bo) * columns, x)
+    return _raw.conv2d_probe(dy, x, index, bi, bo, conv)
 
 
 def _no_probe(blocks: int, x: Tensor) -> Tensor:

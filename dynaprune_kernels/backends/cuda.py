@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dynaprune_kernels import _extension
-from dynaprune_kernels.backends.alignment import aligned_blocks, aligned_channels, aligned_rows, image, pixels
+from dynaprune_kernels.backends.alignment import aligned_blocks, aligned_channels, aligned_rows
 from dynaprune_kernels.backends.precision import tf32_allowed
-from dynaprune_kernels.geometry import ConvGeometry
+from dynaprune_kernels.geometry import Block, ConvGeometry
 from dynaprune_kernels.memory_format import in_format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -26,13 +26,13 @@ def why_not(
     device_type: str,
     capability: int | None,
     dtype: torch.dtype,
-    block: tuple[int, int] | None = None,
+    block: Block | None = None,
 ) -> str | None:
     """The reason why the CUDA kernels cannot run ``op``; None if they can.
 
     Args:
         capability: of the device, 10 x major + minor; None where it is not known.
-        block: the two sizes of a block, None for ops that do not depend on them.
+        block: None for ops that do not depend on them.
     """
     if device_type != "cuda":
         return f"the cuda kernels run on CUDA tensors, got {device_type}"
@@ -119,9 +119,10 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) ->
     )
 
 
-def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int]) -> Tensor:
+def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block) -> Tensor:
+    bo, bi = block
     return _raw().linear_wgrad(
-        aligned_rows(dy), aligned_rows(x), index, capacity, *block, x.shape[1], dy.shape[1],
+        aligned_rows(dy), aligned_rows(x), index, capacity, bi, bo, x.shape[1], dy.shape[1],
         tf32_allowed(conv=False),
     )  # fmt: skip
 
@@ -133,11 +134,10 @@ def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) 
     )  # fmt: skip
 
 
-def linear_probe(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
-) -> Tensor:
+def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, probe: Tensor) -> Tensor:
+    bo, bi = block
     return _raw().linear_probe(
-        aligned_rows(dy), aligned_rows(x), index, capacity, *block, x.shape[1], dy.shape[1], probe,
+        aligned_rows(dy), aligned_rows(x), index, capacity, bi, bo, x.shape[1], dy.shape[1], probe,
         tf32_allowed(conv=False),
     )  # fmt: skip
 
@@ -151,9 +151,6 @@ def conv2d_forward(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
-    if conv.pointwise:
-        y = image(linear_forward(pixels(x), values, bias, index, out_channels), x.shape)
-        return in_format(y, channels_last)
     y = _raw().conv2d_forward(
         aligned_channels(x, conv.groups), aligned_blocks(values), bias, index, x.shape[1], out_channels, conv,
         tf32_allowed(conv=True),
@@ -169,10 +166,6 @@ def conv2d_dgrad(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
-    if conv.pointwise:
-        return in_format(
-            image(linear_dgrad(pixels(dy), values, index, input_size[1]), dy.shape), channels_last
-        )
     dx = _raw().conv2d_dgrad(
         aligned_channels(dy), aligned_blocks(values), index, dy.shape[1], input_size, conv,
         tf32_allowed(conv=True),
@@ -181,12 +174,11 @@ def conv2d_dgrad(
 
 
 def conv2d_wgrad(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, conv: ConvGeometry
 ) -> Tensor:
-    if conv.pointwise:
-        return linear_wgrad(pixels(dy), pixels(x), index, capacity, block)
+    bo, bi = block
     return _raw().conv2d_wgrad(
-        aligned_channels(dy), aligned_channels(x, conv.groups), index, capacity, *block, x.shape[1],
+        aligned_channels(dy), aligned_channels(x, conv.groups), index, capacity, bi, bo, x.shape[1],
         dy.shape[1], conv, tf32_allowed(conv=True),
     )  # fmt: skip
 
@@ -194,8 +186,6 @@ def conv2d_wgrad(
 def conv2d_wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
-    if conv.pointwise:
-        return linear_wgrad_saliency(pixels(dy), pixels(x), values, index)
     return _raw().conv2d_wgrad_saliency(
         aligned_channels(dy), aligned_channels(x, conv.groups), aligned_blocks(values), index, x.shape[1],
         dy.shape[1], conv, tf32_allowed(conv=True),
@@ -207,14 +197,13 @@ def conv2d_probe(
     x: Tensor,
     index: Tensor,
     capacity: int,
-    block: tuple[int, int],
+    block: Block,
     conv: ConvGeometry,
     probe: Tensor,
 ) -> Tensor:
-    if conv.pointwise:
-        return linear_probe(pixels(dy), pixels(x), index, capacity, block, probe)
+    bo, bi = block
     return _raw().conv2d_probe(
-        aligned_channels(dy), aligned_channels(x, conv.groups), index, capacity, *block, x.shape[1],
+        aligned_channels(dy), aligned_channels(x, conv.groups), index, capacity, bi, bo, x.shape[1],
         dy.shape[1], conv, probe, tf32_allowed(conv=True),
     )  # fmt: skip
 

@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 import torch
 
+from dynaprune_kernels.geometry import Block
+
 
 class Problem(NamedTuple):
     """One call of an op.
 
     Attributes:
         op: a function name of the backend modules; ``linear_wgrad`` also stands for wgrad with saliency.
-        block: ``(bi, bo)``, None for ops that do not depend on it.
+        block: None for ops that do not depend on it.
         rows: tokens, or batch x height x width.
         outputs: of the weight.
         inputs: of the weight, those of one group times the taps for a convolution.
@@ -21,7 +23,7 @@ class Problem(NamedTuple):
 
     op: str
     dtype: torch.dtype
-    block: tuple[int, int] | None = None
+    block: Block | None = None
     rows: int = 0
     outputs: int = 0
     inputs: int = 0
@@ -32,4 +34,5 @@ class Problem(NamedTuple):
         """Share of the dense weight that the capacity holds."""
         if self.block is None:
             return 0.0
-        return self.capacity * self.block[0] * self.block[1] / max(self.outputs * self.inputs, 1)
+        bo, bi = self.block
+        return self.capacity * bo * bi / max(self.outputs * self.inputs, 1)

@@ -4,8 +4,8 @@ formula.
 Schemas are defined in Python and not in C++, so that the same ops exist without the compiled extension.
 ``index`` is the packed index of a :class:`~dynaprune_kernels.layout.BlockLayout`; ``conv`` are the nine ints
 of a
-:class:`~dynaprune_kernels.geometry.ConvGeometry`; ``block`` is ``(bi, bo)``, the last two sizes of
-``values``.
+:class:`~dynaprune_kernels.geometry.ConvGeometry`; ``block`` are the two of a
+:class:`~dynaprune_kernels.geometry.Block`.
 
 ``tap`` is a float ``[2, rows * columns]`` leaf whose *gradient* carries what only backward can see: row 0
 the signed sum of weight x gradient of each live block, row 1 the squared norm of the dense gradient at each

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
+from dynaprune_kernels.backends.pointwise import OverPixels, convolutions
 from dynaprune_kernels.backends.problem import Problem
-from dynaprune_kernels.geometry import ConvGeometry
+from dynaprune_kernels.geometry import Block, ConvGeometry
 from dynaprune_kernels.memory_format import new_image, suggests_channels_last
 from dynaprune_kernels.ops.registration import (
     OPS,
@@ -52,15 +54,16 @@ define(
 
 
 def _backend(
-    op: str, x: Tensor, outputs: int, channels: int, capacity: int, block: Any, conv: list[int]
-) -> ModuleType:
-    if ConvGeometry(*conv).pointwise:
+    op: str, x: Tensor, outputs: int, channels: int, capacity: int, block: Block, conv: ConvGeometry
+) -> ModuleType | OverPixels:
+    if conv.pointwise:
         op = op.replace("conv2d", "linear")
-    inputs = channels // conv[8] * conv[0] * conv[1]
-    return select(Problem(op, x.dtype, tuple(block), _positions(x), outputs, inputs, capacity), x.device)
+    inputs = channels // conv.groups * conv.taps
+    problem = Problem(op, x.dtype, block, _positions(x), outputs, inputs, capacity)
+    return convolutions(select(problem, x.device), conv)
 
 
-def _blocks(dy: Tensor, x: Tensor, block: Any, conv: list[int]) -> int:
+def _blocks(dy: Tensor, x: Tensor, block: Sequence[int], conv: list[int]) -> int:
     return weight_blocks(dy.shape[1], x.shape[1] // conv[8], block, conv[0] * conv[1])
 
 
@@ -80,8 +83,11 @@ def _forward(
     probe: Tensor | None = None,
     channels_last: bool = True,
 ) -> Tensor:
-    backend = _backend("conv2d_forward", x, out_channels, x.shape[1], values.shape[0], values.shape[1:], conv)
-    return backend.conv2d_forward(x, values, bias, index, out_channels, ConvGeometry(*conv), channels_last)
+    geometry = ConvGeometry(*conv)
+    backend = _backend(
+        "conv2d_forward", x, out_channels, x.shape[1], values.shape[0], Block.of(values), geometry
+    )
+    return backend.conv2d_forward(x, values, bias, index, out_channels, geometry, channels_last)
 
 
 @implement("block_sparse_conv2d_dgrad")
@@ -93,32 +99,38 @@ def _dgrad(
     conv: list[int],
     channels_last: bool = True,
 ) -> Tensor:
+    geometry = ConvGeometry(*conv)
     backend = _backend(
-        "conv2d_dgrad", dy, dy.shape[1], input_size[1], values.shape[0], values.shape[1:], conv
+        "conv2d_dgrad", dy, dy.shape[1], input_size[1], values.shape[0], Block.of(values), geometry
     )
-    return backend.conv2d_dgrad(dy, values, index, input_size, ConvGeometry(*conv), channels_last)
+    return backend.conv2d_dgrad(dy, values, index, input_size, geometry, channels_last)
 
 
 @implement("block_sparse_conv2d_wgrad")
 def _wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], conv: list[int]) -> Tensor:
-    backend = _backend("conv2d_wgrad", x, dy.shape[1], x.shape[1], capacity, block, conv)
-    return backend.conv2d_wgrad(dy, x, index, capacity, block, ConvGeometry(*conv))
+    geometry = ConvGeometry(*conv)
+    backend = _backend("conv2d_wgrad", x, dy.shape[1], x.shape[1], capacity, Block(*block), geometry)
+    return backend.conv2d_wgrad(dy, x, index, capacity, Block(*block), geometry)
 
 
 @implement("block_sparse_conv2d_wgrad_saliency")
 def _wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: list[int]
 ) -> tuple[Tensor, Tensor]:
-    backend = _backend("conv2d_wgrad", x, dy.shape[1], x.shape[1], values.shape[0], values.shape[1:], conv)
-    return backend.conv2d_wgrad_saliency(dy, x, values, index, ConvGeometry(*conv))
+    geometry = ConvGeometry(*conv)
+    backend = _backend(
+        "conv2d_wgrad", x, dy.shape[1], x.shape[1], values.shape[0], Block.of(values), geometry
+    )
+    return backend.conv2d_wgrad_saliency(dy, x, values, index, geometry)
 
 
 @implement("conv2d_gradient_probe")
 def _probe(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], conv: list[int], probe: Tensor
 ) -> Tensor:
-    backend = _backend("conv2d_probe", x, dy.shape[1], x.shape[1], capacity, block, conv)
-    return backend.conv2d_probe(dy, x, index, capacity, block, ConvGeometry(*conv), probe)
+    geometry = ConvGeometry(*conv)
+    backend = _backend("conv2d_probe", x, dy.shape[1], x.shape[1], capacity, Block(*block), geometry)
+    return backend.conv2d_probe(dy, x, index, capacity, Block(*block), geometry, probe)
 
 
 @fake("block_sparse_conv2d")
@@ -136,12 +148,12 @@ def _(dy, values, index, input_size, conv, channels_last=True):  # type: ignore[
 
 @fake("block_sparse_conv2d_wgrad")
 def _(dy, x, index, capacity, block, conv):  # type: ignore[no-untyped-def]
-    return x.new_empty(capacity, *block)
+    return x.new_empty(capacity, block[1], block[0])
 
 
 @fake("block_sparse_conv2d_wgrad_saliency")
 def _(dy, x, values, index, conv):  # type: ignore[no-untyped-def]
-    blocks = _blocks(dy, x, values.shape[1:], conv)
+    blocks = _blocks(dy, x, Block.of(values), conv)
     return values.new_empty(values.shape), values.new_empty(blocks, dtype=accumulator(values.dtype))
 
 
@@ -171,11 +183,11 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         probed = None
         if probe is not None:
             probed = OPS.conv2d_gradient_probe(
-                dy, x, index, values.shape[0], values.shape[1:], ctx.conv, probe
+                dy, x, index, values.shape[0], Block.of(values), ctx.conv, probe
             )
         dtap = tap_gradient(signed, probed)
     elif ctx.needs_input_grad[1]:
-        dw = OPS.block_sparse_conv2d_wgrad(dy, x, index, values.shape[0], values.shape[1:], ctx.conv)
+        dw = OPS.block_sparse_conv2d_wgrad(dy, x, index, values.shape[0], Block.of(values), ctx.conv)
     if ctx.needs_input_grad[2]:
         db = dy.sum((0, 2, 3))
     return dx, dw, db, None, None, None, dtap, None, None
@@ -194,7 +206,7 @@ def _dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
             ddx, values, None, index, dy.shape[1], ctx.conv, None, None, ctx.channels_last
         )
     if ctx.needs_input_grad[1]:
-        dw = OPS.block_sparse_conv2d_wgrad(dy, ddx, index, values.shape[0], values.shape[1:], ctx.conv)
+        dw = OPS.block_sparse_conv2d_wgrad(dy, ddx, index, values.shape[0], Block.of(values), ctx.conv)
     return ddy, dw, None, None, None, None
 
 
@@ -226,12 +238,12 @@ no_autograd("conv2d_gradient_probe")
 flops(
     OPS.block_sparse_conv2d,
     lambda x, values, bias, index, *_, out_val, **__: live_flops(
-        index, values.shape[1:], _positions(out_val)
+        index, Block.of(values), _positions(out_val)
     ),
 )
 flops(
     OPS.block_sparse_conv2d_dgrad,
-    lambda dy, values, index, *_, **__: live_flops(index, values.shape[1:], _positions(dy)),
+    lambda dy, values, index, *_, **__: live_flops(index, Block.of(values), _positions(dy)),
 )
 flops(
     OPS.block_sparse_conv2d_wgrad,
@@ -239,7 +251,7 @@ flops(
 )
 flops(
     OPS.block_sparse_conv2d_wgrad_saliency,
-    lambda dy, x, values, index, *_, **__: live_flops(index, values.shape[1:], _positions(dy)),
+    lambda dy, x, values, index, *_, **__: live_flops(index, Block.of(values), _positions(dy)),
 )
 flops(
     OPS.conv2d_gradient_probe,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
 from dynaprune_kernels.backends.problem import Problem
+from dynaprune_kernels.geometry import Block
 from dynaprune_kernels.ops.registration import (
     OPS,
     accumulator,
@@ -41,11 +43,11 @@ define(
 )
 
 
-def _backend(op: str, x: Tensor, outputs: int, inputs: int, capacity: int, block: Any) -> ModuleType:
-    return select(Problem(op, x.dtype, tuple(block), x.shape[0], outputs, inputs, capacity), x.device)
+def _backend(op: str, x: Tensor, outputs: int, inputs: int, capacity: int, block: Block) -> ModuleType:
+    return select(Problem(op, x.dtype, block, x.shape[0], outputs, inputs, capacity), x.device)
 
 
-def _blocks(dy: Tensor, x: Tensor, block: Any) -> int:
+def _blocks(dy: Tensor, x: Tensor, block: Sequence[int]) -> int:
     return weight_blocks(dy.shape[1], x.shape[1], block)
 
 
@@ -59,32 +61,32 @@ def _forward(
     tap: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> Tensor:
-    backend = _backend("linear_forward", x, out_features, x.shape[1], values.shape[0], values.shape[1:])
+    backend = _backend("linear_forward", x, out_features, x.shape[1], values.shape[0], Block.of(values))
     return backend.linear_forward(x, values, bias, index, out_features)
 
 
 @implement("block_sparse_linear_dgrad")
 def _dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) -> Tensor:
-    backend = _backend("linear_dgrad", dy, dy.shape[1], in_features, values.shape[0], values.shape[1:])
+    backend = _backend("linear_dgrad", dy, dy.shape[1], in_features, values.shape[0], Block.of(values))
     return backend.linear_dgrad(dy, values, index, in_features)
 
 
 @implement("block_sparse_linear_wgrad")
 def _wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int]) -> Tensor:
-    backend = _backend("linear_wgrad", x, dy.shape[1], x.shape[1], capacity, block)
-    return backend.linear_wgrad(dy, x, index, capacity, block)
+    backend = _backend("linear_wgrad", x, dy.shape[1], x.shape[1], capacity, Block(*block))
+    return backend.linear_wgrad(dy, x, index, capacity, Block(*block))
 
 
 @implement("block_sparse_linear_wgrad_saliency")
 def _wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    backend = _backend("linear_wgrad", x, dy.shape[1], x.shape[1], values.shape[0], values.shape[1:])
+    backend = _backend("linear_wgrad", x, dy.shape[1], x.shape[1], values.shape[0], Block.of(values))
     return backend.linear_wgrad_saliency(dy, x, values, index)
 
 
 @implement("linear_gradient_probe")
 def _probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], probe: Tensor) -> Tensor:
-    backend = _backend("linear_probe", x, dy.shape[1], x.shape[1], capacity, block)
-    return backend.linear_probe(dy, x, index, capacity, block, probe)
+    backend = _backend("linear_probe", x, dy.shape[1], x.shape[1], capacity, Block(*block))
+    return backend.linear_probe(dy, x, index, capacity, Block(*block), probe)
 
 
 @fake("block_sparse_linear")
@@ -99,12 +101,12 @@ def _(dy, values, index, in_features):  # type: ignore[no-untyped-def]
 
 @fake("block_sparse_linear_wgrad")
 def _(dy, x, index, capacity, block):  # type: ignore[no-untyped-def]
-    return x.new_empty(capacity, *block)
+    return x.new_empty(capacity, block[1], block[0])
 
 
 @fake("block_sparse_linear_wgrad_saliency")
 def _(dy, x, values, index):  # type: ignore[no-untyped-def]
-    blocks = _blocks(dy, x, values.shape[1:])
+    blocks = _blocks(dy, x, Block.of(values))
     return values.new_empty(values.shape), values.new_empty(blocks, dtype=accumulator(values.dtype))
 
 
@@ -132,10 +134,10 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dw, signed = OPS.block_sparse_linear_wgrad_saliency(dy, x, values, index)
         probed = None
         if probe is not None:
-            probed = OPS.linear_gradient_probe(dy, x, index, values.shape[0], values.shape[1:], probe)
+            probed = OPS.linear_gradient_probe(dy, x, index, values.shape[0], Block.of(values), probe)
         dtap = tap_gradient(signed, probed)
     elif ctx.needs_input_grad[1]:
-        dw = OPS.block_sparse_linear_wgrad(dy, x, index, values.shape[0], values.shape[1:])
+        dw = OPS.block_sparse_linear_wgrad(dy, x, index, values.shape[0], Block.of(values))
     if ctx.needs_input_grad[2]:
         db = dy.sum(0)
     return dx, dw, db, None, None, dtap, None
@@ -151,7 +153,7 @@ def _dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         ddy = OPS.block_sparse_linear(ddx, values, None, index, dy.shape[1])
     if ctx.needs_input_grad[1]:
-        dw = OPS.block_sparse_linear_wgrad(dy, ddx, index, values.shape[0], values.shape[1:])
+        dw = OPS.block_sparse_linear_wgrad(dy, ddx, index, values.shape[0], Block.of(values))
     return ddy, dw, None, None
 
 
@@ -179,11 +181,11 @@ no_autograd("linear_gradient_probe")
 
 flops(
     OPS.block_sparse_linear,
-    lambda x, values, bias, index, *_, **__: live_flops(index, values.shape[1:], x.shape[0]),
+    lambda x, values, bias, index, *_, **__: live_flops(index, Block.of(values), x.shape[0]),
 )
 flops(
     OPS.block_sparse_linear_dgrad,
-    lambda dy, values, index, *_, **__: live_flops(index, values.shape[1:], dy.shape[0]),
+    lambda dy, values, index, *_, **__: live_flops(index, Block.of(values), dy.shape[0]),
 )
 flops(
     OPS.block_sparse_linear_wgrad,
@@ -191,7 +193,7 @@ flops(
 )
 flops(
     OPS.block_sparse_linear_wgrad_saliency,
-    lambda dy, x, values, index, *_, **__: live_flops(index, values.shape[1:], dy.shape[0]),
+    lambda dy, x, values, index, *_, **__: live_flops(index, Block.of(values), dy.shape[0]),
 )
 flops(
     OPS.linear_gradient_probe,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,12 +88,12 @@ def flops(op: Any, formula: Any) -> None:
     register_flop_formula(op, get_raw=True)(formula)
 
 
-def live_flops(index: Tensor, block: Any, positions: int) -> int:
+def live_flops(index: Tensor, block: Sequence[int], positions: int) -> int:
     """Multiply-adds, counted as two, of the live blocks over ``positions`` rows or output pixels."""
     return 2 * int(index[N_LIVE].item()) * int(block[0]) * int(block[1]) * positions
 
 
-def probe_flops(blocks: int, index: Tensor, block: Any, positions: int, probe: Tensor) -> int:
+def probe_flops(blocks: int, index: Tensor, block: Sequence[int], positions: int, probe: Tensor) -> int:
     """FLOPs of the gradient probe: the blocks that are not live, while ``probe`` is true."""
     unlisted = blocks - int(index[N_LIVE].item())
     return 2 * unlisted * int(block[0]) * int(block[1]) * positions if bool(probe.item()) else 0
@@ -104,9 +104,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def weight_blocks(out_features: int, in_features: int, block: Any, taps: int = 1) -> int:
-    """rows * columns of a weight cut into ``block = (bi, bo)``."""
-    return ceil_div(out_features, block[1]) * taps * ceil_div(in_features, block[0])
+def weight_blocks(out_features: int, in_features: int, block: Sequence[int], taps: int = 1) -> int:
+    """rows * columns of a weight cut into ``block`` (outputs, inputs)."""
+    return ceil_div(out_features, block[0]) * taps * ceil_div(in_features, block[1])
 
 
 def check_tap(tap: Tensor | None, x: Tensor) -> None:

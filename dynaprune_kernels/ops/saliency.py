@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dynaprune_kernels.backends.dispatch import select
 from dynaprune_kernels.backends.problem import Problem
+from dynaprune_kernels.geometry import Block
 from dynaprune_kernels.ops.registration import accumulator, define, fake, implement, no_autograd
 
 define("block_saliency(Tensor values, Tensor grad, Tensor index, int rows, int columns) -> (Tensor, Tensor)")
@@ -15,9 +16,7 @@ define("block_saliency(Tensor values, Tensor grad, Tensor index, int rows, int c
 def _block_saliency(
     values: Tensor, grad: Tensor, index: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
-    backend = select(
-        Problem("block_saliency", values.dtype, (values.shape[1], values.shape[2])), values.device
-    )
+    backend = select(Problem("block_saliency", values.dtype, Block.of(values)), values.device)
     return backend.block_saliency(values, grad, index, rows, columns)
 
 

@@ -142,17 +142,17 @@ def public_calls(p: Problem, index: Tensor) -> dict[str, list[Any]]:
         return calls | {
             "linear_forward": ["block_sparse_linear", p.x, p.values, p.bias, index, p.out],
             "linear_dgrad": ["block_sparse_linear_dgrad", p.dy, p.values, index, p.inputs],
-            "linear_wgrad": ["block_sparse_linear_wgrad", p.dy, p.x, index, c, [bi, bo]],
+            "linear_wgrad": ["block_sparse_linear_wgrad", p.dy, p.x, index, c, [bo, bi]],
             "linear_wgrad_saliency": ["block_sparse_linear_wgrad_saliency", p.dy, p.x, p.values, index],
-            "linear_probe": ["linear_gradient_probe", p.dy, p.x, index, c, [bi, bo], probe],
+            "linear_probe": ["linear_gradient_probe", p.dy, p.x, index, c, [bo, bi], probe],
         }
     conv = list(p.conv)
     return calls | {
         "conv2d_forward": ["block_sparse_conv2d", p.x, p.values, p.bias, index, p.out, conv],
         "conv2d_dgrad": ["block_sparse_conv2d_dgrad", p.dy, p.values, index, list(p.x.shape), conv],
-        "conv2d_wgrad": ["block_sparse_conv2d_wgrad", p.dy, p.x, index, c, [bi, bo], conv],
+        "conv2d_wgrad": ["block_sparse_conv2d_wgrad", p.dy, p.x, index, c, [bo, bi], conv],
         "conv2d_wgrad_saliency": ["block_sparse_conv2d_wgrad_saliency", p.dy, p.x, p.values, index, conv],
-        "conv2d_probe": ["conv2d_gradient_probe", p.dy, p.x, index, c, [bi, bo], conv, probe],
+        "conv2d_probe": ["conv2d_gradient_probe", p.dy, p.x, index, c, [bo, bi], conv, probe],
     }
 
 

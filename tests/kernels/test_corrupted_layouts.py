@@ -173,7 +173,7 @@ def test_the_reference_names_what_is_wrong_in_an_index(
         calls += [
             lambda: torch.ops.dynaprune.block_sparse_linear(x, values, None, layout.index, 40),
             lambda: torch.ops.dynaprune.block_sparse_linear_dgrad(dy, values, layout.index, 52),
-            lambda: torch.ops.dynaprune.block_sparse_linear_wgrad(dy, x, layout.index, len(values), [16, 8]),
+            lambda: torch.ops.dynaprune.block_sparse_linear_wgrad(dy, x, layout.index, len(values), [8, 16]),
         ]
     for call in calls:
         with pytest.raises(ValueError, match="index is corrupted"):

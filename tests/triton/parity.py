@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynaprune_kernels import BlockLayout, ConvGeometry, reference
 from dynaprune_kernels.backends import triton
+from dynaprune_kernels.backends.pointwise import convolutions
 from dynaprune_kernels.geometry import ceil_div
 
 # n rounded partial sums of random terms are off by about half an eps * (|a| |b|) whatever n is, and by about
@@ -134,7 +135,9 @@ def check_products(
             exact = reference.linear_forward(x64, clean64, b64, layout.index, case.out)
             size = reference.linear_forward(x64.abs(), clean64.abs(), b_size, layout.index, case.out)
         else:
-            y = kernels.conv2d_forward(x, values, b, layout.index, case.out, case.conv)
+            y = convolutions(kernels, case.conv).conv2d_forward(
+                x, values, b, layout.index, case.out, case.conv
+            )
             assert y.is_contiguous(memory_format=torch.channels_last)
             exact = reference.conv2d_forward(x64, clean64, b64, layout.index, case.out, case.conv)
             size = reference.conv2d_forward(
@@ -147,7 +150,7 @@ def check_products(
         size = reference.linear_dgrad(dy64.abs(), clean64.abs(), layout.index, case.inputs)
     else:
         shape = list(x.shape)
-        dx = kernels.conv2d_dgrad(dy, values, layout.index, shape, case.conv)
+        dx = convolutions(kernels, case.conv).conv2d_dgrad(dy, values, layout.index, shape, case.conv)
         assert dx.is_contiguous(memory_format=torch.channels_last)
         exact = reference.conv2d_dgrad(dy64, clean64, layout.index, shape, case.conv)
         size = reference.conv2d_dgrad(dy64.abs(), clean64.abs(), layout.index, shape, case.conv)
@@ -160,25 +163,25 @@ def check_gradients(
     """wgrad, wgrad with saliency, and the probe with its flag up and down."""
     layout, x, values, clean, _, dy = operands(case, device)
     x64, clean64, dy64 = (t.double() for t in (x, clean, dy))
-    bo, bi = case.block
     index, capacity, conv = layout.index, layout.capacity, case.conv
     on, off = (torch.tensor(flag, device=device) for flag in (True, False))
     if conv is None:
-        dw = kernels.linear_wgrad(dy, x, index, capacity, (bi, bo))
+        dw = kernels.linear_wgrad(dy, x, index, capacity, layout.block)
         both = kernels.linear_wgrad_saliency(dy, x, values, index)
-        probes = [kernels.linear_probe(dy, x, index, capacity, (bi, bo), flag) for flag in (on, off)]
+        probes = [kernels.linear_probe(dy, x, index, capacity, layout.block, flag) for flag in (on, off)]
         exact, signed = reference.linear_wgrad_saliency(dy64, x64, clean64, index)
         size, signed_size = reference.linear_wgrad_saliency(dy64.abs(), x64.abs(), clean64.abs(), index)
-        probe = reference.linear_probe(dy64, x64, index, capacity, (bi, bo), on)
-        probe_size = reference.linear_probe(dy64.abs(), x64.abs(), index, capacity, (bi, bo), on)
+        probe = reference.linear_probe(dy64, x64, index, capacity, layout.block, on)
+        probe_size = reference.linear_probe(dy64.abs(), x64.abs(), index, capacity, layout.block, on)
     else:
-        dw = kernels.conv2d_wgrad(dy, x, index, capacity, (bi, bo), conv)
-        both = kernels.conv2d_wgrad_saliency(dy, x, values, index, conv)
-        probes = [kernels.conv2d_probe(dy, x, index, capacity, (bi, bo), conv, flag) for flag in (on, off)]
+        images = convolutions(kernels, conv)
+        dw = images.conv2d_wgrad(dy, x, index, capacity, layout.block, conv)
+        both = images.conv2d_wgrad_saliency(dy, x, values, index, conv)
+        probes = [images.conv2d_probe(dy, x, index, capacity, layout.block, conv, flag) for flag in (on, off)]
         exact, signed = reference.conv2d_wgrad_saliency(dy64, x64, clean64, index, conv)
         size, signed_size = reference.conv2d_wgrad_saliency(dy64.abs(), x64.abs(), clean64.abs(), index, conv)
-        probe = reference.conv2d_probe(dy64, x64, index, capacity, (bi, bo), conv, on)
-        probe_size = reference.conv2d_probe(dy64.abs(), x64.abs(), index, capacity, (bi, bo), conv, on)
+        probe = reference.conv2d_probe(dy64, x64, index, capacity, layout.block, conv, on)
+        probe_size = reference.conv2d_probe(dy64.abs(), x64.abs(), index, capacity, layout.block, conv, on)
     assert_close("wgrad", dw, exact, size, accumulation)
     assert torch.equal(dw, both[0]), "wgrad differs with the saliency epilogue"
     assert_close("signed saliency", both[1], signed, signed_size, accumulation)

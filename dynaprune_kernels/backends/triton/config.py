@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton.launch import Device
+from dynaprune_kernels.geometry import Block
 
 FOLDER = Path(__file__).parent / "configs"
 CAPACITY_BUCKETS = (3, 5, 10, 15, 25, 35, 50, 70, 100)
@@ -51,8 +52,8 @@ def next_power_of_two(n: int) -> int:
     return 1 << (max(n, 1) - 1).bit_length()
 
 
-def block_of(problem: Problem) -> tuple[int, int]:
-    """``(bi, bo)`` of a problem that has blocks."""
+def block_of(problem: Problem) -> Block:
+    """The block of a problem that has one."""
     if problem.block is None:
         raise ValueError(f"expected a problem with a block, got {problem}")
     return problem.block
@@ -60,11 +61,11 @@ def block_of(problem: Problem) -> tuple[int, int]:
 
 def key(problem: Problem) -> str:
     """The problem's bucket in a table."""
-    bi, bo = block_of(problem)
+    bo, bi = block_of(problem)
     bucket = next((b for b in CAPACITY_BUCKETS if 100 * problem.density <= b), CAPACITY_BUCKETS[-1])
     dtype = str(problem.dtype).removeprefix("torch.")
     sizes = [next_power_of_two(n) for n in (problem.rows, problem.outputs, problem.inputs)]
-    return f"{problem.op}/{dtype}/{bi}x{bo}/m{sizes[0]}/o{sizes[1]}/i{sizes[2]}/c{bucket}"
+    return f"{problem.op}/{dtype}/{bo}x{bi}/m{sizes[0]}/o{sizes[1]}/i{sizes[2]}/c{bucket}"
 
 
 def file_of(device_name: str) -> Path:
@@ -131,7 +132,7 @@ def buffers(problem: Problem, tile: Tile, device: Device) -> int:
 def shared_bytes(problem: Problem, tile: Tile, device: Device) -> int:
     """Shared memory of the pipelined operand tiles."""
     held = buffers(problem, tile, device) * problem.dtype.itemsize
-    bi, bo = block_of(problem)
+    bo, bi = block_of(problem)
     if is_wgrad(problem.op):
         outer = max(bo, 64) if problem.op.endswith("probe") else bo
         return held * tile.rows * (tile.depth + outer)
@@ -148,7 +149,7 @@ def default_tile(problem: Problem, device: Device) -> Tile:
     """A sound configuration for a device without a table; it fits the device's shared memory."""
     wide = problem.dtype.itemsize == 4
     hopper = device.capability >= 90
-    bi, bo = block_of(problem)
+    bo, bi = block_of(problem)
     rows = max(next_power_of_two(problem.rows), 16)
     if is_wgrad(problem.op):
         probe = problem.op.endswith("probe")

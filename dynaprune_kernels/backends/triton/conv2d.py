@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynaprune_kernels.backends.alignment import aligned_channels, image, pixels
+from dynaprune_kernels.backends.alignment import aligned_channels
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config, linear
 from dynaprune_kernels.backends.triton.kernels.conv2d_product import conv2d_product_kernel
 from dynaprune_kernels.backends.triton.kernels.conv2d_wgrad import conv2d_probe_kernel, conv2d_wgrad_kernel
 from dynaprune_kernels.backends.triton.launch import check_int32, device_of, launch, precision
-from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+from dynaprune_kernels.geometry import Block, ConvGeometry, ceil_div
 from dynaprune_kernels.memory_format import in_format
 
 
@@ -27,9 +27,6 @@ def conv2d_forward(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
-    if conv.pointwise:
-        y = image(linear.linear_forward(pixels(x), values, bias, index, out_channels), x.shape)
-        return in_format(y, channels_last)
     images, _, height, width = x.shape
     size = (images, out_channels, *conv.output_size(height, width))
     return in_format(_product(x, values, bias, index, size, conv, dgrad=False), channels_last)
@@ -43,28 +40,21 @@ def conv2d_dgrad(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
-    if conv.pointwise:
-        dx = image(linear.linear_dgrad(pixels(dy), values, index, input_size[1]), dy.shape)
-        return in_format(dx, channels_last)
     images, channels, height, width = input_size
     size = (images, channels, height, width)
     return in_format(_product(dy, values, None, index, size, conv, dgrad=True), channels_last)
 
 
 def conv2d_wgrad(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], conv: ConvGeometry
+    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, conv: ConvGeometry
 ) -> Tensor:
-    if conv.pointwise:
-        return linear.linear_wgrad(pixels(dy), pixels(x), index, capacity, block)
-    bi, bo = block
+    bo, bi = block
     return _wgrad(dy, x, x.new_zeros(capacity, bi, bo), None, index, conv)[0]
 
 
 def conv2d_wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
-    if conv.pointwise:
-        return linear.linear_wgrad_saliency(pixels(dy), pixels(x), values, index)
     values = values.contiguous()
     dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values, index, conv)
     assert signed is not None
@@ -76,13 +66,11 @@ def conv2d_probe(
     x: Tensor,
     index: Tensor,
     capacity: int,
-    block: tuple[int, int],
+    block: Block,
     conv: ConvGeometry,
     probe: Tensor,
 ) -> Tensor:
-    if conv.pointwise:
-        return linear.linear_probe(pixels(dy), pixels(x), index, capacity, block, probe)
-    bi, bo = block
+    bo, bi = block
     images, channels, height, width = x.shape
     out_channels, out_h, out_w = dy.shape[1:]
     group_channels = channels // conv.groups
@@ -91,7 +79,7 @@ def conv2d_probe(
     positions = images * out_h * out_w
     _check_sizes(x, dy)
     problem = Problem(
-        "conv2d_probe", x.dtype, (bi, bo), images * height * width, out_channels, conv.taps * group_channels,
+        "conv2d_probe", x.dtype, block, images * height * width, out_channels, conv.taps * group_channels,
         capacity,
     )  # fmt: skip
     tile = config.tile(problem, device_of(x))
@@ -139,7 +127,7 @@ def _product(
     check_int32("elements per image", a_channels * a_h * a_w)
     problem = Problem(
         "conv2d_dgrad" if dgrad else "conv2d_forward",
-        a.dtype, (bi, bo), images * a_h * a_w, out_channels, conv.taps * group_channels, capacity,
+        a.dtype, Block(bo, bi), images * a_h * a_w, out_channels, conv.taps * group_channels, capacity,
     )  # fmt: skip
     tile = config.tile(problem, device_of(a))
     if dgrad:  # the largest phase
@@ -180,8 +168,8 @@ def _wgrad(
     _check_sizes(x, dy)
     device = device_of(x)
     problem = Problem(
-        "conv2d_wgrad", x.dtype, (bi, bo), images * height * width, out_channels, conv.taps * group_channels,
-        capacity,
+        "conv2d_wgrad", x.dtype, Block(bo, bi), images * height * width, out_channels,
+        conv.taps * group_channels, capacity,
     )  # fmt: skip
     tile = config.tile(problem, device)
     merge = max(tile.depth // bi, 1)

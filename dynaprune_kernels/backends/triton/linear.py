@@ -14,7 +14,7 @@ from dynaprune_kernels.backends.triton.kernels.linear_product import linear_prod
 from dynaprune_kernels.backends.triton.kernels.linear_wgrad import linear_probe_kernel, linear_wgrad_kernel
 from dynaprune_kernels.backends.triton.kernels.weight_gradient import sum_splits_kernel
 from dynaprune_kernels.backends.triton.launch import Device, check_int32, device_of, launch, precision
-from dynaprune_kernels.geometry import ceil_div
+from dynaprune_kernels.geometry import Block, ceil_div
 
 GROUP = 8  # row tiles that share a list's blocks in L2
 
@@ -29,8 +29,8 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) ->
     return _product(dy, values, None, index, in_features, dgrad=True)
 
 
-def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int]) -> Tensor:
-    bi, bo = block
+def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block) -> Tensor:
+    bo, bi = block
     return _wgrad(dy, x, x.new_zeros(capacity, bi, bo), None, index)[0]
 
 
@@ -41,12 +41,10 @@ def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) 
     return dvalues, signed
 
 
-def linear_probe(
-    dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: tuple[int, int], probe: Tensor
-) -> Tensor:
-    bi, bo = block
+def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, probe: Tensor) -> Tensor:
+    bo, bi = block
     rows, columns = ceil_div(dy.shape[1], bo), ceil_div(x.shape[1], bi)
-    problem = Problem("linear_probe", x.dtype, (bi, bo), x.shape[0], dy.shape[1], x.shape[1], capacity)
+    problem = Problem("linear_probe", x.dtype, block, x.shape[0], dy.shape[1], x.shape[1], capacity)
     tile = config.tile(problem, device_of(x))
     x, dy = aligned_rows(x), aligned_rows(dy)
     check_int32("elements per step over tokens", tile.rows * max(x.stride(0), dy.stride(0)))
@@ -83,7 +81,7 @@ def _product(
     check_int32("tokens", tokens)
     op = "linear_dgrad" if dgrad else "linear_forward"
     tile = config.tile(
-        Problem(op, a.dtype, (bi, bo), tokens, out_features, in_features, capacity), device_of(a)
+        Problem(op, a.dtype, Block(bo, bi), tokens, out_features, in_features, capacity), device_of(a)
     )
     y = a.new_empty(tokens, outer_size)
     ragged = inner_size % inner != 0
@@ -113,7 +111,7 @@ def _wgrad(
     check_int32("tokens", tokens)
     device = device_of(x)
     tile = config.tile(
-        Problem("linear_wgrad", x.dtype, (bi, bo), tokens, out_features, in_features, capacity), device
+        Problem("linear_wgrad", x.dtype, Block(bo, bi), tokens, out_features, in_features, capacity), device
     )
     check_int32("elements per step over tokens", tile.rows * max(x.stride(0), dy.stride(0)))
     merge = max(tile.depth // bi, 1)

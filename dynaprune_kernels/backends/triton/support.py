@@ -9,6 +9,8 @@ import os
 import torch
 from packaging.version import Version
 
+from dynaprune_kernels.geometry import Block
+
 LEAST_VERSION = "3.6"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCKS = (16, 32, 64, 128)
@@ -35,13 +37,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(
-    op: str, device_type: str, dtype: torch.dtype, block: tuple[int, int] | None = None
-) -> str | None:
+def why_not(op: str, device_type: str, dtype: torch.dtype, block: Block | None = None) -> str | None:
     """The reason why the Triton kernels cannot run ``op``; None if they can.
 
     Args:
-        block: the two sizes of a block, None for ops that do not depend on them.
+        block: None for ops that do not depend on them.
     """
     reason = against_installed()
     if reason is not None:
