@@ -58,8 +58,7 @@ def attach(
         trial: ``trial()`` returns per-sample losses ``[n]`` or (losses, classes ``[n]``) of the model as it
             stands, on data that training does not use for its scores; see ``CalibrationTrial``. Without one
             removals are untested.
-        example_inputs: what the model takes (a tensor, a tuple of arguments, or a mapping of keywords), to
-            trace it when neurons are cut; None takes a training batch.
+        example_inputs: what the model takes, as for ``prepare``; None takes a training batch.
 
     Raises:
         TypeError, ValueError: what cannot be pruned, by name and with the reason.

@@ -1,12 +1,12 @@
 """The ``Pruner``: what happens around every optimizer step of a training that is pruned.
 
-One event, from the optimizer's hook to the changed weights: ``_before`` sees the gradients, ``_after`` counts
-the step, and at an event ``_event`` asks the policy for edits and applies them with what follows from them.
+From the optimizer's hook to the changed weights: ``_before`` sees the gradients, ``_complete`` counts the
+step, and at an event :func:`~dynaprune.pruning.event.prune` asks the policy for edits and applies them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,21 +18,17 @@ from dynaprune.pruning.builtin import built_in_policy, tries_neurons
 from dynaprune.pruning.checks.first_batch import FirstBatch
 from dynaprune.pruning.checks.one_process import take_off_averaging_
 from dynaprune.pruning.checks.other_optimizers import OtherOptimizers
-from dynaprune.pruning.checks.reachable import say_what_gets_no_gradient
-from dynaprune.pruning.checks.recompilation import say_recompilations
 from dynaprune.pruning.decide.trial import Trial
-from dynaprune.pruning.edit.apply import apply
-from dynaprune.pruning.edit.consequences import dead_neurons, spare_slots
 from dynaprune.pruning.edit.consistency import Consistency
-from dynaprune.pruning.edit.edits import Edit
 from dynaprune.pruning.edit.exempt import exempt
 from dynaprune.pruning.edit.finalize import finalize
 from dynaprune.pruning.edit.followers import Copy
 from dynaprune.pruning.edit.layer_state import LayerState
-from dynaprune.pruning.edit.stale_copies import refuse_stale, watch_copies
+from dynaprune.pruning.edit.stale_copies import watch_copies
 from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.event import prune
 from dynaprune.pruning.ledger import Ledger
-from dynaprune.pruning.observe.gradients import LASTING, refuse_without_gradients
+from dynaprune.pruning.observe.gradients import refuse_without_gradients
 from dynaprune.pruning.observe.hooks import StepHooks
 from dynaprune.pruning.observe.observer import Observer, read_probes
 from dynaprune.pruning.observe.scores import make_score
@@ -40,7 +36,6 @@ from dynaprune.pruning.prepare import Prepared
 from dynaprune.pruning.report import report
 from dynaprune.pruning.saved_state import adopt, check_state, state_of
 from dynaprune.pruning.standing import Standing, say_what_is_missing
-from dynaprune.pruning.view import view_of
 from dynaprune.pruning.whole_model import model_size
 from dynaprune.saving.reshape import add_structure_hooks
 
@@ -127,7 +122,7 @@ class Pruner(Standing):
         self.steps += 1
         self.observer.step_done(self.policy.interval)
         if self.policy.due(self.steps) and not self.observer.observed.trouble:
-            self._event()
+            prune(self, self._consistency, self._said)
             for state in self.structure.layers.values():
                 state.probe = None
         self.tracer.disarm()
@@ -135,42 +130,6 @@ class Pruner(Standing):
             for layer in self.layers.values():
                 layer.disable_tap_()
         self._prepare_next_step()
-
-    @torch.no_grad()
-    def _event(self) -> None:
-        """Decide, apply, and record."""
-        structure, config = self.structure, self.config
-        take_off_averaging_(self.model)
-        if self.observer.observed.observations >= LASTING and self._first_time("idle"):
-            say_what_gets_no_gradient(structure, config, self.steps)
-        shapes = [layer.values.shape for layer in self.layers.values()]
-        view = view_of(structure, self.score, self.trial, self.tracer, config, self.steps)
-        refuse_stale(self.layers, final=self.nothing_left())
-        self._consistency.check()
-        before = structure.version
-        with structure.followers.in_step(self.model, self.layers):
-            self._apply(self.policy.decide(view))
-            if config.neurons and structure.version != before:
-                self._cut_neurons()
-            if config.compact:
-                growing = self.policy.grows and not self.policy.ended(self.steps)
-                self._apply(spare_slots(structure, exact=self.structure_final, growing=growing))
-        if structure.version != before:
-            self.ledger.note_sizes(self.steps, structure)
-        if shapes != [layer.values.shape for layer in self.layers.values()]:
-            self._say_recompilations()
-
-    def _apply(self, edits: Sequence[Edit]) -> None:
-        apply(self.structure, edits)
-        self.ledger.record(edits)
-
-    def _cut_neurons(self) -> None:
-        cuts = dead_neurons(self.structure, self.tracer, self.config.floor)
-        self._apply(cuts)
-        if cuts:
-            self.tracer.forget()
-            if self.observer.watches_groups and not self.nothing_left():
-                self.tracer.groups()  # while there is an example: the next step is observed
 
     def _prepare_next_step(self) -> None:
         """What has to be measured or captured in the next forward and backward pass."""
@@ -213,18 +172,6 @@ class Pruner(Standing):
         if self._first_batch is not None:
             self._first_batch.remove()
             self._first_batch = None
-
-    def _first_time(self, what: str) -> bool:
-        said = what in self._said
-        self._said.add(what)
-        return not said
-
-    def _say_recompilations(self) -> None:
-        counted, interval = bool(self.structure.tokens), self.policy.interval
-        if "recompilations" not in self._said and say_recompilations(
-            self.prepared.given, self.config, counted=counted, step=self.steps, interval=interval
-        ):
-            self._said.add("recompilations")
 
     def _where(self) -> str:
         """Where pruning stands, for a warning; empty where nothing is left to do."""

@@ -41,15 +41,7 @@ def recalibrate_batch_norm(
     Raises:
         ValueError: norms to recalibrate, and no batch.
     """
-    training = model.training
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.track_running_stats
-        and module.running_mean is not None
-        and (module.training or not training)
-    }
+    norms = _norms(model)
     if not norms:
         return 0
     run = forward if forward is not None else lambda model, batch: model(batch)
@@ -78,3 +70,15 @@ def recalibrate_batch_norm(
             for key, value in statistics.items():
                 getattr(norms[name], key).copy_(value)
     return len(found)
+
+
+def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Batch norms whose running statistics training moves."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.track_running_stats
+        and module.running_mean is not None
+        and (module.training or not model.training)
+    }

@@ -13,7 +13,8 @@ import dynaprune
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.groups import NeuronGroup, NeuronMap, find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers
-from dynaprune.pruning.edit.group_scores import GroupScores, input_gates
+from dynaprune.pruning.edit.group_scores import GroupScores
+from dynaprune.pruning.edit.input_gates import input_gates
 from dynaprune.pruning.observe.scores import make_score
 
 WIDE = torch.float64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,55 +76,95 @@ def select(
         TypeError, ValueError: layers or shapes that differ between the arguments, values out of range.
     """
     _check(scores, live, count, allocation, floors, original, cost, protected)
-    names = list(scores)
-    shapes = {name: scores[name].shape for name in names}
-    devices = {name: scores[name].device for name in names}
-    device = devices[names[0]]
-    dtype = torch.float64 if any(scores[name].dtype == torch.float64 for name in names) else torch.float32
-    flat_scores = torch.cat([scores[name].detach().reshape(-1).to(device, dtype) for name in names])
-    flat_live = torch.cat([live[name].reshape(-1).to(device) for name in names])
-    free = flat_live
-    if protected:
-        hidden = {name: protected.get(name, torch.zeros_like(live[name])) for name in names}
-        free = flat_live & ~torch.cat([hidden[name].reshape(-1).to(device) for name in names])
-    sizes = torch.tensor([shape.numel() for shape in shapes.values()], device=device)
-    layer = torch.repeat_interleave(
-        torch.arange(len(names), device=device), sizes, output_size=flat_scores.shape[0]
-    )
-
-    both = torch.stack([flat_live, free]).to(torch.int64)
-    per_layer = (
-        torch.zeros(2, len(names), dtype=torch.int64, device=device).index_add_(1, layer, both).tolist()
-    )
-    removable = []
-    for name, lives, unprotected in zip(names, *per_layer, strict=True):
-        share = floors.get(name, 0.0) if isinstance(floors, Mapping) else floors
-        floor = max(1, math.ceil(share * shapes[name].numel() - 1e-9))
-        removable.append(max(0, min(unprotected, lives - floor)))
+    flat = _Flat.of(scores, live, protected or {})
+    removable = flat.removable(floors)
     count = min(count, sum(removable))
-
+    values, quota = flat.scores, removable
     if allocation == "global":
         if cost is not None:
-            saved = torch.tensor([float(cost[name]) for name in names], dtype=dtype, device=device)[layer]
-            flat_scores = torch.where(flat_scores < 0, flat_scores * saved, flat_scores / saved)
-        quota = removable
+            saved = flat.by_layer([float(cost[name]) for name in scores], values.dtype)
+            values = torch.where(values < 0, values * saved, values / saved)
     else:
         assert original is not None
-        weights = [_weight(original[name], allocation) for name in names]
-        quota = _quotas(per_layer[0], removable, weights, count)
+        weights = [_weight(original[name], allocation) for name in scores]
+        quota = _quotas(flat.live_counts, removable, weights, count)
+    return Selection(
+        flat.order(values, quota, count, by_rank=allocation != "global"), flat.shapes, flat.devices
+    )
 
-    flat_scores = torch.where(torch.isnan(flat_scores), torch.inf, flat_scores)
-    ascending = _sorted_within(flat_scores, free, layer)
-    first = torch.cumsum(torch.cat([sizes.new_zeros(1), sizes[:-1]]), 0)
-    rank = torch.empty_like(ascending)
-    rank[ascending] = torch.arange(ascending.shape[0], device=device)
-    rank -= first[layer]
-    quotas = torch.tensor(quota, device=device)[layer]
-    may_go = free & (rank < quotas)
-    key = flat_scores if allocation == "global" else (rank + 1).to(torch.float64) / quotas.clamp(min=1)
-    by_key = torch.sort(key, stable=True).indices
-    order = by_key[torch.sort((~may_go[by_key]).to(torch.uint8), stable=True).indices][:count]
-    return Selection(order, shapes, devices)
+
+@dataclass(frozen=True, eq=False)
+class _Flat:
+    """Units of all layers one behind the other, on the first layer's device.
+
+    Attributes:
+        scores: float ``[units]``. free: bool ``[units]``, may go. layer: int64 ``[units]``, its number.
+        live_counts, free_counts: units of each layer.
+    """
+
+    scores: Tensor
+    free: Tensor
+    layer: Tensor
+    live_counts: list[int]
+    free_counts: list[int]
+    shapes: dict[str, torch.Size]
+    devices: dict[str, torch.device]
+
+    @classmethod
+    def of(
+        cls, scores: Mapping[str, Tensor], live: Mapping[str, Tensor], protected: Mapping[str, Tensor]
+    ) -> _Flat:
+        """Reads the numbers of units back from the device, nothing else."""
+        names = list(scores)
+        device = scores[names[0]].device
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in scores.values()) else torch.float32
+        flat_scores = torch.cat([scores[name].detach().reshape(-1).to(device, dtype) for name in names])
+        flat_live = torch.cat([live[name].reshape(-1).to(device) for name in names])
+        hidden = {name: protected.get(name, torch.zeros_like(live[name])) for name in names}
+        free = flat_live & ~torch.cat([hidden[name].reshape(-1).to(device) for name in names])
+        sizes = torch.tensor([scores[name].numel() for name in names], device=device)
+        numbers = torch.arange(len(names), device=device)
+        layer = torch.repeat_interleave(numbers, sizes, output_size=flat_scores.shape[0])
+        both = torch.stack([flat_live, free]).to(torch.int64)
+        counts = torch.zeros(2, len(names), dtype=torch.int64, device=device).index_add_(1, layer, both)
+        live_counts, free_counts = counts.tolist()
+        shapes = {name: scores[name].shape for name in names}
+        devices = {name: scores[name].device for name in names}
+        return cls(flat_scores, free, layer, live_counts, free_counts, shapes, devices)
+
+    def by_layer(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        """A value per layer as one per unit."""
+        return torch.tensor(values, dtype=dtype, device=self.layer.device)[self.layer]
+
+    def removable(self, floors: float | Mapping[str, float]) -> list[int]:
+        """Units that each layer may lose."""
+        found = []
+        for (name, shape), live, free in zip(
+            self.shapes.items(), self.live_counts, self.free_counts, strict=True
+        ):
+            share = floors.get(name, 0.0) if isinstance(floors, Mapping) else floors
+            floor = max(1, math.ceil(share * shape.numel() - 1e-9))
+            found.append(max(0, min(free, live - floor)))
+        return found
+
+    def order(self, scores: Tensor, quota: list[int], count: int, *, by_rank: bool) -> Tensor:
+        """Numbers of the ``count`` units to go, each layer losing up to its quota: int64 ``[count]``.
+
+        Args:
+            by_rank: spread any prefix over the layers as their quotas say, instead of comparing scores.
+        """
+        scores = torch.where(torch.isnan(scores), torch.inf, scores)
+        ascending = _sorted_within(scores, self.free, self.layer)
+        sizes = torch.tensor([shape.numel() for shape in self.shapes.values()], device=scores.device)
+        first = torch.cumsum(torch.cat([sizes.new_zeros(1), sizes[:-1]]), 0)
+        rank = torch.empty_like(ascending)
+        rank[ascending] = torch.arange(ascending.shape[0], device=scores.device)
+        rank -= first[self.layer]
+        quotas = self.by_layer(quota, torch.int64)
+        may_go = self.free & (rank < quotas)
+        key = (rank + 1).to(torch.float64) / quotas.clamp(min=1) if by_rank else scores
+        by_key = torch.sort(key, stable=True).indices
+        return by_key[torch.sort((~may_go[by_key]).to(torch.uint8), stable=True).indices][:count]
 
 
 def _sorted_within(scores: Tensor, free: Tensor, layer: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def whole_neurons_first(
     Returns:
         As many units as before; the selection itself where no group qualifies or a floor would be broken.
     """
-    model, neuron_map, figures = neurons.model, neurons.neuron_map, neurons.figures
+    model = neurons.model
     names = list(selection.shapes)
     order = selection.order.cpu()
     if not len(order):
@@ -80,19 +80,14 @@ def whole_neurons_first(
     sizes = [selection.shapes[name].numel() for name in names]
     starts = dict(zip(names, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
     ranked: list[tuple[float, Tensor]] = []
-    for number, group in enumerate(neuron_map.groups):
+    for number, group in enumerate(neurons.neuron_map.groups):
         units = _units(model, group, starts)
         units = units[live[units]] if units is not None else None
         if units is None or not len(units) or not bool(free[units].all()) or not _can_die(model, group):
             continue
-        of_blocks = float(flat[units].sum())
-        if figures.neurons is None:
-            known = figures.scores[number]
-            rank = cost = of_blocks if known is None else known
-        else:
-            rank, cost = _row_score(group, figures.neurons), of_blocks
+        rank, cost = _rank_and_cost(group, number, neurons.figures, float(flat[units].sum()))
         if cost <= margin * len(units):
-            saved = flops_saved(model, group, figures.tokens)
+            saved = flops_saved(model, group, neurons.figures.tokens)
             ranked.append((rank * saved if rank < 0 else rank / saved, units))
     ranked.sort(key=lambda each: each[0])
     chosen = torch.zeros_like(free)
@@ -105,11 +100,21 @@ def whole_neurons_first(
     if not first:
         return selection
     reordered = torch.cat([*first, order[~chosen[order]]])[: len(order)]
-    layer = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(sizes))[reordered]
-    lost = Counter(layer.tolist())
+    lost = Counter(torch.repeat_interleave(torch.arange(len(names)), torch.tensor(sizes))[reordered].tolist())
     if any(lost[i] > removable[name] for i, name in enumerate(names)):
         return selection
     return replace(selection, order=reordered.to(selection.order.device))
+
+
+def _rank_and_cost(
+    group: NeuronGroup, number: int, figures: GroupFigures, of_blocks: float
+) -> tuple[float, float]:
+    """What the group is ranked by, and what removing it is said to cost, in units of a block's score."""
+    if figures.neurons is not None:
+        return _row_score(group, figures.neurons), of_blocks
+    known = figures.scores[number]
+    cost = of_blocks if known is None else known
+    return cost, cost
 
 
 def flops_saved(model: nn.Module, group: NeuronGroup, tokens: Mapping[str, int]) -> float:

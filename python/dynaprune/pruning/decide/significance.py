@@ -128,15 +128,7 @@ def paired_test(
         TypeError, ValueError: for shapes or dtypes that do not fit, n < 8, a tolerance that is negative or
             not finite.
     """
-    check_losses(within, classes)
-    check_losses(without, None)
-    if without.shape != within.shape:
-        raise ValueError(
-            f"expected the same {within.numel()} samples with and without the candidates, "
-            f"got {without.numel()} losses without them"
-        )
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"expected a finite tolerance >= 0, got {tolerance}")
+    _check_pair(without, within, tolerance, classes)
     n = within.numel()
     before = within.detach().to("cpu", torch.float64)
     after = without.detach().to("cpu", torch.float64)
@@ -170,6 +162,18 @@ def paired_test(
         worst_class_rise=float(contribution[worst]) / share,
         worst_class_p=float(p[worst]),
     )
+
+
+def _check_pair(without: Tensor, within: Tensor, tolerance: float, classes: Tensor | None) -> None:
+    check_losses(within, classes)
+    check_losses(without, None)
+    if without.shape != within.shape:
+        raise ValueError(
+            f"expected the same {within.numel()} samples with and without the candidates, "
+            f"got {without.numel()} losses without them"
+        )
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"expected a finite tolerance >= 0, got {tolerance}")
 
 
 def check_losses(losses: Tensor, classes: Tensor | None) -> None:

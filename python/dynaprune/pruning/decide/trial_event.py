@@ -158,20 +158,14 @@ def run_event(
     draft.tolerance = min(max(rules.tolerance * draft.baseline, rules.absolute_tolerance * draft.scale), left)
     if draft.tolerance <= 0:
         return draft.finish(started, "the tolerance is 0: no test can show that a removal harms less")
-    for index, size in enumerate(sizes):
+    for size in sizes:
         before = time.perf_counter()
         removed, _ = _losses_and_classes(evaluate(size))
-        draft.evaluations += 1
         check_losses(removed, None)
         if removed.numel() == given:
             removed = removed[finite.to(removed.device)]
         test = paired_test(removed, losses, draft.tolerance, classes)
-        accepted = test.p_value < level
-        reason = test.reason or _verdict(test, level, accepted)
-        draft.rungs.append(TrialRung(size, level, test, accepted, reason, time.perf_counter() - before))
-        if accepted:
-            draft.accepted = index
-            draft.charged = max(0.0, test.mean_rise)
+        if draft.add(size, level, test, time.perf_counter() - before):
             break
     return draft.finish(started, draft.rungs[-1].reason)
 
@@ -195,6 +189,17 @@ class _Draft:
 
     def __post_init__(self) -> None:
         self.scale = self.state.scale
+
+    def add(self, size: int, level: float, test: PairedTest, seconds: float) -> bool:
+        """Enter the test of a candidate set, and say whether it passed."""
+        self.evaluations += 1
+        accepted = test.p_value < level
+        reason = test.reason or _verdict(test, level, accepted)
+        self.rungs.append(TrialRung(size, level, test, accepted, reason, seconds))
+        if accepted:
+            self.accepted = len(self.rungs) - 1
+            self.charged = max(0.0, test.mean_rise)
+        return accepted
 
     def finish(self, started: float, reason: str) -> TrialEvent:
         state, seconds = self.state, time.perf_counter() - started
