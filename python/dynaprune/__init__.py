@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dynaprune.families.family import Family
     from dynaprune.integrations.lightning import DynaPruneLightningCallback
     from dynaprune.integrations.transformers import DynaPruneCallback
     from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
@@ -30,6 +31,7 @@ _HOMES = {
     "CalibrationTrial": "dynaprune.pruning.decide.calibration",
     "DynaPruneCallback": "dynaprune.integrations.transformers",
     "DynaPruneLightningCallback": "dynaprune.integrations.lightning",
+    "Family": "dynaprune.families.family",
     "Grow": "dynaprune.pruning.edit.edits",
     "MeanScore": "dynaprune.pruning.observe.score",
     "Policy": "dynaprune.pruning.decide.policy",
@@ -61,6 +63,7 @@ __all__ = [
     "CalibrationTrial",
     "DynaPruneCallback",
     "DynaPruneLightningCallback",
+    "Family",
     "Grow",
     "MeanScore",
     "Policy",

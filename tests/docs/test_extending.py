@@ -31,7 +31,7 @@ def names() -> dict[str, Any]:
         "labels": torch.tensor(labels),
     }
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, DOCUMENT.name, "exec"), found)
     found["pruner"].detach()
@@ -85,3 +85,37 @@ def test_the_policy_rewires_digits_at_a_constant_number_of_blocks(names: dict[st
     assert all(bool((a != b).any()) for a, b in zip(after, before, strict=True))
     assert report["blocks_regrown"] == report["removed_untested"] > 0 and accuracy > 0.8
     assert report["config"]["policy"] == "SET" and pruner.structure_final
+
+
+class Split(nn.Module):
+    """Runs only while `span` fits the width of `first`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.span = nn.Linear(64, 32), nn.Linear(32, 10), 16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.first(x).relu().split(self.span, -1)
+        return self.last(torch.cat([left, right], -1))
+
+
+def test_the_family_keeps_its_numbers_in_step(names: dict[str, Any], tmp_path: Path) -> None:
+    model = Split()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    pruner = dynaprune.attach(model, optimizer, names["family_config"], example_inputs=names["inputs"][:8])
+    gone = torch.zeros(4, 8, dtype=torch.bool)
+    gone[[0, 2]] = True  # half of each half
+    layer = model.first.layout
+    layer.release_(gone)
+    with torch.no_grad():
+        model.first.values.mul_(layer.slots_of(layer.mask).view(-1, 1, 1))
+        model.first.bias.view(4, 8)[[0, 2]] = 0
+    train(model, optimizer, names)
+    assert pruner.report()["neurons_removed"] == 16
+    assert model.first.out_features == 16 and model.span == 8
+    dynaprune.save(model, tmp_path / "model.safetensors")
+    loaded = dynaprune.load(Split(), tmp_path / "model.safetensors", families=names["family_config"].families)
+    assert loaded.span == 8
+    torch.testing.assert_close(loaded(names["inputs"]), model(names["inputs"]))
+    with pytest.raises(TypeError, match="families as objects with find"):
+        dynaprune.PruningConfig(families=[object()])

@@ -46,7 +46,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynaprune.families.attention import find_attentions
+from dynaprune.families.family import counts_in
 from dynaprune.neurons.example_inputs import ExampleInputs, InputCapture
 from dynaprune.neurons.folding import NORMS, Observation, cannot_fold, contribution, observe
 from dynaprune.neurons.groups import (
@@ -245,11 +245,11 @@ def execute(model: nn.Module, plan: CutPlan, amounts: Mapping[str, Tensor], surg
         reader = model.get_submodule(name)
         if isinstance(reader.bias, nn.Parameter) and bool(amount.any()):
             surgery.add_(reader.bias, amount)
-    attentions = find_attentions(model)
+    counts = counts_in(model)
     for name, (outputs, inputs) in plan.layers.items():
         surgery.cut_(model.get_submodule(name), outputs, inputs)
-    for attention in attentions:
-        attention.set_counts(model, surgery.set_)
+    for each in counts:
+        each.set_counts(model, surgery.set_)
 
 
 @dataclass(frozen=True)

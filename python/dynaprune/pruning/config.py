@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from dynaprune.families.family import Family
 from dynaprune.pruning.decide.policy import Policy
 from dynaprune.pruning.decide.setting_checks import count
 from dynaprune.pruning.decide.trial_rules import TrialRules
@@ -74,6 +75,7 @@ class PruningConfig:
     compact: bool = Scope.compact
     seed: int = Ranking.seed
     policy: Policy | None = None
+    families: Sequence[Family] = Scope.families
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
     regrowth: ClassVar[Regrowth]
@@ -145,9 +147,11 @@ class PruningConfig:
         plain["floors"] = dict(self.floors)
         if not isinstance(self.score, str):
             plain["score"] = self.score.name
-        policy = plain.pop("policy")
+        policy, families = plain.pop("policy"), plain.pop("families")
         if policy is not None:
             plain["policy"] = type(policy).__name__
+        if families:
+            plain["families"] = [type(family).__name__ for family in families]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dynaprune.families.family import note_families
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.nn.adapters import find_adapters
@@ -143,6 +144,7 @@ def swap(
     Args:
         exclude: layers that stay dense, with the reason.
     """
+    note_families(model, config.families)
     if candidates.sparse:
         exempt = {**dict.fromkeys(candidates.dense, CAME_DENSE), **candidates.adapters}
         return Prepared(given, model, config, exempt, (), example, True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from dynaprune.families.family import Family, check_families
 from dynaprune.pruning.decide.allocation import ALLOCATIONS
 from dynaprune.pruning.decide.setting_checks import count, fraction, one_of, strings
 from dynaprune.pruning.observe.score import Score
@@ -81,6 +82,7 @@ class Scope:
         floors: other floors by layer name.
         neurons: cut dead neurons out of the network, which changes nothing that it computes.
         compact: drop free slots from weights, gradients and optimizer state as the network shrinks.
+        families: of your own, beside those that are built in: see ``dynaprune.Family``.
     """
 
     block_size: int | tuple[int, int] = 32
@@ -91,8 +93,10 @@ class Scope:
     floors: Mapping[str, float] = field(default_factory=dict)
     neurons: bool = True
     compact: bool = True
+    families: Sequence[Family] = ()
 
     def __post_init__(self) -> None:
+        check_families(self.families)
         check_block(self.block_size)
         fraction("floor", self.floor, zero=True)
         if not isinstance(self.floors, Mapping):

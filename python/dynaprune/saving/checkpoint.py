@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynaprune.families.family import Family, check_families, note_families
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.saving.manifest import read_manifest, structure_manifest
 from dynaprune.saving.reshape import METADATA_KEY, apply_structure, check_state, own_state
@@ -62,7 +63,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
+def load(
+    model: nn.Module | Callable[[], nn.Module],
+    path: str | os.PathLike[str],
+    *,
+    families: Sequence[Family] = (),
+) -> nn.Module:
     """Give ``model`` the structure and the weights of a file written by :func:`save`, in place.
 
     Dense layers become block-sparse where the file's are, and the reverse. Parameters stay the same objects,
@@ -77,6 +83,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
     Args:
         model: freshly built, or of any structure pruned from the same network; or a function that builds it.
         path: the file, or the directory that holds it.
+        families: those that the model was pruned with (``PruningConfig(families=...)``).
 
     Returns:
         The model (its successor where the model itself is a single layer that changes its kind).
@@ -93,6 +100,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
             raise TypeError(
                 f"expected a function that builds an nn.Module, got one that returns {type(model).__name__}"
             )
+    note_families(model, check_families(families))
     manifest, state = _read(_file(path))
     aliases, weights = manifest.pop("aliases", {}), manifest.pop("weights", None)
     state.update({alias: state[key] for alias, key in _checked_aliases(aliases, state).items()})

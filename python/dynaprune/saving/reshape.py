@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaprune.families.attention import find_attentions
+from dynaprune.families.family import counts_in
 from dynaprune.nn import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.shape import CONVOLUTIONS, SHAPED_TYPES, LayerShape, layer_shape, note_original_widths_
@@ -158,7 +158,7 @@ def apply_structure(model: nn.Module, manifest: Any) -> nn.Module:
         ValueError: see :func:`expected_shapes`; the model is then as it was.
     """
     expected_shapes(model, manifest)
-    attentions = find_attentions(model)
+    counts = counts_in(model)
     for name, shape in read_manifest(manifest).items():
         module = model.get_submodule(name)
         before = layer_shape(module)
@@ -167,8 +167,8 @@ def apply_structure(model: nn.Module, manifest: Any) -> nn.Module:
         if before != shape:
             _reshape_(module, shape)
         note_original_widths_(module, None if original == (shape.out, shape.in_) else original)
-    for attention in attentions:
-        attention.set_counts(model)
+    for each in counts:
+        each.set_counts(model)
     return model
 
 

@@ -96,20 +96,20 @@ def test_watching_ends_with_the_pruner() -> None:
 
     from dynaprune.pruning.checks import other_optimizers
 
-    attached = set(other_optimizers._ATTACHED)
+    attached = set(other_optimizers._WATCHING)
     model = mlp()
     pruner = dynaprune.attach(model, adam(model), settings())
-    assert set(other_optimizers._ATTACHED) == attached | {pruner}
+    assert set(other_optimizers._WATCHING) == attached | {pruner._others}
     assert sum(hook is other_optimizers._stepped for hook in hooks.values()) == 1
     with pytest.warns(RuntimeWarning, match="short of the target"):
         pruner.detach()
-    assert set(other_optimizers._ATTACHED) == attached
+    assert set(other_optimizers._WATCHING) == attached
     assert sum(hook is other_optimizers._stepped for hook in hooks.values()) == bool(attached)
     pruner = dynaprune.attach(model, adam(model), settings())
     del pruner, model
     gc.collect()
     train(mlp(), adam(mlp()), 1)
-    assert set(other_optimizers._ATTACHED) == attached
+    assert set(other_optimizers._WATCHING) == attached
 
 
 def test_a_compiled_step_of_another_optimizer_has_the_graphs_that_it_had() -> None:
