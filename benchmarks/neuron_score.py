@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from dynaprune.neurons.cut import blocks_of_group
+from dynaprune.neurons.candidates import blocks_of_group
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.groups import Member, NeuronGroup, NeuronMap, find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers

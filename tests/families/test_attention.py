@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import dynaprune
 from dynaprune.families.attention import find_attentions
-from dynaprune.neurons.cut import CutReport, blocks_of_group, cut_dead_neurons
+from dynaprune.neurons.candidates import blocks_of_group
+from dynaprune.neurons.cut import cut_dead_neurons
+from dynaprune.neurons.cut_plan import CutReport
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.groups import find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers

@@ -23,7 +23,9 @@ from transformers import (
 )
 
 import dynaprune
-from dynaprune.neurons.cut import ExampleInputs, cut_dead_neurons, find_groups
+from dynaprune.neurons.cut import cut_dead_neurons
+from dynaprune.neurons.example_inputs import ExampleInputs
+from dynaprune.neurons.groups import find_groups
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from tests.rounding import agree
 

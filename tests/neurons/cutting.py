@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaprune.neurons.cut import CutReport, cut_dead_neurons
+from dynaprune.neurons.cut import cut_dead_neurons
+from dynaprune.neurons.cut_plan import CutReport
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.groups import find_groups
 from dynaprune.nn import BlockSparseLayer

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaprune.neurons.cut import CutReport, _member_blocks, cut_dead_neurons
+from dynaprune.neurons.candidates import member_blocks
+from dynaprune.neurons.cut import cut_dead_neurons
+from dynaprune.neurons.cut_plan import CutReport
 from dynaprune.neurons.example_inputs import ExampleInputs, tensors_in
 from dynaprune.neurons.groups import NeuronGroup, NeuronMap, find_groups
 from dynaprune.nn import BlockSparseLayer
@@ -38,7 +40,7 @@ def unread(model: nn.Module, group: NeuronGroup) -> None:
     for member in group.readers:
         layer = model.get_submodule(member.name)
         assert isinstance(layer, BlockSparseLayer), f"{member.name} is plain: it is never dead"
-        layer.layout.release_(_member_blocks(layer, member).clone())
+        layer.layout.release_(member_blocks(layer, member).clone())
 
 
 def silenced(model: nn.Module, group: NeuronGroup) -> None:
@@ -46,7 +48,7 @@ def silenced(model: nn.Module, group: NeuronGroup) -> None:
     for member in group.producers:
         layer = model.get_submodule(member.name)
         assert isinstance(layer, BlockSparseLayer), f"{member.name} is plain: it is never dead"
-        layer.layout.release_(_member_blocks(layer, member).clone())
+        layer.layout.release_(member_blocks(layer, member).clone())
 
 
 def cut_like_twin(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dynaprune import recalibrate_batch_norm
 from dynaprune.experiment.tasks.resnet import CifarResNet
-from dynaprune.neurons.cut import CutReport, cut_dead_neurons
+from dynaprune.neurons.cut import cut_dead_neurons
+from dynaprune.neurons.cut_plan import CutReport
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.groups import find_groups
 from dynaprune.nn import swap_layers

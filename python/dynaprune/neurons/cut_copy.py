@@ -7,7 +7,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from dynaprune.neurons.cut import CutPlan, amounts_of, execute
+from dynaprune.neurons.cut import execute
+from dynaprune.neurons.cut_plan import CutPlan, amounts_of
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.folding import observe
 from dynaprune.neurons.surgery import Surgery

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dynaprune.neurons.cut import Kept
+from dynaprune.neurons.cut_plan import Kept
 from dynaprune.nn import BlockSparseConv2d, BlockSparseLinear
 from dynaprune.pruning.edit.layer_state import LayerState
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynaprune.neurons.cut import Kept
+from dynaprune.neurons.cut_plan import Kept
 from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.observe.score import Score

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dynaprune.neurons.cut import blocks_of_group
+from dynaprune.neurons.candidates import blocks_of_group
 from dynaprune.neurons.groups import Member, NeuronGroup, NeuronMap
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.nn.shape import layer_shape

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dynaprune.neurons.cut import CutReport
+from dynaprune.neurons.cut_plan import CutReport
 from dynaprune.neurons.example_inputs import ExampleInputs
 
 PASSED, FORCED, UNTESTED = "passed", "forced", "untested"

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynaprune.neurons.cut import CutPlan
+from dynaprune.neurons.cut_plan import CutPlan
 from dynaprune.neurons.groups import NeuronGroup, NeuronMap
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.edit.input_gates import input_gates

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dynaprune.neurons.cut import Kept
+from dynaprune.neurons.cut_plan import Kept
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.nn.shape import block_weights
 
