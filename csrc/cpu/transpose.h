@@ -48,8 +48,45 @@ DYNAPRUNE_INLINE void transpose_square(const T* from, int64_t from_stride, U* to
   for (int i = 0; i < L; ++i) store(to + i * to_stride, row[i]);
 }
 
-// Channel-major pixels to pixel-major ones: channel c < `channels` of pixel j < `pixels`, from[c * channel_step + j],
-// becomes to[j][c]; channels up to `width` (at most the lanes) become zero, and to[j] from `pixels` on, too.
+// Every second lane of a and b, from the first on.
+template <class T>
+DYNAPRUNE_INLINE typename Num<T>::Vec even_lanes(typename Num<T>::Vec a, typename Num<T>::Vec b) {
+  constexpr int L = kLanes<T>;
+  typedef typename Num<T>::Vec Vec;
+#if defined(__clang__)
+  Vec even;
+  for (int lane = 0; lane < L; ++lane) even[lane] = lane < L / 2 ? a[2 * lane] : b[2 * lane - L];
+  return even;
+#else
+  decltype(Vec{} < Vec{}) even = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L; ++lane) even[lane] = 2 * lane;
+  return __builtin_shuffle(a, b, even);
+#endif
+}
+
+// Channel-major pixels to pixel-major ones: channel c of pixel j, from[c * channel_step + j * Step], becomes
+// to[j * to_stride + c], for lanes x lanes of them. Step * lanes elements of each channel are read.
+template <int Step, class T>
+__attribute__((noinline)) void gather_square(const T* from, int64_t channel_step, typename Num<T>::Acc* to,
+                                             int64_t to_stride) {
+  constexpr int L = kLanes<T>;
+  typename Num<T>::Vec row[L];
+#pragma GCC unroll 16
+  for (int c = 0; c < L; ++c) {
+    const T* channel = from + c * channel_step;
+    if constexpr (Step == 2)
+      row[c] = even_lanes<T>(load(channel), load(channel + L));
+    else
+      row[c] = load(channel);
+  }
+  transpose_rows<T>(row);
+#pragma GCC unroll 16
+  for (int j = 0; j < L; ++j) store(to + j * to_stride, row[j]);
+}
+
+// The same at the edges: channel c < `channels` of pixel j < `pixels`, from[c * channel_step + j], becomes to[j][c];
+// channels up to `width` (at most the lanes) become zero, and to[j] from `pixels` on, too.
 template <class T>
 __attribute__((noinline)) void gather_channels(const T* from, int64_t channel_step, int channels, int pixels,
                                                typename Num<T>::Acc* const* to, int width) {
@@ -80,16 +117,15 @@ __attribute__((noinline)) void scatter_channels(const typename Num<T>::Acc* from
                                                 int pixels, T* to, int64_t channel_step, int64_t pixel_step) {
   typedef typename Num<T>::Acc A;
   constexpr int L = kLanes<T>;
-  if (channels == L && pixels == L && pixel_step == 1) return transpose_square(from, stride, to, channel_step);
+  if (pixel_step != 1) {
+    for (int c = 0; c < channels; ++c)
+      for (int j = 0; j < pixels; ++j) narrow(from[j * stride + c], to + c * channel_step + j * pixel_step);
+    return;
+  }
+  if (channels == L && pixels == L) return transpose_square(from, stride, to, channel_step);
   A lanes[L * L];
   transpose_square(from, stride, lanes, L);
-  for (int c = 0; c < channels; ++c) {
-    T* channel = to + c * channel_step;
-    if (pixel_step == 1)
-      store_partial(channel, load(lanes + c * L), pixels);
-    else
-      for (int j = 0; j < pixels; ++j) narrow(lanes[c * L + j], channel + j * pixel_step);
-  }
+  for (int c = 0; c < channels; ++c) store_partial(to + c * channel_step, load(lanes + c * L), pixels);
 }
 
 }  // namespace
