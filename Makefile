@@ -11,7 +11,7 @@ NEWEST_TORCH ?= torch
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*.h csrc/*/*.[ch]* csrc/*/*.inc))
+SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*.h csrc/*/*.[ch]*))
 CUDA_LIBRARY := dynaprune_kernels/_C_cuda.abi3.so
 NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 # A step's output goes to a log, and to the terminal where the step fails.
@@ -88,10 +88,9 @@ families:  ## train tiny networks of over 50 architectures sparse, beside dense 
 	$(MAKE) VENV=.venv-families TORCH="torch==2.14.1 torchvision==0.29.1" .venv-families/.families
 	.venv-families/bin/python -m benchmarks.families
 
-# Without the tests' packages: they want another Triton than this torch.
-$(VENV)/.families: $(VENV)/.torch $(SOURCES)
-	@echo "dynaprune: compiling the kernels and installing the networks' libraries"
-	@$(BIN)/python -m pip install --no-build-isolation -e '.[families]' $(QUIETLY)
+$(VENV)/.families: $(VENV)/.installed
+	@echo "dynaprune: installing the networks' libraries"
+	@$(BIN)/python -m pip install $(call extra,families) $(QUIETLY)
 	@touch $@
 
 ext: $(VENV)/.torch  ## compile the extensions in place, after a change in csrc/

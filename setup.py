@@ -279,7 +279,7 @@ def extension_arguments(sources: list[str], toolkit: Toolkit | str) -> dict[str,
     compiler = cpp_compiler() or "c++"
     os.environ["CXX"] = compiler
     flags = compile_flags()
-    cpu_headers = sources_of("*.h", "cpu/*.h", "cpu/*.inc", "bindings/*.h")
+    cpu_headers = sources_of("*.h", "cpu/*.h", "bindings/*.h")
     extensions = [extension("_C", sources, cpu_headers, extra_compile_args={"cxx": flags})]
     if isinstance(toolkit, str):
         print(f"dynaprune: installing without the CUDA kernels: {toolkit}")

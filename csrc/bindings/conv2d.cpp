@@ -2,11 +2,8 @@
 // calls the kernels. Forward and dgrad answer in channels-last memory or, where that argument is false, contiguous.
 //
 // conv = [kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups].
-#include "cpu/conv2d.h"
-
 #include "bindings/common.h"
-#include "cpu/capability.h"
-#include "cpu/linear.h"
+#include "cpu/kernels.h"
 
 namespace dynaprune::bindings {
 namespace {
@@ -15,9 +12,6 @@ using cpu::ConvShape;
 using cpu::Lists;
 using torch::headeronly::MemoryFormat;
 
-const cpu::ConvKernels& kernels() { return DYNAPRUNE_CHOOSE(conv_kernels); }
-const cpu::LinearKernels& linear_kernels() { return DYNAPRUNE_CHOOSE(linear_kernels); }
-
 // A convolution that multiplies every pixel by the same matrix: channels-last memory is then a matrix of pixels x
 // channels, and the index that of a linear layer.
 bool is_linear(const ConvShape& s) {
@@ -25,10 +19,6 @@ bool is_linear(const ConvShape& s) {
          s.x_channels_last && s.y_channels_last;
 }
 cpu::LinearShape linear_shape(const ConvShape& s) { return {s.images * s.height * s.width, s.in, s.out, s.bi, s.bo}; }
-
-void check_memory(const char* op, bool had) {
-  STD_TORCH_CHECK(had, op, ": scratch memory could not be allocated");
-}
 
 // The sizes of a convolution of an [images, in, height, width] input to `out` channels in bi x bo blocks.
 ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t bi, int64_t bo,
@@ -126,10 +116,9 @@ void run_wgrad(const char* op, const Gradients& g, const LayoutView& layout, con
                void* sums) {
   const void *dy = g.dy.const_data_ptr(), *x = g.x.const_data_ptr();
   if (is_linear(g.shape))
-    check_memory(op, linear_kernels().wgrad(g.dtype, linear_shape(g.shape), layout, dy, x, values, dvalues, sums,
-                                            TorchWorkers()));
+    cpu::kernels().linear_wgrad(g.dtype, linear_shape(g.shape), layout, TorchWorkers(), dy, x, values, dvalues, sums);
   else
-    kernels().wgrad(g.dtype, g.shape, layout, TorchWorkers(), dy, x, values, dvalues, sums);
+    cpu::kernels().conv2d_wgrad(g.dtype, g.shape, layout, TorchWorkers(), dy, x, values, dvalues, sums);
 }
 
 Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
@@ -151,12 +140,11 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
   Tensor y = new_image(x, s.images, s.out, s.out_h, s.out_w, channels_last);
   const void* offsets = dense_bias ? dense_bias->const_data_ptr() : nullptr;
   if (is_linear(s))
-    check_memory(op, linear_kernels().forward(dtype, linear_shape(s), layout, input.tensor.const_data_ptr(),
-                                              values.const_data_ptr(), offsets, y.mutable_data_ptr(),
-                                              TorchWorkers()));
+    cpu::kernels().linear_forward(dtype, linear_shape(s), layout, TorchWorkers(), input.tensor.const_data_ptr(),
+                                  values.const_data_ptr(), offsets, y.mutable_data_ptr());
   else
-    kernels().forward(dtype, s, layout, TorchWorkers(), input.tensor.const_data_ptr(), values.const_data_ptr(), offsets,
-                      y.mutable_data_ptr());
+    cpu::kernels().conv2d_forward(dtype, s, layout, TorchWorkers(), input.tensor.const_data_ptr(),
+                                  values.const_data_ptr(), offsets, y.mutable_data_ptr());
   return y;
 }
 
@@ -175,11 +163,11 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   const LayoutView layout = view_conv(op, index, s, values.size(0), Lists::columns);
   Tensor dx = new_image(dy, s.images, s.in, s.height, s.width, channels_last);
   if (is_linear(s))
-    check_memory(op, linear_kernels().dgrad(dtype, linear_shape(s), layout, gradient.tensor.const_data_ptr(),
-                                            values.const_data_ptr(), dx.mutable_data_ptr(), TorchWorkers()));
+    cpu::kernels().linear_dgrad(dtype, linear_shape(s), layout, TorchWorkers(), gradient.tensor.const_data_ptr(),
+                                values.const_data_ptr(), dx.mutable_data_ptr());
   else
-    kernels().dgrad(dtype, s, layout, TorchWorkers(), gradient.tensor.const_data_ptr(), values.const_data_ptr(),
-                    dx.mutable_data_ptr());
+    cpu::kernels().conv2d_dgrad(dtype, s, layout, TorchWorkers(), gradient.tensor.const_data_ptr(),
+                                values.const_data_ptr(), dx.mutable_data_ptr());
   return dx;
 }
 
@@ -210,14 +198,15 @@ Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const char* op = "conv2d_probe";
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
   const ConvGrid grid = conv_grid(op, g.shape);
-  const LayoutView layout = view_conv(op, index, g.shape, capacity_of_index(op, index, grid.rows, grid.lists), Lists::rows);
+  const LayoutView layout = view_conv(op, index, g.shape, capacity_of_index(op, index, grid.rows, grid.lists),
+                                      Lists::rows);
   Tensor norms = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
   const void *gradient = g.dy.const_data_ptr(), *input = g.x.const_data_ptr();
   if (is_linear(g.shape))
-    check_memory(op, linear_kernels().probe(g.dtype, linear_shape(g.shape), layout, gradient, input,
-                                            norms.mutable_data_ptr(), TorchWorkers()));
+    cpu::kernels().linear_probe(g.dtype, linear_shape(g.shape), layout, TorchWorkers(), gradient, input,
+                                norms.mutable_data_ptr());
   else
-    kernels().probe(g.dtype, g.shape, layout, TorchWorkers(), gradient, input, norms.mutable_data_ptr());
+    cpu::kernels().conv2d_probe(g.dtype, g.shape, layout, TorchWorkers(), gradient, input, norms.mutable_data_ptr());
   return norms;
 }
 

@@ -1,8 +1,7 @@
 // Layout update and block saliency, the two ops on a layer's blocks themselves.
 #include "bindings/common.h"
-#include "cpu/capability.h"
+#include "cpu/kernels.h"
 #include "cpu/layout_update.h"
-#include "cpu/saliency.h"
 
 namespace dynaprune::bindings {
 namespace {
@@ -19,10 +18,9 @@ void layout_update(Tensor mask, Tensor slot_of_block, Tensor index, int64_t capa
   check_disjoint(op, "mask", mask, "slot_of_block", slot_of_block);
   check_disjoint(op, "mask", mask, "index", index);
   check_disjoint(op, "slot_of_block", slot_of_block, "index", index);
-  STD_TORCH_CHECK(cpu::layout_update(shape, release, static_cast<unsigned char*>(mask.mutable_data_ptr()),
-                                     static_cast<int32_t*>(slot_of_block.mutable_data_ptr()),
-                                     static_cast<int32_t*>(index.mutable_data_ptr())),
-                  op, ": expected slots of slot_of_block from -1 on and below capacity ", capacity, ", each at most once");
+  cpu::layout_update(shape, release, static_cast<unsigned char*>(mask.mutable_data_ptr()),
+                     static_cast<int32_t*>(slot_of_block.mutable_data_ptr()),
+                     static_cast<int32_t*>(index.mutable_data_ptr()));
 }
 
 // What a kernel does before it walks along the row lists, or along the column lists; `repeats` times, to be timed.
@@ -38,7 +36,8 @@ void check_packed_index(const Tensor& index, int64_t rows, int64_t columns, int6
   const int64_t lists = checked_product(op, "column lists", {groups, channel_blocks, conv[2], conv[3]});
   const cpu::ListGeometry geometry{groups, channel_blocks, conv[1], conv[2], conv[3], conv[6], conv[7]};
   for (int64_t i = 0; i < repeats; ++i)
-    view_index(op, index, rows, columns, lists, capacity, by_column ? cpu::Lists::columns : cpu::Lists::rows, &geometry);
+    view_index(op, index, rows, columns, lists, capacity, by_column ? cpu::Lists::columns : cpu::Lists::rows,
+               &geometry);
 }
 
 std::tuple<Tensor, Tensor> block_saliency(const Tensor& values, const Tensor& grad, const Tensor& index, int64_t rows,
@@ -55,9 +54,8 @@ std::tuple<Tensor, Tensor> block_saliency(const Tensor& values, const Tensor& gr
   const Tensor gradient = torch::stable::contiguous(grad);
   Tensor stats = torch::stable::new_empty(values, {4, rows * columns}, sum_dtype(dtype));
   Tensor neuron = torch::stable::new_empty(values, {rows * values.size(2)}, sum_dtype(dtype));
-  DYNAPRUNE_CHOOSE(block_saliency)
-  (dtype, values.size(1), values.size(2), layout, values.const_data_ptr(), gradient.const_data_ptr(),
-   stats.mutable_data_ptr(), neuron.mutable_data_ptr(), TorchWorkers());
+  cpu::kernels().block_saliency(dtype, values.size(1), values.size(2), layout, TorchWorkers(), values.const_data_ptr(),
+                                gradient.const_data_ptr(), stats.mutable_data_ptr(), neuron.mutable_data_ptr());
   return {stats, neuron};
 }
 

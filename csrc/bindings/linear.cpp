@@ -1,18 +1,12 @@
 // Block-sparse linear ops of the library `dynaprune_cpu`.
-#include "cpu/linear.h"
-
 #include "bindings/common.h"
 #include "bindings/huge_pages.h"
-#include "cpu/capability.h"
+#include "cpu/kernels.h"
 
 namespace dynaprune::bindings {
 namespace {
 
 using cpu::Lists;
-
-constexpr const char* kNoMemory = ": scratch memory could not be allocated";
-
-const cpu::LinearKernels& kernels() { return DYNAPRUNE_CHOOSE(linear_kernels); }
 
 void check_activation(const char* op, const char* name, const Tensor& t, const char* shape) {
   check_cpu(op, name, t);
@@ -57,10 +51,8 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, std::optional<Tenso
   const Tensor input = torch::stable::contiguous(x);
   Tensor y = torch::stable::new_empty(x, {shape.m, shape.out});
   advise_huge_pages(y);
-  STD_TORCH_CHECK(kernels().forward(dtype, shape, layout, input.const_data_ptr(), values.const_data_ptr(),
-                                    dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                                    TorchWorkers()),
-                  op, kNoMemory);
+  cpu::kernels().linear_forward(dtype, shape, layout, TorchWorkers(), input.const_data_ptr(), values.const_data_ptr(),
+                                dense_bias ? dense_bias->const_data_ptr() : nullptr, y.mutable_data_ptr());
   return y;
 }
 
@@ -74,9 +66,8 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   const Tensor gradient = torch::stable::contiguous(dy);
   Tensor dx = torch::stable::new_empty(dy, {shape.m, shape.in});
   advise_huge_pages(dx);
-  STD_TORCH_CHECK(kernels().dgrad(dtype, shape, layout, gradient.const_data_ptr(), values.const_data_ptr(),
-                                  dx.mutable_data_ptr(), TorchWorkers()),
-                  op, kNoMemory);
+  cpu::kernels().linear_dgrad(dtype, shape, layout, TorchWorkers(), gradient.const_data_ptr(), values.const_data_ptr(),
+                              dx.mutable_data_ptr());
   return dx;
 }
 
@@ -88,9 +79,8 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
   advise_huge_pages(dvalues);
-  STD_TORCH_CHECK(kernels().wgrad(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(), nullptr,
-                                  dvalues.mutable_data_ptr(), nullptr, TorchWorkers()),
-                  op, kNoMemory);
+  cpu::kernels().linear_wgrad(dtype, shape, layout, TorchWorkers(), gradient.const_data_ptr(), input.const_data_ptr(),
+                              nullptr, dvalues.mutable_data_ptr(), nullptr);
   return dvalues;
 }
 
@@ -105,10 +95,8 @@ std::tuple<Tensor, Tensor> linear_wgrad_saliency(const Tensor& dy, const Tensor&
   Tensor dvalues = torch::stable::new_empty(x, {values.size(0), shape.bi, shape.bo});
   advise_huge_pages(dvalues);
   Tensor wg = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));
-  STD_TORCH_CHECK(kernels().wgrad(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(),
-                                  values.const_data_ptr(), dvalues.mutable_data_ptr(), wg.mutable_data_ptr(),
-                                  TorchWorkers()),
-                  op, kNoMemory);
+  cpu::kernels().linear_wgrad(dtype, shape, layout, TorchWorkers(), gradient.const_data_ptr(), input.const_data_ptr(),
+                              values.const_data_ptr(), dvalues.mutable_data_ptr(), wg.mutable_data_ptr());
   return {dvalues, wg};
 }
 
@@ -122,9 +110,8 @@ Tensor linear_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const LayoutView layout = view_linear(op, index, shape, capacity, Lists::rows);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor squares = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));
-  STD_TORCH_CHECK(kernels().probe(dtype, shape, layout, gradient.const_data_ptr(), input.const_data_ptr(),
-                                  squares.mutable_data_ptr(), TorchWorkers()),
-                  op, kNoMemory);
+  cpu::kernels().linear_probe(dtype, shape, layout, TorchWorkers(), gradient.const_data_ptr(), input.const_data_ptr(),
+                              squares.mutable_data_ptr());
   return squares;
 }
 

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
+
 namespace dynaprune::cpu {
 namespace {
 
@@ -47,5 +49,13 @@ Capability capability() {
 }
 
 const char* capability_name() { return name_of(capability()); }
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (capability() == Capability::avx512) return avx512::kernels;
+  if (capability() == Capability::avx2) return avx2::kernels;
+#endif
+  return generic::kernels;
+}
 
 }  // namespace dynaprune::cpu

@@ -12,14 +12,4 @@ Capability capability();
 // "avx512", "avx2", "neon" (the generic kernels' 128-bit vectors on ARM) or "generic".
 const char* capability_name();
 
-// DYNAPRUNE_CHOOSE(linear_kernels): that table of the set capability() chose.
-#if defined(__x86_64__)
-#define DYNAPRUNE_CHOOSE(table)                                                                        \
-  (::dynaprune::cpu::capability() == ::dynaprune::cpu::Capability::avx512 ? ::dynaprune::cpu::avx512::table \
-   : ::dynaprune::cpu::capability() == ::dynaprune::cpu::Capability::avx2 ? ::dynaprune::cpu::avx2::table   \
-                                                                          : ::dynaprune::cpu::generic::table)
-#else
-#define DYNAPRUNE_CHOOSE(table) (::dynaprune::cpu::generic::table)
-#endif
-
 }  // namespace dynaprune::cpu

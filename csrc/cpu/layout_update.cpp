@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "layout_view.h"
@@ -21,7 +23,7 @@ void order_by_length(const int32_t* ptr, int64_t count, int32_t* order) {
 
 }  // namespace
 
-bool layout_update(const LayoutShape& shape, bool release, unsigned char* mask, int32_t* slot_of_block,
+void layout_update(const LayoutShape& shape, bool release, unsigned char* mask, int32_t* slot_of_block,
                    int32_t* index) {
   const int64_t blocks = shape.rows * shape.columns, capacity = shape.capacity;
   // Who holds each slot; one more place takes the writes of blocks without one, so that the loop has no branches.
@@ -36,7 +38,9 @@ bool layout_update(const LayoutShape& shape, bool release, unsigned char* mask, 
     invalid |= holds & (place >= 0);
     place = holds ? int32_t(b) : -1;
   }
-  if (invalid) return false;
+  if (invalid)
+    throw std::runtime_error("layout_update: expected slots of slot_of_block from -1 on and below capacity " +
+                             std::to_string(capacity) + ", each at most once");
   for (int64_t b = 0; b < blocks; ++b) mask[b] = mask[b] != 0;  // later on, bytes are added up
   if (release)
     for (int64_t b = 0; b < blocks; ++b) slot_of_block[b] = mask[b] ? slot_of_block[b] : -1;
@@ -124,7 +128,6 @@ bool layout_update(const LayoutShape& shape, bool release, unsigned char* mask, 
   for (int32_t* list : {row_cols, row_slots, col_rows, col_cols, col_slots}) std::fill(list + live, list + capacity, -1);
   order_by_length(row_ptr, shape.rows, section(view.row_order));
   order_by_length(col_ptr, shape.lists(), section(view.col_order));
-  return true;
 }
 
 }  // namespace dynaprune::cpu

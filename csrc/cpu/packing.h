@@ -3,13 +3,15 @@
 
 #include "simd.h"
 
+#include "scratch.h"
+
 namespace dynaprune::cpu::DYNAPRUNE_ISA {
 namespace {
 
-// Owned scratch memory, aligned to cache lines; data() is null when it could not be had.
+// Owned scratch memory, see allocate_scratch.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, size_t(((bytes > 0 ? bytes : 1) + 63) / 64 * 64))) {}
+  explicit Scratch(int64_t bytes) : data_(allocate_scratch(bytes)) {}
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

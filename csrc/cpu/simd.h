@@ -1,9 +1,10 @@
 // Portable vectors (GCC vector extensions) for one instruction set per translation unit.
 //
-// A translation unit defines one of DYNAPRUNE_ISA_AVX512, DYNAPRUNE_ISA_AVX2 or DYNAPRUNE_ISA_GENERIC, includes every
-// standard header it needs, and includes this file first of all kernel files: from here on code is compiled for
-// that set. Everything that emits code stays in DYNAPRUNE_ISA's unnamed namespace (internal linkage), and no
-// std template may be used, so that no weak symbol with these encodings can reach an older CPU.
+// kernels_generic.cpp, kernels_avx2.cpp and kernels_avx512.cpp define one of DYNAPRUNE_ISA_GENERIC, DYNAPRUNE_ISA_AVX2
+// or DYNAPRUNE_ISA_AVX512 and include all kernels, this file first: it includes the standard headers that kernels
+// need, and from here on code is compiled for that set. Everything that emits code stays in DYNAPRUNE_ISA's unnamed
+// namespace (internal linkage), and no std template may be used, so that no weak symbol with these encodings can reach
+// an older CPU. What throws or uses the standard library is called, compiled for every CPU.
 #pragma once
 
 #include <cstddef>

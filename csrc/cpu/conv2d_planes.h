@@ -5,7 +5,7 @@
 // becomes one plane per stride phase. bfloat16 is widened on the way. Padding is exact zero.
 #pragma once
 
-#include "conv2d.h"
+#include "kernels.h"
 #include "transpose.h"
 
 namespace dynaprune::cpu::DYNAPRUNE_ISA {

@@ -6,7 +6,7 @@
 // are cut into batches, each of which passes over all chunks in order.
 #pragma once
 
-#include "conv2d_planes.inc"
+#include "conv2d_planes.h"
 
 namespace dynaprune::cpu::DYNAPRUNE_ISA {
 namespace {

@@ -1,4 +1,4 @@
 #if defined(__x86_64__)
 #define DYNAPRUNE_ISA_AVX512
-#include "saliency_kernels.inc"
+#include "kernel_table.h"
 #endif

@@ -1,7 +1,8 @@
-#include <cstdlib>
-#include <new>
+#include "scratch.h"
 
-#include "conv2d.h"
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 namespace dynaprune::cpu {
 namespace {
@@ -18,6 +19,14 @@ struct Buffers {
 
 }  // namespace
 
+void* allocate_scratch(int64_t bytes) {
+  const int64_t whole = ((bytes > 0 ? bytes : 1) + kAlignment - 1) / kAlignment * kAlignment;
+  void* data = std::aligned_alloc(kAlignment, static_cast<size_t>(whole));
+  if (data == nullptr)
+    throw std::runtime_error("scratch memory of " + std::to_string(whole) + " bytes could not be allocated");
+  return data;
+}
+
 void* conv_scratch(ConvScratch kind, int64_t bytes) {
   thread_local Buffers buffers;
 #if defined(__SANITIZE_ADDRESS__)
@@ -26,12 +35,12 @@ void* conv_scratch(ConvScratch kind, int64_t bytes) {
   constexpr bool kExact = false;
 #endif
   if (kExact || bytes > buffers.bytes[kind] || buffers.data[kind] == nullptr) {
-    const int64_t spare = kExact ? kAlignment - 1 : bytes / 4 + kAlignment;
-    const int64_t wanted = (bytes + spare) / kAlignment * kAlignment;
     std::free(buffers.data[kind]);
-    buffers.data[kind] = std::aligned_alloc(kAlignment, static_cast<size_t>(wanted));
-    buffers.bytes[kind] = buffers.data[kind] == nullptr ? 0 : wanted;
-    if (buffers.data[kind] == nullptr) throw std::bad_alloc();
+    buffers.data[kind] = nullptr;
+    buffers.bytes[kind] = 0;
+    const int64_t wanted = kExact ? bytes : bytes + bytes / 4;
+    buffers.data[kind] = allocate_scratch(wanted);
+    buffers.bytes[kind] = wanted;
   }
   return buffers.data[kind];
 }

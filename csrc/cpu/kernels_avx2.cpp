@@ -1,4 +1,4 @@
 #if defined(__x86_64__)
 #define DYNAPRUNE_ISA_AVX2
-#include "linear_table.inc"
+#include "kernel_table.h"
 #endif

@@ -3,9 +3,11 @@
 // Rows are taken kWgradRows at a time: the chunk's columns of x, packed block by block, stay in the L2 cache, one block
 // row of dy in the L1 cache; each block's tiles add the chunk to what the chunks before left, so the order of a sum
 // depends on nothing but the number of rows.
+#pragma once
+
 #include "simd.h"
 
-#include "linear.h"
+#include "kernels.h"
 #include "microkernel.h"
 #include "packing.h"
 
@@ -138,23 +140,22 @@ struct ZeroSlots {
 };
 
 template <class T>
-bool wgrad(const LinearShape& shape, const LayoutView& layout, const T* dy, const T* x, const T* values, T* dvalues,
-           typename Num<T>::Acc* wg, const Workers& workers) {
+void linear_wgrad(const LinearShape& shape, const LayoutView& layout, const Workers& workers, const T* dy, const T* x,
+                  const T* values, T* dvalues, typename Num<T>::Acc* wg) {
   typedef typename Num<T>::Acc A;
   const int64_t size = shape.bi * shape.bo, live = layout.header[0];
   if (wg) fill_zero(wg, layout.rows * layout.columns);
   if (shape.m == 0) {
     fill_zero(dvalues, layout.capacity * size);
-    return true;
+    return;
   }
   const Scratch listed(layout.capacity);
-  if (!listed.data()) return false;
   fill_zero(static_cast<unsigned char*>(listed.data()), layout.capacity);
   for (int64_t e = 0; e < live; ++e) static_cast<unsigned char*>(listed.data())[layout.row_slots[e]] = 1;
   ZeroSlots<T> zeros{static_cast<unsigned char*>(listed.data()), size, dvalues};
   run_items(workers, (layout.capacity - live) * size > kShareWork, live < layout.capacity ? layout.capacity : 0,
             ZeroSlots<T>::body, &zeros);
-  if (live == 0) return true;
+  if (live == 0) return;
 
   WeightGradient<T> job;
   job.shape = shape;
@@ -180,12 +181,10 @@ bool wgrad(const LinearShape& shape, const LayoutView& layout, const T* dy, cons
   const Scratch sums(job.by_entry ? live * size * int64_t(sizeof(A)) : 0);
   const Scratch x_panels(workers.count * job.x_size * int64_t(sizeof(A)));
   const Scratch dy_panels(workers.count * job.dy_size * int64_t(sizeof(A)));
-  if (!sums.data() || !x_panels.data() || !dy_panels.data()) return false;
   job.sums = job.by_entry ? static_cast<A*>(sums.data()) : reinterpret_cast<A*>(dvalues);
   job.x_panels = static_cast<A*>(x_panels.data());
   job.dy_panels = static_cast<A*>(dy_panels.data());
   run_items(workers, share, job.row_parts * job.col_parts, WeightGradient<T>::body, &job);
-  return true;
 }
 
 // Squares of R by C groups of blocks at a time; a group's sums live in a worker's scratch and are reduced at the end.
@@ -243,12 +242,11 @@ struct GradientProbe {
 };
 
 template <class T>
-bool probe(const LinearShape& shape, const LayoutView& layout, const T* dy, const T* x,
-           typename Num<T>::Acc* squares, const Workers& workers) {
+void linear_probe(const LinearShape& shape, const LayoutView& layout, const Workers& workers, const T* dy, const T* x,
+                  typename Num<T>::Acc* squares) {
   typedef typename Num<T>::Acc A;
   const int64_t blocks = layout.rows * layout.columns;
   const Scratch live(blocks);
-  if (!live.data()) return false;
   unsigned char* flags = static_cast<unsigned char*>(live.data());
   fill_zero(flags, blocks);
   for (int64_t row = 0; row < layout.rows; ++row)
@@ -269,14 +267,12 @@ bool probe(const LinearShape& shape, const LayoutView& layout, const T* dy, cons
   const Scratch x_panels(workers.count * job.x_size * int64_t(sizeof(A)));
   const Scratch dy_panels(workers.count * job.dy_size * int64_t(sizeof(A)));
   const Scratch sums(workers.count * job.sums_size * int64_t(sizeof(A)));
-  if (!x_panels.data() || !dy_panels.data() || !sums.data()) return false;
   job.x_panels = static_cast<A*>(x_panels.data());
   job.dy_panels = static_cast<A*>(dy_panels.data());
   job.sums = static_cast<A*>(sums.data());
   const int64_t work = shape.m * (blocks - layout.header[0]) * shape.bi * shape.bo;
   run_items(workers, work > kShareWork, divide_up(layout.rows, job.side) * divide_up(layout.columns, job.side),
             GradientProbe<T>::body, &job);
-  return true;
 }
 
 }  // namespace

@@ -1,2 +1,2 @@
 #define DYNAPRUNE_ISA_GENERIC
-#include "linear_table.inc"
+#include "kernel_table.h"

@@ -5,8 +5,8 @@
 // to seven groups times one or two vectors of channels stays in registers across all terms of the row.
 #pragma once
 
-#include "conv2d_planes.inc"
-#include "conv2d_tile.inc"
+#include "conv2d_planes.h"
+#include "conv2d_tile.h"
 
 namespace dynaprune::cpu::DYNAPRUNE_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // What both directions of a convolution prepare: places of columns and planes, panels of values. Include after simd.h.
 #pragma once
 
-#include "conv2d_planes.inc"
+#include "conv2d_planes.h"
 
 namespace dynaprune::cpu::DYNAPRUNE_ISA {
 namespace {

@@ -1,2 +1,0 @@
-#define DYNAPRUNE_ISA_GENERIC
-#include "saliency_kernels.inc"
