@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynaprune_kernels import index_check
+from dynaprune_kernels import _extension, index_check
 from tests.fuzz.corruptions import CORRUPTIONS, corrupted
 from tests.fuzz.kernel_problems import Problem, difference, draw_problem, public_calls, raw_calls
 from tests.fuzz.malformed_calls import all_calls, malformed
@@ -109,6 +109,9 @@ KINDS = {"indices": try_index, "calls": try_call}
 
 def work(kind: str, seed: int, first: int, count: int, log: Path) -> None:
     """Run cases in this process. ``log`` counts each one before it runs, and says what became of it after."""
+    loaded = str(_extension.load().path)
+    if "libasan" in os.environ.get("LD_PRELOAD", "") and not loaded.startswith(str(SANITIZED)):
+        raise RuntimeError(f"expected the extension in {SANITIZED}, got {loaded}")
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")
     with log.open("ab", buffering=0) as to:
@@ -165,8 +168,13 @@ def run(
             log = Path(folder) / "log"
             command = [sys.executable, "-m", "tests.fuzz.kernels", "--seed", str(seed), "--work", kind]
             command += ["--first", str(first), "--count", str(end - first), "--log", str(log)]
+            # `-m` looks in the working directory first, where an extension without the sanitizer may lie
             done = subprocess.run(
-                command, cwd=ROOT, env=environment(sanitized), capture_output=True, text=True
+                command,
+                cwd=SANITIZED if sanitized else ROOT,
+                env=environment(sanitized),
+                capture_output=True,
+                text=True,
             )
             lines = log.read_text().splitlines() if log.exists() else []
         begun = 0
