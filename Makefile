@@ -11,7 +11,7 @@ NEWEST_TORCH ?= torch
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*.h csrc/*/*.[ch]*))
+SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*.h csrc/*/*.[ch]* csrc/core/*/*.[ch]*))
 CUDA_LIBRARY := dynaprune_kernels/_C_cuda.abi3.so
 NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 # A step's output goes to a log, and to the terminal where the step fails.

@@ -100,8 +100,8 @@ def cuda_toolkit() -> Toolkit | str:
         return "DYNAPRUNE_NO_CUDA was set during the installation"
     if torch.version.cuda is None and not wanted("FORCE_CUDA"):
         return "the torch found during the installation has no CUDA (FORCE_CUDA=1 builds them all the same)"
-    if not sources_of("core/*.cu"):
-        return "the source tree has no csrc/core/*.cu"
+    if not sources_of("core/launch/*.cu"):
+        return "the source tree has no csrc/core/launch/*.cu"
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [f"{named}/bin/nvcc"] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next((path for path in map(shutil.which, places) if path), None)
@@ -186,12 +186,12 @@ def nvcc_flags(source: str, architectures: list[str]) -> list[str]:
 
 
 def compile_cuda(toolkit: Toolkit, architectures: list[str], folder: Path) -> list[str]:
-    """Compiles every csrc/core/*.cu that is newer than its object in `folder`; returns the objects."""
-    sources = sources_of("core/*.cu")
+    """Compiles every csrc/core/launch/*.cu that is newer than its object in `folder`; returns the objects."""
+    sources = sources_of("core/launch/*.cu")
     if not any(entry.startswith("9.0a") for entry in architectures):
         sources = [source for source in sources if not source.endswith("_sm90.cu")]
     folder.mkdir(parents=True, exist_ok=True)
-    headers = max((ROOT / header).stat().st_mtime for header in sources_of("*.h", "core/*.h"))
+    headers = max((ROOT / header).stat().st_mtime for header in sources_of("*.h", "core/**/*.h"))
     host_compiler = next(word for word in os.environ["CXX"].split() if not word.endswith("ccache"))
 
     def compiled(source: str) -> str:
@@ -257,7 +257,7 @@ def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
     return extension(
         "_C_cuda",
         sources_of("bindings/cuda_*.cpp"),
-        sources_of("*.h", "bindings/checks.h", "bindings/cuda_*.h", "core/*"),
+        sources_of("*.h", "bindings/checks.h", "bindings/cuda_*.h", "core/**/*.[hc]*"),
         include_dirs=[str(toolkit.include)],
         define_macros=[("DYNAPRUNE_CUDA_ARCHITECTURES", f'"{" ".join(architectures)}"')],
         extra_compile_args={"cxx": compile_flags()},

@@ -69,7 +69,7 @@ def backends() -> dict[str, str | None]:
 
 
 _CPU_SOURCES = ("*.h", "cpu/*", "bindings/[!c]*", "bindings/c[!u]*")  # of bindings all but cuda_*
-_CUDA_SOURCES = ("*.h", "core/*", "bindings/cuda_*", "bindings/checks.h")
+_CUDA_SOURCES = ("*.h", "core/**/*.[ch]*", "bindings/cuda_*", "bindings/checks.h")
 
 
 def _stale(path: Path | None, sources: tuple[str, ...]) -> bool:

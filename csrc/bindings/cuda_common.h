@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "bindings/checks.h"
-#include "core/launch.h"
+#include "core/launchers.h"
 #ifdef DYN_EMULATION
 #include "emulation/tensors.h"
 #else

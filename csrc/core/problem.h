@@ -49,4 +49,7 @@ struct LayoutShape {
   int64_t groups, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
 };
 
+// Whether a kernel that counts columns and thread blocks in 32 bits can run.
+inline bool fits_int32(int64_t count) { return count <= (int64_t(1) << 31) - 256; }
+
 }  // namespace dynaprune::cuda

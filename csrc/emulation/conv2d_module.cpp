@@ -1,6 +1,6 @@
 // The emulated launchers of core/conv2d.cu for Python.
-#include "core/linear.cu"  // pointwise convolutions
-#include "core/conv2d.cu"
+#include "core/launch/linear.cu"  // pointwise convolutions
+#include "core/launch/conv2d.cu"
 #include "emulation/conv2d_call.h"
 
 namespace dynaprune::cuda::emulation {

@@ -1,7 +1,7 @@
 // The emulated launchers of core/conv2d_sm90.cu for Python.
 #include "emulation/conv2d_call.h"
 
-#include "core/conv2d_sm90.cu"
+#include "core/launch/conv2d_sm90.cu"
 
 namespace dynaprune::cuda::emulation {
 namespace {

@@ -1,7 +1,7 @@
 // The emulated launcher of core/layout_update.cu for Python.
 #include "emulation/module.h"
 
-#include "core/layout_update.cu"
+#include "core/launch/layout_update.cu"
 
 namespace dynaprune::cuda::emulation {
 namespace {

@@ -2,7 +2,7 @@
 // layer's.
 #include "emulation/module.h"
 
-#include "core/linear.cu"
+#include "core/launch/linear.cu"
 
 namespace dynaprune::cuda::emulation {
 namespace {

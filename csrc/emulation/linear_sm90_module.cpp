@@ -2,7 +2,7 @@
 // layer's.
 #include "emulation/module.h"
 
-#include "core/linear_sm90.cu"
+#include "core/launch/linear_sm90.cu"
 
 namespace dynaprune::cuda::emulation {
 namespace {

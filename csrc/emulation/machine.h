@@ -40,7 +40,7 @@ enum Wait { kSyncBlock, kSyncWarp, kWaitCopies, kWaitStores, kWaitProducts, kNam
 constexpr const char* kWaitNames[kWaits] = {"sync_block",    "sync_warp",     "wait_copies",  "wait_stores",
                                             "wait_products", "named_barrier", "mbarrier_wait"};
 
-// What is compared before it is used (core/packed_index.h).
+// What is compared before it is used (core/scheduler/packed_index.h).
 enum Guard {
   kGuardOrder,
   kGuardPointers,

@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/launch.h"
+#include "core/launchers.h"
 
 namespace dynaprune::cuda::emulation {
 

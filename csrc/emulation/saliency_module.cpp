@@ -1,7 +1,7 @@
 // The emulated launchers of core/saliency.cu for Python.
 #include "emulation/module.h"
 
-#include "core/saliency.cu"
+#include "core/launch/saliency.cu"
 
 namespace dynaprune::cuda::emulation {
 namespace {

@@ -35,5 +35,5 @@ def _modules(item: pytest.Item) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def emulated() -> Callable[[str], ModuleType]:
-    """``emulated("saliency")``: the launchers of csrc/core/saliency.cu, run by host threads."""
+    """``emulated("saliency")``: the launchers of csrc/core/launch/saliency.cu, run by host threads."""
     return emulation.load

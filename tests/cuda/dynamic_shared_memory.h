@@ -3,13 +3,15 @@
 // this is not.
 #pragma once
 
-#include "core/conv2d_sm80.h"
-#include "core/conv2d_sm90.h"
-#include "core/layout_update.h"
-#include "core/linear_sm80.h"
-#include "core/linear_sm90.h"
-#include "core/saliency.h"
-#include "core/sum_splits.h"
+#include "core/gather/pixels_sm90.h"
+#include "core/gather/tokens_sm90.h"
+#include "core/kernels/conv2d_sm80.h"
+#include "core/kernels/layout_update.h"
+#include "core/kernels/linear_sm80.h"
+#include "core/kernels/product_sm90.h"
+#include "core/kernels/saliency.h"
+#include "core/kernels/sum_splits.h"
+#include "core/kernels/wgrad_sm90.h"
 
 namespace launched_with {
 

@@ -48,7 +48,7 @@ def folder_for(flags: list[str], *more: Path) -> Path:
     digest = hashlib.sha256("\0".join([*flags, sys.version]).encode())
     digest.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
     for folder in ("csrc/core", "csrc/emulation"):
-        more += tuple((ROOT / folder).iterdir())
+        more += tuple(path for path in (ROOT / folder).rglob("*") if path.is_file())
     for path in sorted([*more, ROOT / "csrc/layout_view.h"]):
         digest.update(path.name.encode() + path.read_bytes())
     user = Path(tempfile.gettempdir()) / f"dynaprune-emulation-{os.getuid()}"

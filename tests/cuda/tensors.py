@@ -22,13 +22,14 @@ FLAGS = [
 
 def build() -> Path:
     """Compile every binding and every launcher for host threads, once for all processes."""
-    sources = sorted((ROOT / "csrc").glob("bindings/cuda_*.cpp")) + sorted((ROOT / "csrc").glob("core/*.cu"))
-    folder = folder_for([*FLAGS, torch.__version__], *(ROOT / "csrc" / "bindings").glob("c*"))
+    csrc = ROOT / "csrc"
+    sources = [*sorted(csrc.glob("bindings/cuda_*.cpp")), *sorted(csrc.glob("core/launch/*.cu"))]
+    folder = folder_for([*FLAGS, torch.__version__], *(csrc / "bindings").glob("c*"))
     library = folder / "dynaprune_cuda_emulated.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
+    includes = [f"-I{csrc}", *(f"-isystem{path}" for path in include_paths())]
 
     def compiled(source: Path) -> str:
         target = folder / f"{source.name}.{os.getpid()}.o"

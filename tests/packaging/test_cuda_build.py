@@ -30,13 +30,13 @@ STABLE_TORCH_LIBRARY_IMPL(dynaprune_cpu, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&capability));
 }
 """,
-    "core/launch.h": "#include <cuda_runtime_api.h>\ncudaError_t fill(float* y);\n",
-    "core/fill.cu": """
-#include "core/launch.h"
+    "core/launchers.h": "#include <cuda_runtime_api.h>\ncudaError_t fill(float* y);\n",
+    "core/launch/fill.cu": """
+#include "core/launchers.h"
 __global__ void fill_kernel(float* y) { *y = 1; }
 cudaError_t fill(float* y) { fill_kernel<<<1, 1>>>(y); return cudaGetLastError(); }
 """,
-    "core/only_sm90.cu": """
+    "core/launch/only_sm90.cu": """
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error compiled for another architecture
 #endif
@@ -46,7 +46,7 @@ void only_sm90(float* y) { only_sm90_kernel<<<1, 1>>>(y); }
     "bindings/cuda_library.cpp": """
 #include <torch/csrc/stable/library.h>
 #include <string>
-#include "core/launch.h"
+#include "core/launchers.h"
 std::string architectures() { return fill(nullptr) == cudaSuccess ? "" : DYNAPRUNE_CUDA_ARCHITECTURES; }
 STABLE_TORCH_LIBRARY(dynaprune_cuda, m) { m.def("architectures() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(dynaprune_cuda, CompositeExplicitAutograd, m) {

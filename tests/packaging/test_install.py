@@ -174,7 +174,7 @@ def test_kernels_never_import_the_package_above() -> None:
     [
         ("_C", "cpu/linear.cpp", info._CPU_SOURCES),
         ("_C", "layout_view.h", info._CPU_SOURCES),
-        ("_C_cuda", "core/linear.cu", info._CUDA_SOURCES),
+        ("_C_cuda", "core/launch/linear.cu", info._CUDA_SOURCES),
         ("_C_cuda", "layout_view.h", info._CUDA_SOURCES),
     ],
 )
