@@ -44,10 +44,10 @@ inline MBarrier& mbarrier_at(const uint64_t* mbarrier) {
 inline void mbarrier_arrive(uint64_t* mbarrier) { mbarrier_at(mbarrier).gate.arrive<Order::memory>(); }
 
 // The present phase ends only after `bytes` more have been copied.
-inline void mbarrier_expect_bytes(uint64_t* mbarrier, int bytes) {
+inline void mbarrier_expect_tx(uint64_t* mbarrier, int bytes) {
   mbarrier_at(mbarrier).gate.change<Order::memory>([=](Gate::State& state) { state.bytes += bytes; });
 }
-inline void mbarrier_arrive_expect_bytes(uint64_t* mbarrier, int bytes) {
+inline void mbarrier_arrive_expect_tx(uint64_t* mbarrier, int bytes) {
   mbarrier_at(mbarrier).gate.change<Order::memory>([=](Gate::State& state) {
     if (state.pending == 0) fail(__FILE__, __LINE__, "more threads arrived at an mbarrier than it expects");
     state.bytes += bytes;

@@ -18,12 +18,12 @@ namespace dynaprune::cuda::emulation {
 
 inline void sync_block() {
   Machine& machine = Machine::instance();
-  if (!machine.left_out(kSyncBlock)) machine.meet<Order::memory>(self->block->barrier);
+  if (!machine.left_out(kSyncBlock)) machine.arrive_and_wait<Order::memory>(self->block->barrier);
 }
 
 inline void sync_warp() {
   Machine& machine = Machine::instance();
-  if (!machine.left_out(kSyncWarp)) machine.meet<Order::memory>(self->warp().gate);
+  if (!machine.left_out(kSyncWarp)) machine.arrive_and_wait<Order::memory>(self->warp().gate);
 }
 
 inline bool left_out(Guard guard) { return Machine::instance().left_out(guard); }
@@ -56,7 +56,7 @@ inline Exchanged<T> exchange(const T& mine) {
   std::memcpy(words, &mine, sizeof mine);
   for (size_t w = 0; w < Exchanged<T>::kWords; ++w)
     warp.shown[side][size_t(self->index % kLanes)][w].store(words[w], std::memory_order_relaxed);
-  Machine::instance().meet<Order::none>(warp.gate);
+  Machine::instance().arrive_and_wait<Order::none>(warp.gate);
   return Exchanged<T>(warp, side);
 }
 

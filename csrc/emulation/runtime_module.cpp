@@ -63,7 +63,7 @@ DYN_GLOBAL void pipeline_kernel(const float* from, float* to, int rounds) {
   if (warp() == 0) {
     for (int round = 0; lane() == 0 && round < rounds; ++round) {
       mbarrier_wait(empty, uint32_t(round + 1) % 2);
-      mbarrier_arrive_expect_bytes(full, kStage * 4);
+      mbarrier_arrive_expect_tx(full, kStage * 4);
       copy_bulk(stage, kStage * 4, full, [=] { std::memcpy(stage, from + round * kStage, kStage * 4); });
     }
     return;
@@ -92,7 +92,7 @@ DYN_GLOBAL void mistake_kernel(const char* which, int size) {
   if (mistake == "not waited for" && thread() == 3) {
     uint64_t* mbarrier = reinterpret_cast<uint64_t*>(shared + 16);
     mbarrier_init(mbarrier, 1);
-    mbarrier_arrive_expect_bytes(mbarrier, 16);
+    mbarrier_arrive_expect_tx(mbarrier, 16);
     copy_bulk(shared, 16, mbarrier, [] {});
   }
   sync_block();

@@ -20,12 +20,14 @@ struct ProductItem {
   int list, tile;
 };
 
-// Computes the transposed tile y^T [OUTER outputs, 2 WIDTH rows of a]: with 64 outputs per block it is the rows that
-// make the products wide. Maps: values as matrices [bi][bo] in boxes of 64 rows, for dgrad of bi; `ragged` the same for
-// the blocks at the ragged end of the summed side, less their padding: what a weight holds there is not defined, and
-// 0 x NaN is NaN.
+// A tile is y^T [OUTER outputs, 2 WIDTH rows of a]. It is transposed because a block may have only 64 outputs: the rows
+// of a make the products wide.
 //
-// What a row of a is, `Rows` knows (gather/tokens_sm90.h, gather/pixels_sm90.h):
+// Two maps describe `values`, matrices [bi][bo], in boxes of 64 rows (dgrad: of bi rows). `values` describes them
+// whole. `ragged` leaves out the padding of the blocks at the ragged end of the summed side. A weight's padding is not
+// defined, and 0 x NaN is NaN.
+//
+// `Rows` says what a row of a is (gather/tokens_sm90.h, gather/pixels_sm90.h):
 //   most(), inner(), width()        rows of the longest list, width of a block on the summed side, of a row of y
 //   list(i, OUTER)                  list i of the index: its `count` rows, first `output` and `real` outputs from there
 //   row(list, j), start(list, j)    which row of y gets row j; where copies from row j on begin
@@ -33,19 +35,19 @@ struct ProductItem {
 //   exists(view, entry)             whether there is such a block; there is one for Entry{}
 //   block(entry)                    the block as copy() wants it
 //   copy(to, list, start, block, k, barrier)       [2 WIDTH rows][64 elements of the summed side from the block's k on]
-// Only the producer reads the index, every number once. How many stages an item has is decided before its blocks are
-// looked at: one that does not exist is copied as zeros, from beyond the last matrix of values.
+// Only the producer reads the index, every number once. It counts an item's stages before it looks at the blocks. A
+// block that does not exist is copied as zeros, from beyond the last matrix of `values`.
 template <class T, class Rows, int OUTER, int WIDTH>
 DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
     product_sm90_kernel(const DYN_GRID_CONSTANT Rows rows, const DYN_GRID_CONSTANT TensorMap values,
                         const DYN_GRID_CONSTANT TensorMap ragged, Product<T> p) {
-  using Machine = Pipeline<T, OUTER, WIDTH, ProductItem>;
+  using Mainloop = Pipeline<T, OUTER, WIDTH, ProductItem>;
   constexpr bool kDgrad = Rows::kDgrad;
   // values [bi][bo]: forward sums over bi, so outputs run along a row; dgrad sums over bo, along a row.
   constexpr Major kLeft = kDgrad ? Major::K : Major::MN;
-  Machine::open();
-  if (Machine::is_producer()) {
-    give_registers<kProducerRegisters>();
+  Mainloop::init_barriers();
+  if (Mainloop::is_producer()) {
+    warpgroup_reg_dealloc<kProducerRegisters>();
     if (thread() != kConsumers * kWarpgroup) return;
     rows.prefetch();
     prefetch(values);
@@ -55,14 +57,14 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
     const int32_t* pointers = kDgrad ? view.col_ptr : view.row_ptr;
     const int32_t* slots = kDgrad ? view.col_slots : view.row_slots;
     const int inner = rows.inner();
-    const int64_t lists = kDgrad ? view.lists : view.rows, tiles = ceil_div(rows.most(), Machine::kColumns);
-    typename Machine::Producer producer;
+    const int64_t lists = kDgrad ? view.lists : view.rows, tiles = ceil_div(rows.most(), Mainloop::kColumns);
+    typename Mainloop::Producer producer;
     for (int64_t program = block(); program < tiles * lists; program += grid()) {
       const TileOfProgram at = tile_of_program(program, tiles, lists);
       const int number = list_at(order, at.rank, lists);
       const auto [begin, end] = entries_of(view, pointers, number);
       const auto list = rows.list(number, OUTER);
-      const int first = int(at.tile) * Machine::kColumns;
+      const int first = int(at.tile) * Mainloop::kColumns;
       if (first >= list.count) continue;  // phases of a strided convolution differ in size
       producer.post({(end - begin) * (inner / kDepth), number, int(at.tile)});
       const auto start = rows.start(list, first);
@@ -75,28 +77,28 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
         if (entry + 1 < end) next_entry = Rows::entry(view, entry + 1), next_slot = slots[entry + 1];  // meanwhile
         const TensorMap& map = rows.is_ragged(block) ? ragged : values;
         for (int k0 = 0; k0 < inner; k0 += kDepth) {
-          const int stage = producer.next_stage(Machine::kStageBytes);
-          uint64_t* full = producer.full(stage);
-          unsigned char* left = Machine::left(stage);
+          const int stage = producer.acquire(Mainloop::kStageBytes);
+          uint64_t* full_barrier = producer.full_barrier(stage);
+          unsigned char* left = Mainloop::left(stage);
           if (kDgrad) {
-            tma_load(left, map, k0, 0, slot, full);  // [OUTER][64]
+            tma_load(left, map, k0, 0, slot, full_barrier);  // [OUTER][64]
           } else {
             DYN_UNROLL
             for (int m = 0; m < OUTER / 64; ++m)  // [64][64] each
-              tma_load(left + m * kPanelBytes, map, m * 64, k0, slot, full);
+              tma_load(left + m * kPanelBytes, map, m * 64, k0, slot, full_barrier);
           }
-          rows.copy(Machine::right(stage), list, start, block, k0, full);
+          rows.copy(Mainloop::right(stage), list, start, block, k0, full_barrier);
         }
       }
     }
     producer.finish();
   } else {
-    take_registers<kConsumerRegisters>();
-    typename Machine::Consumer consumer;
+    warpgroup_reg_alloc<kConsumerRegisters>();
+    typename Mainloop::Consumer consumer;
     for (;;) {
-      const ProductItem item = consumer.next();
+      const ProductItem item = consumer.wait_item();
       if (item.stages < 0) break;
-      typename Machine::Sums sums;
+      typename Mainloop::Sums sums;
       consumer.template multiply<kLeft, Major::K>(sums, item.stages, true);
 
       const auto list = rows.list(item.list, OUTER);
@@ -113,7 +115,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
       }
       const int width = rows.width();
       const bool vectors = width % 8 == 0;
-      const int first = item.tile * Machine::kColumns + consumer.first_column();
+      const int first = item.tile * Mainloop::kColumns + consumer.first_column();
       consumer.store_columns(sums, [&](int column, int output, const Vector16<T>& eight) {
         const int row = first + column;
         if (row >= list.count || output >= list.real) return;
@@ -126,7 +128,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
             if (output + e < list.real) to[e] = eight.element[e];
         }
       });
-      consumer.done();
+      consumer.release_item();
     }
   }
 }

@@ -11,8 +11,8 @@ namespace dynaprune::cuda::sm90 {
 template <class T>
 struct Gradient {
   LayoutView view;
-  int rows, out, log_bi;
-  int programs, splits;  // chunks of a row's blocks, parts of the sum over rows of x and dy
+  int tokens, out, log_bi;  // tokens: or output pixels
+  int programs, splits;     // chunks of a row's blocks, parts of the sum over tokens
   float* partial;        // [splits, capacity, bi, OUTER], or null: then straight to dvalues and wg
   T* dvalues;
   const T* values;  // null: no saliency
@@ -29,7 +29,7 @@ struct GradientItem {
 // Computes transposed blocks dW [OUTER outputs, inputs], 256 inputs of one row's next live blocks at a time, which
 // share dy. Map: dy in boxes of 64 rows. The producer reads the lists, every number once; consumers compare slots.
 //
-// What a row of x is, `Inputs` knows (gather/tokens_sm90.h, gather/pixels_sm90.h):
+// `Inputs` says what a row of x is (gather/tokens_sm90.h, gather/pixels_sm90.h):
 //   inputs(column)                   how many a block of the column has, without padding
 //   panel(row, column, first)        64 inputs of the block, from its first-th on
 //   start(j)                         where copies from row j on begin
@@ -38,20 +38,20 @@ template <class T, class Inputs, int OUTER>
 DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
     wgrad_sm90_kernel(const DYN_GRID_CONSTANT Inputs x, const DYN_GRID_CONSTANT TensorMap dy, Gradient<T> p) {
   constexpr int kWidth = 128, kPanels = kWidth / 64;  // of a consumer: never less than a block
-  using Machine = Pipeline<T, OUTER, kWidth, GradientItem>;
+  using Mainloop = Pipeline<T, OUTER, kWidth, GradientItem>;
   const LayoutView& view = p.view;
   const int bi = 1 << p.log_bi;
-  Machine::open();
+  Mainloop::init_barriers();
   zero_unlisted(view, block(), grid(), int64_t(OUTER) << p.log_bi, p.dvalues, p.wg);
-  if (Machine::is_producer()) {
-    give_registers<kProducerRegisters>();
+  if (Mainloop::is_producer()) {
+    warpgroup_reg_dealloc<kProducerRegisters>();
     if (thread() != kConsumers * kWarpgroup) return;
     x.prefetch();
     prefetch(dy);
-    const int steps = ceil_div(p.rows, kDepth), steps_per_split = ceil_div(steps, p.splits);
-    typename Machine::Producer producer;
+    const int steps = ceil_div(p.tokens, kDepth), steps_per_split = ceil_div(steps, p.splits);
+    typename Mainloop::Producer producer;
     for (int64_t program = block(); program < int64_t(p.programs) * p.splits; program += grid()) {
-      const Chunk chunk = chunk_of_program(view, int(program % p.programs), Machine::kColumns >> p.log_bi);
+      const Chunk chunk = chunk_of_program(view, int(program % p.programs), Mainloop::kColumns >> p.log_bi);
       if (chunk.begin >= chunk.end) continue;
       GradientItem item;
       item.split = int(program / p.programs);
@@ -75,29 +75,30 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
         panels[i] = x.panel(chunk.row, posted.columns[(i * 64) >> p.log_bi], (i * 64) & (bi - 1));
       for (int step = first; step < first + posted.stages; ++step) {
         const auto start = x.start(step * kDepth);
-        const int stage = producer.next_stage(Machine::kLeftBytes + count * kPanelBytes);
-        uint64_t* full = producer.full(stage);
+        const int stage = producer.acquire(Mainloop::kLeftBytes + count * kPanelBytes);
+        uint64_t* full_barrier = producer.full_barrier(stage);
         DYN_UNROLL
         for (int m = 0; m < OUTER / 64; ++m)  // [64 rows][64 outputs] each
-          tma_load(Machine::left(stage) + m * kPanelBytes, dy, chunk.row * OUTER + m * 64, step * kDepth, 0, full);
+          tma_load(Mainloop::left(stage) + m * kPanelBytes, dy, chunk.row * OUTER + m * 64, step * kDepth, 0,
+                   full_barrier);
         DYN_UNROLL  // what panels of missing blocks hold ends in sums that are not stored
         for (int i = 0; i < kConsumers * kPanels; ++i)
-          if (i < count) x.copy(Machine::right(stage) + i * kPanelBytes, start, panels[i], full);
+          if (i < count) x.copy(Mainloop::right(stage) + i * kPanelBytes, start, panels[i], full_barrier);
       }
     }
     producer.finish();
   } else {
-    take_registers<kConsumerRegisters>();
-    typename Machine::Consumer consumer;
+    warpgroup_reg_alloc<kConsumerRegisters>();
+    typename Mainloop::Consumer consumer;
     for (;;) {
-      const GradientItem& item = consumer.next();
+      const GradientItem& item = consumer.wait_item();
       if (item.stages < 0) break;
       const int first_block = consumer.first_column() >> p.log_bi;
       const bool has_blocks = first_block < item.blocks;
-      typename Machine::Sums sums;
+      typename Mainloop::Sums sums;
       consumer.template multiply<Major::MN, Major::MN>(sums, item.stages, has_blocks);
       if (!has_blocks) {
-        consumer.done();
+        consumer.release_item();
         continue;
       }
       const auto block_of = [&](int column) { return first_block + (column >> p.log_bi); };
@@ -149,7 +150,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
               if (row < real_outputs) weighted[i / 32] += sums[m][i] * to_float(weights[row]);
             }
           }
-          float(*warp_sums)[kPanels] = &Machine::control().warp_sums[consumer.index() * 4];
+          float(*warp_sums)[kPanels] = &Mainloop::control().warp_sums[consumer.index() * 4];
           DYN_UNROLL
           for (int panel = 0; panel < kPanels; ++panel) {
             float sum = weighted[panel];
@@ -157,7 +158,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
             for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
             if (lane() == 0) warp_sums[warp() % 4][panel] = sum;
           }
-          consumer.meet();
+          consumer.sync_warpgroup();
           const int mine = thread() % kWarpgroup, b = first_block + mine;
           if (mine < kWidth >> p.log_bi && exists(b)) {
             float sum = 0.0f;
@@ -170,7 +171,7 @@ DYN_GLOBAL void DYN_LAUNCH_BOUNDS(kThreads, 1)
           if (exists(block_of(column))) store16(p.dvalues + at(column) + row, eight);
         });
       }
-      consumer.done();
+      consumer.release_item();
     }
   }
 }

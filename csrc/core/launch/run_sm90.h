@@ -32,10 +32,10 @@ inline int persistent_grid(const Target& target, int64_t items) {
 template <class Rows, int OUTER, int WIDTH, class T, class Fill>
 cudaError_t launch_product(const Target& target, DType dtype, const Blocks& blocks, int64_t count, int64_t inner_size,
                            const void* values, const Product<T>& product, const Fill& fill) {
-  using Machine = Pipeline<T, OUTER, WIDTH, ProductItem>;
+  using Mainloop = Pipeline<T, OUTER, WIDTH, ProductItem>;
   constexpr int kBoxRows = Rows::kDgrad ? OUTER : kDepth;
   Rows rows{};
-  cudaError_t error = fill(rows, Machine::kColumns);
+  cudaError_t error = fill(rows, Mainloop::kColumns);
   if (error != cudaSuccess) return error;
   TensorMap values_map, ragged_map;
   Matrices weight{values, blocks.bo, blocks.bi, blocks.capacity, blocks.bo, blocks.bi * blocks.bo};
@@ -46,9 +46,9 @@ cudaError_t launch_product(const Target& target, DType dtype, const Blocks& bloc
   if (ragged != 0) (Rows::kDgrad ? weight.width : weight.height) = ragged;
   error = make_tensor_map(ragged_map, dtype, weight, kBoxRows);
   if (error != cudaSuccess) return error;
-  const int64_t items = ceil_div(count, int64_t(Machine::kColumns)) * (Rows::kDgrad ? blocks.lists : blocks.rows);
+  const int64_t items = ceil_div(count, int64_t(Mainloop::kColumns)) * (Rows::kDgrad ? blocks.lists : blocks.rows);
   return launch(product_sm90_kernel<T, Rows, OUTER, WIDTH>, {unsigned(persistent_grid(target, items))}, kThreads,
-                Machine::kSharedBytes, target.stream, rows, values_map, ragged_map, product);
+                Mainloop::kSharedBytes, target.stream, rows, values_map, ragged_map, product);
 }
 
 // Forward and dgrad. `count` rows in the largest list, `inner_size` summed channels; fill(rows, height) makes the rows'
@@ -76,10 +76,10 @@ inline GradientPlan plan_wgrad(const Target& target, const Blocks& blocks, int64
 
 template <int OUTER, class T, class Inputs>
 cudaError_t launch_wgrad(const Target& target, const Inputs& x, const TensorMap& dy, const Gradient<T>& gradient) {
-  using Machine = Pipeline<T, OUTER, kWide, GradientItem>;
+  using Mainloop = Pipeline<T, OUTER, kWide, GradientItem>;
   return launch(wgrad_sm90_kernel<T, Inputs, OUTER>,
                 {unsigned(persistent_grid(target, int64_t(gradient.programs) * gradient.splits))}, kThreads,
-                Machine::kSharedBytes, target.stream, x, dy, gradient);
+                Mainloop::kSharedBytes, target.stream, x, dy, gradient);
 }
 
 // Wgrad and its saliency. dy: [rows][outputs]; `tap_columns` block columns of one tap (of a linear layer all of them)

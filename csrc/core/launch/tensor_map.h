@@ -1,5 +1,5 @@
-// Makes tensor maps (see ptx/tma_sm90.h, ptx/im2col_sm90.h) on the host. The driver's functions are looked up at run time,
-// so that nothing links to libcuda and the library loads where there is no driver.
+// Makes tensor maps (ptx/tma_sm90.h, ptx/im2col_sm90.h) on the host. The driver's functions are looked up at run time:
+// nothing links to libcuda, and the library loads where there is no driver.
 #pragma once
 
 #include "core/problem.h"

@@ -1,17 +1,19 @@
-// The machine that Hopper's kernels share. A thread block stays on its multiprocessor and works through items (output
-// tiles). One thread, the producer, reads the index, posts items and copies their operands into a ring of stages; two
-// consumer warpgroups multiply, each its half of every tile's columns. The left operand, the weight's, serves both:
-// what a tile this wide saves is reads from L2. The second consumer stays a little behind the first, so that one stores
-// its results while the other multiplies.
+// The mainloop of Hopper's kernels: persistent, warp-specialised, pipelined.
 //
-//   full[stage]                  ends when the stage's bytes have been copied    producer -> consumers
-//   empty[stage]                 ends when all consumer warps have read it       consumers -> producer
-//   posted[slot], taken[slot]    the same for items                              producer -> consumers -> producer
-//   ahead[slot]                  ends when the first consumer has begun enough of the item    first -> second
+// A thread block stays on its multiprocessor and works through items (output tiles). One thread, the producer, reads
+// the index, posts items and copies their operands into a ring of stages. Two consumer warpgroups multiply, each its
+// half of every tile's columns. Both read the same left operand, the weight's: a tile this wide saves reads from L2.
+// The second consumer stays a little behind the first: one stores its results while the other multiplies.
+//
+//   full_barriers[stage]       end when the stage's bytes have been copied                 producer -> consumers
+//   empty_barriers[stage]      end when all consumer warps have read it                    consumers -> producer
+//   item_full_barriers[slot]   end when the item has been posted                           producer -> consumers
+//   item_empty_barriers[slot]  end when all consumer warps have released it                consumers -> producer
+//   order_barriers[slot]       end when the first consumer has begun enough of the item    first -> second consumer
 //
 // A wait for a parity is right only while at most one phase is missing. So both consumers wait for every stage of every
-// item, and `ahead` exists once per slot: nobody can get two rounds ahead of somebody who has not released his stage or
-// item.
+// item, and there is an order barrier for each slot: nobody can get two rounds ahead of somebody who has not released
+// his stage or item.
 #pragma once
 
 #include "core/ptx/wgmma_sm90.h"
@@ -49,8 +51,8 @@ struct Pipeline {
   static_assert(sizeof(T) == 2 && OUTER % 64 == 0 && WIDTH % kPart == 0 && kStages > kLag);
 
   struct Control {
-    uint64_t full[kStages], empty[kStages];
-    uint64_t posted[kSlots], taken[kSlots], ahead[kSlots];
+    uint64_t full_barriers[kStages], empty_barriers[kStages];
+    uint64_t item_full_barriers[kSlots], item_empty_barriers[kSlots], order_barriers[kSlots];
     Item items[kSlots];
     float warp_sums[kConsumerWarps][WIDTH / 64];
   };
@@ -64,17 +66,17 @@ struct Pipeline {
   static DYN_DEVICE Control& control() { return *reinterpret_cast<Control*>(out(kConsumers)); }
 
   // All threads of the block, first of all.
-  static DYN_DEVICE void open() {
+  static DYN_DEVICE void init_barriers() {
     if (thread() == 0) {
       Control& c = control();
       for (int stage = 0; stage < kStages; ++stage) {
-        mbarrier_init(&c.full[stage], 1);
-        mbarrier_init(&c.empty[stage], kConsumerWarps);
+        mbarrier_init(&c.full_barriers[stage], 1);
+        mbarrier_init(&c.empty_barriers[stage], kConsumerWarps);
       }
       for (int slot = 0; slot < kSlots; ++slot) {
-        mbarrier_init(&c.posted[slot], 1);
-        mbarrier_init(&c.taken[slot], kConsumerWarps);
-        mbarrier_init(&c.ahead[slot], kWarpgroup / kWarp);
+        mbarrier_init(&c.item_full_barriers[slot], 1);
+        mbarrier_init(&c.item_empty_barriers[slot], kConsumerWarps);
+        mbarrier_init(&c.order_barriers[slot], kWarpgroup / kWarp);
       }
       mbarrier_init_fence();
     }
@@ -90,10 +92,10 @@ struct Pipeline {
     DYN_DEVICE const Item& post(const Item& item) {
       const int slot = int(items_ % kSlots);
       Control& c = control();
-      mbarrier_wait(&c.taken[slot], (items_ / kSlots & 1) ^ 1);
+      mbarrier_wait(&c.item_empty_barriers[slot], (items_ / kSlots & 1) ^ 1);
       ++items_;
       c.items[slot] = item;
-      mbarrier_arrive(&c.posted[slot]);
+      mbarrier_arrive(&c.item_full_barriers[slot]);
       return c.items[slot];
     }
     DYN_DEVICE void finish() {
@@ -102,15 +104,15 @@ struct Pipeline {
       post(last);
     }
 
-    // The next stage, empty; `bytes` will be copied into it, on `full(stage)`.
-    DYN_DEVICE int next_stage(int bytes) {
+    // The next stage, empty; `bytes` will be copied into it, on its full barrier.
+    DYN_DEVICE int acquire(int bytes) {
       const int stage = int(position_ % kStages);
-      mbarrier_wait(&control().empty[stage], (position_ / kStages & 1) ^ 1);
+      mbarrier_wait(&control().empty_barriers[stage], (position_ / kStages & 1) ^ 1);
       ++position_;
-      mbarrier_arrive_expect(full(stage), bytes);
+      mbarrier_arrive_expect_tx(full_barrier(stage), bytes);
       return stage;
     }
-    DYN_DEVICE uint64_t* full(int stage) const { return &control().full[stage]; }
+    DYN_DEVICE uint64_t* full_barrier(int stage) const { return &control().full_barriers[stage]; }
 
    private:
     uint32_t position_ = 0, items_ = 0;
@@ -122,13 +124,13 @@ struct Pipeline {
     DYN_DEVICE int index() const { return thread() / kWarpgroup; }
     DYN_DEVICE int first_column() const { return index() * WIDTH; }  // of the item's
 
-    DYN_DEVICE const Item& next() const {
-      mbarrier_wait(&control().posted[slot()], parity());
+    DYN_DEVICE const Item& wait_item() const {
+      mbarrier_wait(&control().item_full_barriers[slot()], parity());
       return control().items[slot()];
     }
-    DYN_DEVICE void done() {  // with the item
+    DYN_DEVICE void release_item() {
       sync_warp();
-      if (lane() == 0) mbarrier_arrive(&control().taken[slot()]);
+      if (lane() == 0) mbarrier_arrive(&control().item_empty_barriers[slot()]);
       ++items_;
     }
 
@@ -144,10 +146,10 @@ struct Pipeline {
       for (int m = 0; m < OUTER / 64; ++m)
         DYN_UNROLL
         for (int i = 0; i < WIDTH / 2; ++i) sums[m][i] = 0.0f;
-      if (index() == 1) mbarrier_wait(&control().ahead[slot()], parity());
+      if (index() == 1) mbarrier_wait(&control().order_barriers[slot()], parity());
       if (!has_columns) {
         for (int step = 0; step < stages; ++step, ++position_) {
-          mbarrier_wait(&control().full[position_ % kStages], position_ / kStages & 1);
+          mbarrier_wait(&control().full_barriers[position_ % kStages], position_ / kStages & 1);
           sync_warp();  // no lane may be left waiting for this phase when the stage is filled again
           release(position_);
         }
@@ -155,8 +157,8 @@ struct Pipeline {
       }
       for (int step = 0; step < stages; ++step, ++position_) {
         const int stage = int(position_ % kStages);
-        mbarrier_wait(&control().full[stage], position_ / kStages & 1);
-        hold(sums);
+        mbarrier_wait(&control().full_barriers[stage], position_ / kStages & 1);
+        warpgroup_fence_operand(sums);
         wgmma_fence();
         const uint64_t at = uint64_t(stage) * (kStageBytes >> 4);
         DYN_UNROLL
@@ -167,13 +169,13 @@ struct Pipeline {
                                          right + at + k * next_sum16(RIGHT));
         wgmma_commit();
         wgmma_wait<1>();  // the products of the stage before are done
-        hold(sums);
+        warpgroup_fence_operand(sums);
         if (step > 0) release(position_ - 1);
-        if (step + 1 == kLag) let_follow();
+        if (step + 1 == kLag) arrive_order();
       }
-      if (stages < kLag) let_follow();
+      if (stages < kLag) arrive_order();
       wgmma_wait<0>();
-      hold(sums);
+      warpgroup_fence_operand(sums);
       if (stages > 0) release(position_ - 1);
     }
 
@@ -189,16 +191,16 @@ struct Pipeline {
       const int piece = warp() % 4 * 2 + lane() / 8 % 2, column = lane() / 16 * 8 + lane() % 8;
       DYN_UNROLL
       for (int first = 0; first < WIDTH; first += kPart) {
-        meet();  // the part before has been read
+        sync_warpgroup();  // the part before has been read
         DYN_UNROLL
         for (int m = 0; m < OUTER / 64; ++m)
           DYN_UNROLL
           for (int j = 0; j < kPart / 8; j += 2) {
             const float* d = &sums[m][first / 2 + 4 * j];  // 16 columns: two 8 x 8 matrices below each other, twice
-            store_matrices_transposed(part + place(8 * j + column, m * 8 + piece), pack<T>(d[0], d[1]),
+            stmatrix_x4_transposed(part + place(8 * j + column, m * 8 + piece), pack<T>(d[0], d[1]),
                                       pack<T>(d[2], d[3]), pack<T>(d[4], d[5]), pack<T>(d[6], d[7]));
           }
-        meet();
+        sync_warpgroup();
         DYN_UNROLL
         for (int i = 0; i < kPart * kPieces / kWarpgroup; ++i) {
           const int at = i * kWarpgroup + thread() % kWarpgroup;
@@ -212,22 +214,22 @@ struct Pipeline {
     static DYN_DEVICE int row_of(int m, int i) { return m * 64 + warp() % 4 * 16 + lane() / 4 + i / 2 % 2 * 8; }
     static DYN_DEVICE int column_of(int i) { return i / 4 * 8 + lane() % 4 * 2 + i % 2; }
 
-    DYN_DEVICE void meet() const { named_barrier(1 + index(), kWarpgroup); }
+    DYN_DEVICE void sync_warpgroup() const { named_barrier_sync(1 + index(), kWarpgroup); }
 
    private:
     DYN_DEVICE int slot() const { return int(items_ % kSlots); }
     DYN_DEVICE uint32_t parity() const { return items_ / kSlots & 1; }
 
-    static DYN_DEVICE void hold(Sums& sums) {
+    static DYN_DEVICE void warpgroup_fence_operand(Sums& sums) {
       DYN_UNROLL
-      for (int m = 0; m < OUTER / 64; ++m) sm90::hold(sums[m]);
+      for (int m = 0; m < OUTER / 64; ++m) sm90::warpgroup_fence_operand(sums[m]);
     }
     // Each warp speaks for itself: its products have read the stage.
     static DYN_DEVICE void release(uint32_t position) {
-      if (lane() == 0) mbarrier_arrive(&control().empty[position % kStages]);
+      if (lane() == 0) mbarrier_arrive(&control().empty_barriers[position % kStages]);
     }
-    DYN_DEVICE void let_follow() const {
-      if (index() == 0 && lane() == 0) mbarrier_arrive(&control().ahead[slot()]);
+    DYN_DEVICE void arrive_order() const {
+      if (index() == 0 && lane() == 0) mbarrier_arrive(&control().order_barriers[slot()]);
     }
 
     uint32_t position_ = 0, items_ = 0;

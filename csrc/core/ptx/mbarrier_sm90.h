@@ -27,18 +27,18 @@ DYN_DEVICE uint32_t shared_address(const void* shared) {
 DYN_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) { emulation::mbarrier_init(barrier, arrivals); }
 DYN_DEVICE void mbarrier_init_fence() {}
 DYN_DEVICE void mbarrier_arrive(uint64_t* barrier) { emulation::mbarrier_arrive(barrier); }
-DYN_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
-  emulation::mbarrier_arrive_expect_bytes(barrier, bytes);
+DYN_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
+  emulation::mbarrier_arrive_expect_tx(barrier, bytes);
 }
 DYN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulation::mbarrier_wait(barrier, parity); }
 
 // Among `threads` threads that name the same barrier, 1 .. 15.
-DYN_DEVICE void named_barrier(int name, int threads) { emulation::named_barrier_sync(name, threads); }
+DYN_DEVICE void named_barrier_sync(int name, int threads) { emulation::named_barrier_sync(name, threads); }
 
 template <int REGISTERS>
-DYN_DEVICE void take_registers() {}
+DYN_DEVICE void warpgroup_reg_alloc() {}
 template <int REGISTERS>
-DYN_DEVICE void give_registers() {}
+DYN_DEVICE void warpgroup_reg_dealloc() {}
 
 #else
 
@@ -55,7 +55,7 @@ DYN_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-DYN_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+DYN_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
@@ -75,17 +75,17 @@ DYN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   } while (ended == 0);
 }
 
-DYN_DEVICE void named_barrier(int name, int threads) {
+DYN_DEVICE void named_barrier_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 // Registers per thread of the calling warpgroup, a multiple of 8 ("setmaxnreg"): more, and fewer.
 template <int REGISTERS>
-DYN_DEVICE void take_registers() {
+DYN_DEVICE void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 template <int REGISTERS>
-DYN_DEVICE void give_registers() {
+DYN_DEVICE void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 

@@ -83,13 +83,14 @@ template <int PENDING>
 DYN_DEVICE void wgmma_wait() {
   auto& machine = emulation::Machine::instance();
   if (!machine.left_out(emulation::kWaitProducts)) emulation::self->products.wait(PENDING);
-  machine.meet<emulation::Order::memory>(emulation::self->warp().gate);  // the instruction is the whole warp's
+  // The instruction is the whole warp's.
+  machine.arrive_and_wait<emulation::Order::memory>(emulation::self->warp().gate);
 }
 template <int N>
-DYN_DEVICE void hold(float (&)[N]) {}
+DYN_DEVICE void warpgroup_fence_operand(float (&)[N]) {}
 
 // Four 8 x 8 matrices of 16-bit elements; see below.
-DYN_DEVICE void store_matrices_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+DYN_DEVICE void stmatrix_x4_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   const uint32_t matrices[4] = {m0, m1, m2, m3};
   const auto rows = emulation::exchange(static_cast<unsigned char*>(row));
   for (int m = 0; m < 4; ++m)
@@ -113,14 +114,14 @@ DYN_DEVICE void wgmma_wait() {
 
 // Keeps the compiler from moving uses of accumulators across the asynchronous products.
 template <int N>
-DYN_DEVICE void hold(float (&d)[N]) {
+DYN_DEVICE void warpgroup_fence_operand(float (&d)[N]) {
   DYN_UNROLL
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Lane i holds of matrix m the elements (i / 4, i % 4 * 2) and the one right of it, the first in the low half, and the
 // address of row i % 8 of matrix i / 8 in shared memory, 16 bytes: there goes *column* i % 8 ("stmatrix", .trans).
-DYN_DEVICE void store_matrices_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+DYN_DEVICE void stmatrix_x4_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                "r"(m0), "r"(m1), "r"(m2), "r"(m3)
                : "memory");

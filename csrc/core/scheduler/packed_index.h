@@ -11,7 +11,7 @@
 
 namespace dynaprune::cuda {
 
-// A comparison that keeps accesses inside of memory; a test of the emulation can leave it out (emulation/machine.h).
+// A comparison that keeps accesses inside of memory; a test of the emulation can leave it out (emulation/left_out.h).
 #ifdef DYN_EMULATION
 #define DYN_GUARD(guard, condition) (emulation::left_out(emulation::guard) || (condition))
 #else
