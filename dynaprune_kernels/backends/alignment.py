@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaprune_kernels.backends.memory import with_memory
 
+
+@with_memory
 def aligned_rows(x: Tensor) -> Tensor:
     """``x`` with rows that start at multiples of 16 elements, its width rounded up to one with zeros."""
     if x.shape[1] % 16:
@@ -23,6 +26,7 @@ def aligned_rows(x: Tensor) -> Tensor:
     )
 
 
+@with_memory
 def aligned_channels(x: Tensor, groups: int = 1) -> Tensor:
     """``[N, C, H, W]`` as contiguous ``[N, H, W, C]``; zeros make each group's channels a multiple of 16."""
     images = channels_last(x).permute(0, 2, 3, 1)
@@ -33,6 +37,7 @@ def aligned_channels(x: Tensor, groups: int = 1) -> Tensor:
     return images if images.data_ptr() % 16 == 0 else images.clone()
 
 
+@with_memory
 def aligned_blocks(values: Tensor) -> Tensor:
     """``values [capacity, bi, bo]``, contiguous."""
     values = values.contiguous()
@@ -44,6 +49,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+@with_memory
 def pixels(x: Tensor) -> Tensor:
     """``[N, C, H, W]`` as a matrix ``[N * H * W, C]``."""
     return channels_last(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])

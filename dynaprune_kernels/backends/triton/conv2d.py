@@ -11,9 +11,18 @@ from torch import Tensor
 from dynaprune_kernels.backends.alignment import aligned_channels
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config, linear
+from dynaprune_kernels.backends.triton.arguments import (
+    check_convolution,
+    check_flag,
+    check_floats,
+    check_geometry,
+    check_index,
+    check_int32,
+    check_shape,
+)
 from dynaprune_kernels.backends.triton.kernels.conv2d_product import conv2d_product_kernel
 from dynaprune_kernels.backends.triton.kernels.conv2d_wgrad import conv2d_probe_kernel, conv2d_wgrad_kernel
-from dynaprune_kernels.backends.triton.launch import check_int32, device_of, launch, precision
+from dynaprune_kernels.backends.triton.launch import device_of, launch, precision
 from dynaprune_kernels.geometry import Block, ConvGeometry, ceil_div
 from dynaprune_kernels.memory_format import in_format
 
@@ -27,6 +36,8 @@ def conv2d_forward(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
+    check_floats("conv2d_forward", x=(x, 4), values=(values, 3), bias=(bias, 1))
+    check_geometry("conv2d_forward", conv)
     images, _, height, width = x.shape
     size = (images, out_channels, *conv.output_size(height, width))
     return in_format(_product(x, values, bias, index, size, conv, dgrad=False), channels_last)
@@ -40,14 +51,15 @@ def conv2d_dgrad(
     conv: ConvGeometry,
     channels_last: bool = True,
 ) -> Tensor:
-    images, channels, height, width = input_size
-    size = (images, channels, height, width)
-    return in_format(_product(dy, values, None, index, size, conv, dgrad=True), channels_last)
+    check_floats("conv2d_dgrad", dy=(dy, 4), values=(values, 3))
+    return in_format(_product(dy, values, None, index, tuple(input_size), conv, dgrad=True), channels_last)
 
 
 def conv2d_wgrad(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, conv: ConvGeometry
 ) -> Tensor:
+    check_floats("conv2d_wgrad", x=(x, 4), dy=(dy, 4))
+    _check_gradient("conv2d_wgrad", dy, x, index, capacity, block, conv)
     bo, bi = block
     return _wgrad(dy, x, x.new_zeros(capacity, bi, bo), None, index, conv)[0]
 
@@ -55,6 +67,9 @@ def conv2d_wgrad(
 def conv2d_wgrad_saliency(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
+    check_floats("conv2d_wgrad_saliency", x=(x, 4), dy=(dy, 4), values=(values, 3))
+    block = Block.of(values)
+    _check_gradient("conv2d_wgrad_saliency", dy, x, index, values.shape[0], block, conv)
     values = values.contiguous()
     dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values, index, conv)
     assert signed is not None
@@ -70,14 +85,14 @@ def conv2d_probe(
     conv: ConvGeometry,
     probe: Tensor,
 ) -> Tensor:
+    check_floats("conv2d_probe", x=(x, 4), dy=(dy, 4))
     bo, bi = block
+    rows, columns = _check_gradient("conv2d_probe", dy, x, index, capacity, block, conv)
+    check_flag("conv2d_probe", probe, x)
     images, channels, height, width = x.shape
     out_channels, out_h, out_w = dy.shape[1:]
-    group_channels = channels // conv.groups
-    channel_blocks = ceil_div(group_channels, bi)
-    rows, columns = ceil_div(out_channels, bo), conv.taps * channel_blocks
+    group_channels, channel_blocks = channels // conv.groups, columns // conv.taps
     positions = images * out_h * out_w
-    _check_sizes(x, dy)
     problem = Problem(
         "conv2d_probe", x.dtype, block, images * height * width, out_channels, conv.taps * group_channels,
         capacity,
@@ -99,9 +114,20 @@ def conv2d_probe(
     return norms
 
 
-def _check_sizes(x: Tensor, dy: Tensor) -> None:
-    check_int32("output positions", dy.shape[0] * dy.shape[2] * dy.shape[3])
-    check_int32("elements per image", x.shape[1] * x.shape[2] * x.shape[3])
+def _check_gradient(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    capacity: int,
+    block: Block,
+    conv: ConvGeometry,
+) -> tuple[int, int]:
+    """Block rows and block columns; ValueError where the arguments are not those of one layer."""
+    rows, columns = check_convolution(op, conv, x.shape, dy.shape, dy.shape[1], capacity, block)
+    lists = conv.groups * (columns // conv.taps) * conv.phases
+    check_index(op, index, x, rows, columns, lists, capacity)
+    return rows, columns
 
 
 def _product(
@@ -114,21 +140,22 @@ def _product(
     *,
     dgrad: bool,
 ) -> Tensor:
-    values = values.contiguous()
+    op = "conv2d_dgrad" if dgrad else "conv2d_forward"
     capacity, bi, bo = values.shape
+    out_channels = a.shape[1] if dgrad else size[1]
+    x_size, y_size = (size, a.shape) if dgrad else (a.shape, None)
+    rows, columns = check_convolution(op, conv, x_size, y_size, out_channels, capacity, Block(bo, bi))
+    check_shape(op, "bias", bias, (out_channels,))
+    group_channels, channel_blocks = x_size[1] // conv.groups, columns // conv.taps
+    lists = conv.groups * channel_blocks * conv.phases
+    check_index(op, index, a, rows, columns, lists, capacity)
+    values, bias = values.contiguous(), bias if bias is None else bias.contiguous()
     images, y_channels, y_h, y_w = size
     a_channels, a_h, a_w = a.shape[1:]
-    out_channels, in_channels = (a_channels, y_channels) if dgrad else (y_channels, a_channels)
-    group_channels = in_channels // conv.groups
-    channel_blocks = ceil_div(group_channels, bi)
-    rows, lists = ceil_div(out_channels, bo), conv.groups * channel_blocks * conv.phases
     positions = images * y_h * y_w
-    check_int32("positions", max(positions, images * a_h * a_w))
-    check_int32("elements per image", a_channels * a_h * a_w)
     problem = Problem(
-        "conv2d_dgrad" if dgrad else "conv2d_forward",
-        a.dtype, Block(bo, bi), images * a_h * a_w, out_channels, conv.taps * group_channels, capacity,
-    )  # fmt: skip
+        op, a.dtype, Block(bo, bi), images * a_h * a_w, out_channels, conv.taps * group_channels, capacity
+    )
     tile = config.tile(problem, device_of(a))
     if dgrad:  # the largest phase
         positions = images * ceil_div(y_h, conv.stride_h) * ceil_div(y_w, conv.stride_w)
@@ -144,9 +171,9 @@ def _product(
     launch(
         conv2d_product_kernel,
         (row_tiles * (lists if dgrad else rows),),
-        a, values, bias, y, index, rows, lists, capacity, row_tiles, images, a_h, a_w, a.shape[3],
-        a_size, inner_size, y_h, y_w, y.shape[3], y_size, y_real, channel_blocks, rows // conv.groups,
-        conv.kernel_w, *conv[2:8],
+        a, values, bias, y, index, rows, columns, lists, capacity, row_tiles, images,
+        a_h, a_w, a.shape[3], a_size, inner_size, y_h, y_w, y.shape[3], y_size, y_real, channel_blocks,
+        rows // conv.groups, conv.kernel_w, *conv[2:8],
         BI=bi, BO=bo, DGRAD=dgrad, RAGGED=ragged, TILE=tile.rows, DEPTH=tile.depth, GROUP=linear.GROUP,
         PRECISION=precision(a.dtype, conv=True), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -165,7 +192,6 @@ def _wgrad(
     channel_blocks = ceil_div(group_channels, bi)
     rows, columns = ceil_div(out_channels, bo), conv.taps * channel_blocks
     positions = images * out_h * out_w
-    _check_sizes(x, dy)
     device = device_of(x)
     problem = Problem(
         "conv2d_wgrad", x.dtype, Block(bo, bi), images * height * width, out_channels,
@@ -174,6 +200,7 @@ def _wgrad(
     tile = config.tile(problem, device)
     merge = max(tile.depth // bi, 1)
     programs = linear.chunks(rows, capacity, merge)
+    check_int32("blocks of whole chunks", programs * merge)
     split = linear.split_of(positions, programs, tile, device)
     per_split = linear.split_size(positions, split, tile.rows)
     partial = x.new_empty(split, capacity, bi, bo, dtype=torch.float32) if split > 1 else None

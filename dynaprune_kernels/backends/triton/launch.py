@@ -68,9 +68,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         options |= OPTIONS
     with guard:
         kernel[grid](*args, **options)
-
-
-def check_int32(name: str, size: int) -> None:
-    """Raise ValueError where ``size``, rounded up to whole tiles and parts, may not fit 32-bit counters."""
-    if size > 2**30:
-        raise ValueError(f"expected at most 2^30 {name}, got {size}")

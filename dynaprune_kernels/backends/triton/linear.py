@@ -10,10 +10,18 @@ from torch import Tensor
 from dynaprune_kernels.backends.alignment import aligned_rows
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config
+from dynaprune_kernels.backends.triton.arguments import (
+    check_flag,
+    check_floats,
+    check_grid,
+    check_index,
+    check_int32,
+    check_shape,
+)
 from dynaprune_kernels.backends.triton.kernels.linear_product import linear_product_kernel
 from dynaprune_kernels.backends.triton.kernels.linear_wgrad import linear_probe_kernel, linear_wgrad_kernel
 from dynaprune_kernels.backends.triton.kernels.weight_gradient import sum_splits_kernel
-from dynaprune_kernels.backends.triton.launch import Device, check_int32, device_of, launch, precision
+from dynaprune_kernels.backends.triton.launch import Device, device_of, launch, precision
 from dynaprune_kernels.geometry import Block, ceil_div
 
 GROUP = 8  # row tiles that share a list's blocks in L2
@@ -30,11 +38,14 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) ->
 
 
 def linear_wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block) -> Tensor:
+    _check_gradient("linear_wgrad", dy, x, None, index, capacity, block)
     bo, bi = block
     return _wgrad(dy, x, x.new_zeros(capacity, bi, bo), None, index)[0]
 
 
 def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    check_floats("linear_wgrad_saliency", values=(values, 3))
+    _check_gradient("linear_wgrad_saliency", dy, x, values, index, values.shape[0], Block.of(values))
     values = values.contiguous()
     dvalues, signed = _wgrad(dy, x, torch.zeros_like(values), values, index)
     assert signed is not None
@@ -43,7 +54,8 @@ def linear_wgrad_saliency(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) 
 
 def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Block, probe: Tensor) -> Tensor:
     bo, bi = block
-    rows, columns = ceil_div(dy.shape[1], bo), ceil_div(x.shape[1], bi)
+    rows, columns = _check_gradient("linear_probe", dy, x, None, index, capacity, block)
+    check_flag("linear_probe", probe, x)
     problem = Problem("linear_probe", x.dtype, block, x.shape[0], dy.shape[1], x.shape[1], capacity)
     tile = config.tile(problem, device_of(x))
     x, dy = aligned_rows(x), aligned_rows(dy)
@@ -72,21 +84,25 @@ def descriptor(x: Tensor, box: list[int]) -> Any:
 def _product(
     a: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, outer_size: int, *, dgrad: bool
 ) -> Tensor:
+    op = "linear_dgrad" if dgrad else "linear_forward"
+    check_floats(op, **{"dy" if dgrad else "x": (a, 2), "values": (values, 3), "bias": (bias, 1)})
+    check_shape(op, "bias", bias, (outer_size,))
     capacity, bi, bo = values.shape
     tokens, inner_size = a.shape
-    a, values = aligned_rows(a), values.contiguous()
     inner, _outer = (bo, bi) if dgrad else (bi, bo)
     out_features, in_features = (inner_size, outer_size) if dgrad else (outer_size, inner_size)
-    rows, lists = ceil_div(out_features, bo), ceil_div(in_features, bi)
+    rows, lists = check_grid(op, out_features, in_features, capacity, Block(bo, bi))
     check_int32("tokens", tokens)
-    op = "linear_dgrad" if dgrad else "linear_forward"
+    check_index(op, index, a, rows, lists, lists, capacity)
+    a, values = aligned_rows(a), values.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     tile = config.tile(
         Problem(op, a.dtype, Block(bo, bi), tokens, out_features, in_features, capacity), device_of(a)
     )
     y = a.new_empty(tokens, outer_size)
     ragged = inner_size % inner != 0
     blocks = values.view(capacity * bi, bo)
-    tma = tile.tma and tile.depth <= inner and not ragged and a.numel() > 0
+    tma = tile.tma and tile.depth <= inner and not ragged and a.numel() > 0 and capacity * bi < 2**30
     box = [bi, tile.depth] if dgrad else [tile.depth, bo]
     launch(
         linear_product_kernel,
@@ -100,6 +116,24 @@ def _product(
     return y
 
 
+def _check_gradient(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor | None,
+    index: Tensor,
+    capacity: int,
+    block: Block,
+) -> tuple[int, int]:
+    """Block rows and block columns; ValueError where the arguments are not those of one layer."""
+    check_floats(op, x=(x, 2), dy=(dy, 2), values=(values, 3))
+    check_shape(op, "dy", dy, (x.shape[0], dy.shape[1]))
+    rows, columns = check_grid(op, dy.shape[1], x.shape[1], capacity, block)
+    check_int32("tokens", x.shape[0])
+    check_index(op, index, x, rows, columns, columns, capacity)
+    return rows, columns
+
+
 def _wgrad(
     dy: Tensor, x: Tensor, dvalues: Tensor, values: Tensor | None, index: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -108,7 +142,6 @@ def _wgrad(
     out_features = dy.shape[1]
     x, dy = aligned_rows(x), aligned_rows(dy)
     rows, columns = ceil_div(out_features, bo), ceil_div(in_features, bi)
-    check_int32("tokens", tokens)
     device = device_of(x)
     tile = config.tile(
         Problem("linear_wgrad", x.dtype, Block(bo, bi), tokens, out_features, in_features, capacity), device
@@ -116,6 +149,7 @@ def _wgrad(
     check_int32("elements per step over tokens", tile.rows * max(x.stride(0), dy.stride(0)))
     merge = max(tile.depth // bi, 1)
     programs = chunks(rows, capacity, merge)
+    check_int32("blocks of whole chunks", programs * merge)
     split = split_of(tokens, programs, tile, device)
     per_split = split_size(tokens, split, tile.rows)
     partial = x.new_empty(split, capacity, bi, bo, dtype=torch.float32) if split > 1 else None

@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 
 from dynaprune_kernels.backends.triton.kernels.packed_index import (
+    below,
     column_lists,
+    entries_of,
+    list_at,
     row_lists,
     row_order,
     tile_of_program,
@@ -37,8 +40,8 @@ def tap_shift(
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "lists", "capacity", "row_tiles", "images", "a_h", "a_w", "y_h", "y_w", "rows_per_group",
-        "channel_blocks", "pad_h", "pad_w",
+        "rows", "columns", "lists", "capacity", "row_tiles", "images", "a_h", "a_w", "y_h", "y_w",
+        "rows_per_group", "channel_blocks", "pad_h", "pad_w",
     ]
 )  # fmt: skip
 def conv2d_product_kernel(
@@ -48,6 +51,7 @@ def conv2d_product_kernel(
     y,  # [images, y_h, y_w, y_channels], with room behind each group's channels
     index,
     rows,
+    columns,
     lists,
     capacity,
     row_tiles,
@@ -84,14 +88,14 @@ def conv2d_product_kernel(
     OUTER: tl.constexpr = BI if DGRAD else BO
     order = row_order(index, rows, lists, capacity)
     if DGRAD:
-        pointers, col_rows, columns, slots = column_lists(index, rows, lists, capacity)
+        pointers, col_rows, block_columns, slots = column_lists(index, rows, lists, capacity)
         order += rows
         n_lists = lists
     else:
-        pointers, columns, slots = row_lists(index, rows, capacity)
+        pointers, block_columns, slots = row_lists(index, rows, capacity)
         n_lists = rows
     tile, rank = tile_of_program(tl.program_id(0), row_tiles, n_lists, GROUP)
-    this = tl.load(order + rank)
+    this = list_at(order, rank, n_lists)
 
     if DGRAD:
         phases = stride_h * stride_w
@@ -133,8 +137,7 @@ def conv2d_product_kernel(
         at_w = i
     # a_base: [TILE], where the output position reads for a tap of shift 0
     a_base = ((image.to(tl.int64) * a_h + base_h) * a_w + base_w) * a_channels
-    begin = tl.load(pointers + this)
-    end = tl.load(pointers + this + 1)
+    begin, end = entries_of(pointers, this, capacity)
     k = tl.arange(0, DEPTH)  # [DEPTH]
     acc = tl.zeros([TILE, OUTER], tl.float32)
 
@@ -142,14 +145,17 @@ def conv2d_product_kernel(
         STEPS: tl.constexpr = INNER // DEPTH
         for step in range(0, (end - begin) * STEPS):
             entry = begin + step // STEPS
-            column = tl.load(columns + entry)
+            column = tl.load(block_columns + entry)
             slot = tl.load(slots + entry)
+            exists = below(column, columns) & below(slot, capacity)
             t, u, channel = tap_shift(
                 column, channel_blocks, kernel_w, reach_h, reach_w, dil_h, dil_w, stride_h, stride_w, DGRAD
             )
             k0 = step % STEPS * DEPTH
             if DGRAD:
-                inner = tl.load(col_rows + entry) * BO + k0 + k  # [DEPTH]
+                row = tl.load(col_rows + entry)
+                exists &= below(row, rows)
+                inner = row * BO + k0 + k  # [DEPTH]
                 a_channel = inner
             else:
                 inner = channel * BI + k0 + k  # [DEPTH]
@@ -157,13 +163,13 @@ def conv2d_product_kernel(
             h = base_h + t
             v = base_w + u
             # inside: [TILE]; a_at, a_tile: [TILE, DEPTH]
-            inside = position_valid & (h >= 0) & (h < a_h) & (v >= 0) & (v < a_w)
+            inside = position_valid & exists & (h >= 0) & (h < a_h) & (v >= 0) & (v < a_w)
             a_at = a + (a_base + (t * a_w + u) * a_channels)[:, None] + a_channel[None, :]
             a_mask = inside[:, None]
             if RAGGED:
                 a_mask = a_mask & (inner < a_size)[None, :]
             a_tile = tl.load(a_at, mask=a_mask, other=0.0)
-            w_tile = load_part(w, slot, k0, inner, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
+            w_tile = load_part(w, slot, exists, k0, inner, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
     else:  # small blocks: a step takes several of them, merged along the summed axis
         MERGE: tl.constexpr = DEPTH // INNER
@@ -172,17 +178,20 @@ def conv2d_product_kernel(
         for step in range(0, tl.cdiv(end - begin, MERGE)):
             entry = begin + step * MERGE + k // INNER
             valid = entry < end
-            column = tl.load(columns + entry, mask=valid, other=0)
+            column = tl.load(block_columns + entry, mask=valid, other=0)
             slot = tl.load(slots + entry, mask=valid, other=0)
             t, u, channel = tap_shift(
                 column, channel_blocks, kernel_w, reach_h, reach_w, dil_h, dil_w, stride_h, stride_w, DGRAD
             )
             if DGRAD:
-                inner = tl.load(col_rows + entry, mask=valid, other=0) * BO + within
+                row = tl.load(col_rows + entry, mask=valid, other=0)
+                valid &= below(row, rows)
+                inner = row * BO + within
                 a_channel = inner
             else:
                 inner = channel * BI + within
                 a_channel = group * a_size + inner
+            valid &= below(column, columns) & below(slot, capacity)
             a_valid = valid
             if RAGGED:
                 a_valid = valid & (tl.max_contiguous(tl.multiple_of(inner, INNER), INNER) < a_size)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dynaprune_kernels.backends.triton.kernels.packed_index import chunk_of_program, is_live, row_lists
+from dynaprune_kernels.backends.triton.kernels.packed_index import below, chunk_of_program, is_live, row_lists
 from dynaprune_kernels.backends.triton.kernels.weight_gradient import store_blocks, store_norms
 
 
@@ -107,7 +107,7 @@ def conv2d_wgrad_kernel(
         t = tap // kernel_w * dil_h - pad_h
         u = tap % kernel_w * dil_w - pad_w
         inner = column % channel_blocks * BI + m
-        inner_valid = inner >= 0
+        inner_valid = (inner >= 0) & below(column, columns)
     else:
         inner_valid = begin + m // BI < end  # [MERGE * BI], as column, tap, inner
         column = tl.load(row_cols + begin + m // BI, mask=inner_valid, other=0)
@@ -115,6 +115,7 @@ def conv2d_wgrad_kernel(
         t = (tap // kernel_w * dil_h - pad_h)[:, None]
         u = (tap % kernel_w * dil_w - pad_w)[:, None]
         inner = tl.max_contiguous(tl.multiple_of(column % channel_blocks * BI + m % BI, BI), BI)
+        inner_valid &= below(column, columns)
     outer_valid = outer >= 0
     if RAGGED:
         inner_valid = inner_valid & (inner < x_size)
@@ -189,7 +190,7 @@ def conv2d_probe_kernel(
     column = tap * channel_blocks + channel_block  # [GI]
     inside = (within_group < rows_per_group)[None, :] & (channel_block < channel_blocks)[:, None]
     # inside, live: [GI, GO]
-    live = is_live(row_ptr, row_cols, row[None, :], column[:, None], inside, search_steps)
+    live = is_live(row_ptr, row_cols, row[None, :], column[:, None], inside, capacity, search_steps)
     wanted = tl.sum(tl.sum((inside & (live == 0)).to(tl.int32), axis=1), axis=0)
     acc = tl.zeros([GI * BI, GO * BO], tl.float32)
     if (tl.load(probe) != 0) & (wanted > 0):

@@ -4,21 +4,32 @@ Five launches, each of which needs all of the one before: ``claim`` (which block
 one), ``free`` (the free slots, in order), ``assign`` (slots to the blocks that want one), ``count`` (live
 blocks of each column list) and ``emit`` (every list). A program sums the counts before its own part itself,
 which costs less than a launch for a scan as long as there are thousands of rows and not millions.
+
+What ``slot_of_block`` holds is not trusted: a number that is neither a slot nor -1 takes its block out of the
+mask, and no list is written beyond the capacity. The header counts such numbers and the blocks beyond one
+that share a slot.
 """
 
 import triton
 import triton.language as tl
 
-from dynaprune_kernels.backends.triton.kernels.packed_index import HEADER, column_lists, row_lists, row_order
+from dynaprune_kernels.backends.triton.kernels.packed_index import (
+    HEADER,
+    below,
+    column_lists,
+    row_lists,
+    row_order,
+)
 
 
 @triton.jit
 def scratch(work, rows):
-    """Sections of ``work [3 * rows + lists + capacity]``, int32, whose contents do not outlive an update.
+    """Sections of ``work [3 * rows + lists + capacity + 1]``, int32, whose contents do not outlive an update.
 
     Returns:
-        ``wanting [rows]``: live blocks without a slot; ``holding [rows]``: blocks with one; ``live_of_row
-        [rows]``; and what comes behind: ``live_of_list [lists]``, then ``free_slots [capacity]``.
+        ``wanting [rows]``: live blocks without a slot; ``holding [rows]``: blocks with one, or with a number
+        that is none; ``live_of_row [rows]``; and what comes behind: ``live_of_list [lists]``, then
+        ``free_slots [capacity]`` and their number.
     """
     return work, work + rows, work + 2 * rows, work + 3 * rows
 
@@ -45,7 +56,7 @@ def rank_of(counts, this, size, CHUNK: tl.constexpr):
     return tl.sum(before, axis=0)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "capacity"])
 def claim_kernel(
     mask,  # [rows, columns] uint8
     slot_of_block,  # [rows, columns] int32
@@ -53,6 +64,7 @@ def claim_kernel(
     work,
     rows,
     columns,
+    capacity,
     RELEASE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -67,12 +79,11 @@ def claim_kernel(
         live = tl.load(mask + block, mask=inside, other=0) != 0
         slot = tl.load(slot_of_block + block, mask=inside, other=-1)
         if RELEASE:
-            slot = tl.where(live, slot, -1)
+            slot = tl.where(live, slot, tl.minimum(slot, -1))
             tl.store(slot_of_block + block, slot, mask=inside)
-        has = slot >= 0
-        tl.store(index + HEADER + slot, block, mask=has)
-        wants += (live & (slot < 0)).to(tl.int32)
-        holds += has.to(tl.int32)
+        tl.store(index + HEADER + slot, block, mask=below(slot, capacity))
+        wants += (live & (slot == -1)).to(tl.int32)
+        holds += (slot != -1).to(tl.int32)
     tl.store(wanting + row, tl.sum(wants, axis=0))
     tl.store(holding + row, tl.sum(holds, axis=0))
 
@@ -90,6 +101,8 @@ def free_kernel(index, work, rows, lists, capacity, CHUNK: tl.constexpr):
     free = (tl.load(index + HEADER + slot, mask=slot < capacity, other=0) < 0).to(tl.int32)
     place = tl.sum(before, axis=0) + tl.cumsum(free, axis=0) - 1
     tl.store(free_slots + place, slot, mask=free != 0)
+    if chunk + CHUNK >= capacity:
+        tl.store(free_slots + capacity, tl.sum(before + free, axis=0))
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "lists", "capacity"])
@@ -117,11 +130,12 @@ def assign_kernel(
         block = row * columns + column
         live = tl.load(mask + block, mask=inside, other=0) != 0
         slot = tl.load(slot_of_block + block, mask=inside, other=-1)
-        wants = live & (slot < 0)
+        wants = live & (slot == -1)
         place = rank + tl.cumsum(wants.to(tl.int32), axis=0) - 1
         served = wants & (place < n_free)
-        slot = tl.where(served, tl.load(free_slots + place, mask=served, other=-1), slot)
-        tl.store(slot_of_block + block, slot, mask=served)
+        wrong = (slot != -1) & (below(slot, capacity) == 0)
+        slot = tl.where(served | wrong, tl.load(free_slots + place, mask=served, other=-1), slot)
+        tl.store(slot_of_block + block, slot, mask=served | wrong)
         tl.store(index + HEADER + slot, block, mask=served)
         live = live & (slot >= 0)
         tl.store(mask + block, live.to(tl.uint8), mask=inside)
@@ -129,9 +143,12 @@ def assign_kernel(
         rank += tl.sum(wants.to(tl.int32), axis=0)
     tl.store(live_of_row + row, tl.sum(lives, axis=0))
     if row == rows - 1:  # ``rank`` now counts every block that wanted a slot
-        tl.store(index + 1, tl.maximum(rank - n_free, 0))
-        tl.store(index + 2, held + tl.minimum(rank, n_free))
-        tl.store(index + 3 + tl.arange(0, 8), 0, mask=tl.arange(0, 8) < 5)
+        free = tl.load(free_slots + capacity)
+        served = tl.maximum(tl.minimum(rank, n_free), 0)
+        tl.store(index + 1, rank - served)
+        tl.store(index + 2, capacity - free + served)
+        tl.store(index + 3, free - n_free)
+        tl.store(index + 4 + tl.arange(0, 4), 0)
 
 
 @triton.jit
@@ -210,9 +227,10 @@ def emit_kernel(
             block = row * columns + column
             live = (tl.load(mask + block, mask=column < columns, other=0) != 0).to(tl.int32)
             at = entry + tl.cumsum(live, axis=0) - 1
-            tl.store(row_cols + at, column, mask=live != 0)
-            slot = tl.load(slot_of_block + block, mask=live != 0, other=-1)
-            tl.store(row_slots + at, slot, mask=live != 0)
+            listed = (live != 0) & below(at, capacity)
+            tl.store(row_cols + at, column, mask=listed)
+            slot = tl.load(slot_of_block + block, mask=listed, other=-1)
+            tl.store(row_slots + at, slot, mask=listed)
             entry += tl.sum(live, axis=0)
         tl.store(row_ptr + row + 1, entry)
         if row == rows - 1:
@@ -235,8 +253,10 @@ def emit_kernel(
                     block = row * columns + column
                     live = tl.load(mask + block, mask=within < rows_per_group, other=0) != 0
                     at = entry + tl.cumsum(live.to(tl.int32), axis=0) - 1
-                    tl.store(col_rows + at, row, mask=live)
-                    tl.store(col_cols + at, tl.zeros([CHUNK], tl.int32) + column, mask=live)
-                    tl.store(col_slots + at, tl.load(slot_of_block + block, mask=live, other=-1), mask=live)
+                    listed = live & below(at, capacity)
+                    tl.store(col_rows + at, row, mask=listed)
+                    tl.store(col_cols + at, tl.zeros([CHUNK], tl.int32) + column, mask=listed)
+                    slot = tl.load(slot_of_block + block, mask=listed, other=-1)
+                    tl.store(col_slots + at, slot, mask=listed)
                     entry += tl.sum(live.to(tl.int32), axis=0)
         tl.store(col_ptr + list_ + 1, entry)

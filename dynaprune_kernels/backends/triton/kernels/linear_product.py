@@ -4,7 +4,10 @@ import triton
 import triton.language as tl
 
 from dynaprune_kernels.backends.triton.kernels.packed_index import (
+    below,
     column_lists,
+    entries_of,
+    list_at,
     row_lists,
     row_order,
     tile_of_program,
@@ -44,13 +47,14 @@ def linear_product_kernel(
         pointers, inner_blocks, _, slots = column_lists(index, rows, lists, capacity)
         order += rows
         n_lists = lists
+        n_blocks = rows
     else:
         pointers, inner_blocks, slots = row_lists(index, rows, capacity)
         n_lists = rows
+        n_blocks = lists
     tile, rank = tile_of_program(tl.program_id(0), tl.cdiv(tokens, TILE), n_lists, GROUP)
-    this = tl.load(order + rank)
-    begin = tl.load(pointers + this)
-    end = tl.load(pointers + this + 1)
+    this = list_at(order, rank, n_lists)
+    begin, end = entries_of(pointers, this, capacity)
 
     first_token = tile * TILE
     token = first_token + tl.arange(0, TILE)  # [TILE]
@@ -66,8 +70,11 @@ def linear_product_kernel(
             entry = begin + step // STEPS
             block = tl.load(inner_blocks + entry)
             slot = tl.load(slots + entry)
+            exists = below(block, n_blocks) & below(slot, capacity)
             k0 = step % STEPS * DEPTH
             if TMA:
+                block = tl.where(exists, block, n_blocks)  # behind the last: zeros
+                slot = tl.where(exists, slot, capacity)
                 a_tile = a.load([first_token, block * INNER + k0])  # [TILE, DEPTH]
                 if DGRAD:
                     w_tile = tl.trans(w.load([slot * BI, k0]))  # [DEPTH, BI]
@@ -75,11 +82,11 @@ def linear_product_kernel(
                     w_tile = w.load([slot * BI + k0, 0])  # [DEPTH, BO]
             else:
                 column = block * INNER + k0 + k  # [DEPTH]
-                a_mask = token_valid[:, None]
+                a_mask = (token_valid & exists)[:, None]
                 if RAGGED:
                     a_mask = a_mask & (column < a_size)[None, :]
                 a_tile = tl.load(a_rows + column[None, :], mask=a_mask, other=0.0)  # [TILE, DEPTH]
-                w_tile = load_part(w, slot, k0, column, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
+                w_tile = load_part(w, slot, exists, k0, column, inner_size, BI, BO, DEPTH, DGRAD, RAGGED)
             acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
     else:  # small blocks: a step takes several of them, merged along the summed axis
         MERGE: tl.constexpr = DEPTH // INNER
@@ -88,6 +95,7 @@ def linear_product_kernel(
             valid = entry < end
             block = tl.load(inner_blocks + entry, mask=valid, other=0)
             slot = tl.load(slots + entry, mask=valid, other=0)
+            valid &= below(block, n_blocks) & below(slot, capacity)
             column = tl.max_contiguous(tl.multiple_of(block * INNER + k % INNER, INNER), INNER)
             a_valid = valid
             if RAGGED:

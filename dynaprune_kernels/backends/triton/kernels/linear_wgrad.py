@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dynaprune_kernels.backends.triton.kernels.packed_index import chunk_of_program, is_live, row_lists
+from dynaprune_kernels.backends.triton.kernels.packed_index import below, chunk_of_program, is_live, row_lists
 from dynaprune_kernels.backends.triton.kernels.weight_gradient import store_blocks, store_norms
 
 
@@ -50,7 +50,8 @@ def linear_wgrad_kernel(
     token = tl.arange(0, STEP)  # [STEP]
     acc = tl.zeros([MERGE * BI, BO], tl.float32)
     if TMA:
-        column = tl.load(row_cols + begin) * BI
+        block = tl.load(row_cols + begin)
+        column = tl.where(below(block, columns), block, columns) * BI  # behind the last: zeros
         for start in range(first, last, STEP):
             x_tile = x.load([start, column])  # [STEP, BI]
             dy_tile = dy.load([start, row * BO])  # [STEP, BO]
@@ -59,7 +60,7 @@ def linear_wgrad_kernel(
         listed = begin + m // BI < end  # [MERGE * BI]
         block = tl.load(row_cols + begin + m // BI, mask=listed, other=0)
         inner = tl.max_contiguous(tl.multiple_of(block * BI + m % BI, BI), BI)
-        inner_valid = listed
+        inner_valid = listed & below(block, columns)
         outer_valid = outer >= 0
         if RAGGED:
             inner_valid = inner_valid & (inner < x_size)
@@ -111,7 +112,7 @@ def linear_probe_kernel(
     column = first_column + tl.arange(0, GI)[:, None]  # [GI, 1]
     inside = (row < rows) & (column < columns)
     # inside, live: [GI, GO]
-    live = is_live(row_ptr, row_cols, row, column, inside, search_steps)
+    live = is_live(row_ptr, row_cols, row, column, inside, capacity, search_steps)
     wanted = tl.sum(tl.sum((inside & (live == 0)).to(tl.int32), axis=1), axis=0)
     acc = tl.zeros([GI * BI, GO * BO], tl.float32)
     if (tl.load(probe) != 0) & (wanted > 0):

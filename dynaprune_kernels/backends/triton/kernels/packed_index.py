@@ -2,6 +2,11 @@
 
 Sections are found by arithmetic on one base pointer: separate pointers would be specialised by their
 alignment, which changes with the capacity, so that every compaction would compile anew.
+
+Nothing in an index is trusted, since anything may have written to it. A number is compared with its bound,
+unsigned, between being read and being used, so that no access leaves the index or a tensor and no loop is
+longer than the capacity. What such a number spoils counts as absent: a block, or all of a list whose pointers
+are wrong. Results of an index that is wrong are not defined.
 """
 
 import triton
@@ -32,6 +37,34 @@ def row_order(index, rows, lists, capacity):
 
 
 @triton.jit
+def below(number, bound):
+    """Whether ``0 <= number < bound``, element-wise, in one comparison."""
+    # ``True &`` makes it a boolean in the interpreter, where a splat else has the dtype of what was compared.
+    return True & (number.to(tl.uint32) < bound.to(tl.uint32))
+
+
+@triton.jit
+def end_of_list(begin, end, capacity):
+    """``end``, or ``begin`` where these are not pointers of a list below the capacity; element-wise."""
+    right = (begin.to(tl.uint32) <= end.to(tl.uint32)) & (end.to(tl.uint32) <= capacity.to(tl.uint32))
+    return tl.where(right, end, begin)
+
+
+@triton.jit
+def entries_of(pointers, this, capacity):
+    """``(begin, end)``: where the entries of a list lie."""
+    begin = tl.load(pointers + this)
+    return begin, end_of_list(begin, tl.load(pointers + this + 1), capacity)
+
+
+@triton.jit
+def list_at(order, rank, lists):
+    """The list at a rank; one of the same number where the order names none, so that outputs are written."""
+    this = tl.load(order + rank)
+    return tl.where(below(this, lists), this, rank)
+
+
+@triton.jit
 def tile_of_program(program, row_tiles, lists, GROUP: tl.constexpr):
     """``(row tile, rank of the list)``: GROUP row tiles share a list's blocks in L2, long lists first."""
     first = program // (GROUP * lists) * GROUP
@@ -49,9 +82,9 @@ def chunk_of_program(program, index, rows, columns, capacity, MERGE: tl.constexp
     """
     row_ptr, _, row_slots = row_lists(index, rows, capacity)
     if MERGE == 1:
-        end = tl.minimum(program + 1, tl.load(index))
-        slot = tl.load(row_slots + program, mask=program < end, other=0)
-        return tl.load(index + HEADER + slot) // columns, program, end
+        slot = tl.load(row_slots + program, mask=program < tl.load(index), other=-1)
+        block = tl.load(index + HEADER + slot, mask=below(slot, capacity), other=-1)
+        return block // columns, program, program + below(block, rows * columns).to(tl.int32)
     else:
         low = program * 0
         high = rows - 1
@@ -60,13 +93,13 @@ def chunk_of_program(program, index, rows, columns, capacity, MERGE: tl.constexp
             starts = tl.load(row_ptr + middle) // MERGE + middle <= program
             low = tl.where(starts, middle, low)
             high = tl.where(starts, high, middle - 1)
-        begin = tl.load(row_ptr + low)
-        end = tl.load(row_ptr + low + 1)
-        return low, begin + (program - begin // MERGE - low) * MERGE, end
+        begin, end = entries_of(row_ptr, low, capacity)
+        # At least ``begin``, however wrong pointers led the bisection.
+        return low, tl.maximum(begin + (program - begin // MERGE - low) * MERGE, begin), end
 
 
 @triton.jit
-def is_live(row_ptr, row_cols, row, column, inside, steps):
+def is_live(row_ptr, row_cols, row, column, inside, capacity, steps):
     """Whether each block ``(row, column)`` is listed: bisection in the row's ascending columns, element-wise.
 
     Args:
@@ -74,7 +107,7 @@ def is_live(row_ptr, row_cols, row, column, inside, steps):
         steps: at least log2(columns) + 1.
     """
     low = tl.load(row_ptr + row, mask=inside, other=0)
-    end = tl.load(row_ptr + row + 1, mask=inside, other=0)
+    end = end_of_list(low, tl.load(row_ptr + row + 1, mask=inside, other=0), capacity)
     high = end
     for _ in range(0, steps):
         middle = (low + high) // 2

@@ -8,6 +8,7 @@ import triton.language as tl
 def load_part(
     w,
     slot,
+    exists,
     k0,
     inner,
     inner_size,
@@ -20,6 +21,7 @@ def load_part(
     """Elements ``k0 .. k0 + DEPTH`` of the summed side of one block of ``w [capacity, BI, BO]``.
 
     Args:
+        exists: whether there is such a slot.
         inner: [DEPTH], where they stand among the ``inner_size`` that are real; zeros come beyond.
 
     Returns:
@@ -30,9 +32,9 @@ def load_part(
     k = k0 + tl.arange(0, DEPTH)
     n = tl.arange(0, OUTER)
     if DGRAD:
-        tile = tl.load(block + k[:, None] + n[None, :] * BO)
+        tile = tl.load(block + k[:, None] + n[None, :] * BO, mask=exists, other=0.0)
     else:
-        tile = tl.load(block + k[:, None] * BO + n[None, :])
+        tile = tl.load(block + k[:, None] * BO + n[None, :], mask=exists, other=0.0)
     if RAGGED:  # not a mask of the load, which would make it one of single elements
         tile = tl.where((inner < inner_size)[:, None], tile, 0.0)
     return tile

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dynaprune_kernels.backends.triton.kernels.packed_index import HEADER, row_lists
+from dynaprune_kernels.backends.triton.kernels.packed_index import HEADER, below, entries_of, row_lists
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "capacity"])
@@ -25,7 +25,10 @@ def block_saliency_kernel(
     if entry >= tl.load(index):
         return
     _, _, row_slots = row_lists(index, rows, capacity)
-    slot = tl.load(row_slots + entry).to(tl.int64)
+    slot = tl.load(row_slots + entry)
+    exists = below(slot, capacity)
+    block = tl.load(index + HEADER + slot, mask=exists, other=-1)
+    slot = slot.to(tl.int64)
     n = tl.arange(0, BO)
     ww = tl.zeros([BO], tl.float32)
     gg = tl.zeros([BO], tl.float32)
@@ -34,19 +37,20 @@ def block_saliency_kernel(
     for start in tl.static_range(0, BI, ROWS):
         m = start + tl.arange(0, ROWS)
         at = slot * (BI * BO) + m[:, None] * BO + n[None, :]  # [ROWS, BO]
-        w = tl.load(values + at).to(tl.float32)
-        g = tl.load(grad + at).to(tl.float32)
+        w = tl.load(values + at, mask=exists, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
         ww += tl.sum(w * w, axis=0)
         gg += tl.sum(g * g, axis=0)
         absolute += tl.sum(tl.abs(w * g), axis=0)
         signed += tl.sum(w * g, axis=0)
     tl.store(outputs + entry.to(tl.int64) * BO + n, signed)
     blocks = rows.to(tl.int64) * columns
-    here = stats + tl.load(index + HEADER + slot)
-    tl.store(here, tl.sum(ww, axis=0))
-    tl.store(here + blocks, tl.sum(gg, axis=0))
-    tl.store(here + 2 * blocks, tl.sum(absolute, axis=0))
-    tl.store(here + 3 * blocks, tl.sum(signed, axis=0))
+    here = stats + block
+    real = below(block, rows * columns)
+    tl.store(here, tl.sum(ww, axis=0), mask=real)
+    tl.store(here + blocks, tl.sum(gg, axis=0), mask=real)
+    tl.store(here + 2 * blocks, tl.sum(absolute, axis=0), mask=real)
+    tl.store(here + 3 * blocks, tl.sum(signed, axis=0), mask=real)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -62,8 +66,7 @@ def neuron_saliency_kernel(
     """One block row: the sums of its blocks, added up in the order of the list."""
     row = tl.program_id(0)
     row_ptr, _, _ = row_lists(index, rows, capacity)
-    begin = tl.load(row_ptr + row)
-    end = tl.load(row_ptr + row + 1)
+    begin, end = entries_of(row_ptr, row, capacity)
     n = tl.arange(0, BO)
     total = tl.zeros([ENTRIES, BO], tl.float32)
     for start in range(begin, end, ENTRIES):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dynaprune_kernels.backends.triton.kernels.packed_index import HEADER, row_lists
+from dynaprune_kernels.backends.triton.kernels.packed_index import HEADER, below, row_lists
 
 
 @triton.jit
@@ -39,8 +39,9 @@ def store_blocks(
     m = tl.arange(0, MERGE * BI)
     n = tl.arange(0, BO)
     listed = begin + m // BI < end  # [MERGE * BI], as slot, inner
-    slot = tl.load(row_slots + begin + m // BI, mask=listed, other=0).to(tl.int64)
-    mask = listed[:, None] & (n[None, :] < BO)  # [MERGE * BI, BO], as real, at, weight
+    slot = tl.load(row_slots + begin + m // BI, mask=listed, other=-1)
+    mask = below(slot, capacity)[:, None] & (n[None, :] < BO)  # [MERGE * BI, BO], as real, at, weight
+    slot = slot.to(tl.int64)
     if RAGGED:
         block_column = tl.load(row_cols + begin + m // BI, mask=listed, other=0)
         inner = block_column % channel_blocks * BI + m % BI < inner_size
@@ -58,8 +59,8 @@ def store_blocks(
             weight = tl.load(values + at, mask=real, other=0.0).to(tl.float32)
             total = tl.sum(tl.reshape(tl.sum(acc * weight, axis=1), [MERGE, BI]), axis=1)  # [MERGE]
             entry = begin + tl.arange(0, MERGE)
-            column = tl.load(row_cols + entry, mask=entry < end, other=0)
-            tl.store(signed + row.to(tl.int64) * columns + column, total, mask=entry < end)
+            column = tl.load(row_cols + entry, mask=entry < end, other=-1)
+            tl.store(signed + row.to(tl.int64) * columns + column, total, mask=below(column, columns))
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "channel_blocks", "capacity", "splits"])
@@ -88,8 +89,12 @@ def sum_splits_kernel(
         return
     _row_ptr, row_cols, row_slots = row_lists(index, rows, capacity)
     column = tl.load(row_cols + entry)
-    slot = tl.load(row_slots + entry).to(tl.int64)
-    row = tl.load(index + HEADER + slot) // columns
+    slot = tl.load(row_slots + entry)
+    block = tl.load(index + HEADER + slot, mask=below(slot, capacity), other=-1)
+    if (below(block, rows * columns) & below(column, columns) if SALIENCY else below(slot, capacity)) == 0:
+        return
+    row = block // columns
+    slot = slot.to(tl.int64)
     n = tl.arange(0, BO)
     total = tl.zeros([BO], tl.float32)
     for start in range(0, BI, ROWS):
