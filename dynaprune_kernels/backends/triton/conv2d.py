@@ -143,10 +143,10 @@ def _product(
     op = "conv2d_dgrad" if dgrad else "conv2d_forward"
     capacity, bi, bo = values.shape
     out_channels = a.shape[1] if dgrad else size[1]
-    x_size, y_size = (size, a.shape) if dgrad else (a.shape, None)
-    rows, columns = check_convolution(op, conv, x_size, y_size, out_channels, capacity, Block(bo, bi))
+    x_shape, y_shape = (size, a.shape) if dgrad else (a.shape, None)
+    rows, columns = check_convolution(op, conv, x_shape, y_shape, out_channels, capacity, Block(bo, bi))
     check_shape(op, "bias", bias, (out_channels,))
-    group_channels, channel_blocks = x_size[1] // conv.groups, columns // conv.taps
+    group_channels, channel_blocks = x_shape[1] // conv.groups, columns // conv.taps
     lists = conv.groups * channel_blocks * conv.phases
     check_index(op, index, a, rows, columns, lists, capacity)
     values, bias = values.contiguous(), bias if bias is None else bias.contiguous()

@@ -230,7 +230,7 @@ def _enter(found: Adapters, pair: _Pair, beside: list[_Near]) -> None:
         found.bases.setdefault(each.path, f"an adapter changes it ({kind})")
 
 
-def merging_adapter(layer: nn.Module) -> str:
+def merging_adapter(layer: object) -> str:
     """Type of an adapter over ``layer`` whose method, or a function of it, is running; empty for others.
 
     What runs is the innermost frame outside of torch and dynaprune; its arguments are looked at.

@@ -13,8 +13,9 @@ from torch.fx import Proxy
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from dynaprune.nn.compiled_writes import refuse_writes
-from dynaprune.nn.dense_view import DenseView, WeightReads, dense_view
+from dynaprune.nn.dense_view import DenseView, dense_view
 from dynaprune.nn.parameter import replace_parameter_data_
+from dynaprune.nn.weight_reads import WeightReads
 from dynaprune_kernels import BlockLayout
 from dynaprune_kernels.averaged_slots import whole_slots
 from dynaprune_kernels.ops.transforms import refuse_batch

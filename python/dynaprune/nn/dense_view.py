@@ -8,75 +8,42 @@ of it, is written back to the live blocks (dead ones stay dead), or raises.
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynaprune.nn.adapters import merging_adapter
-
-if TYPE_CHECKING:
-    from dynaprune.nn.block_sparse import BlockSparseLayer
-
-_STEPS_TO_NOTICE = 3
-_CHANGES_PER_STEP = 16
+from dynaprune.nn.weight_reads import WeightReads
+from dynaprune_kernels import BlockLayout
 
 
-class WeightReads:
-    """Says once, with the layer's name, that its weight is built in one training step after the other.
+class Blocks(Protocol):
+    """A layer that keeps the blocks of a weight, and turns tensors by slot into the dense shape and back."""
 
-    Args:
-        name: of the layer, for the message.
+    values: nn.Parameter
+    layout: BlockLayout
+    reads: WeightReads
 
-    Attributes:
-        reader: type of the module in whose forward the weight was built for training, empty if in none.
-    """
+    def dense_shape(self) -> torch.Size: ...
 
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-        self.reader = ""
-        self.told = False
-        self._steps = 0
-        self._version = -1
+    def dense_stride(self) -> tuple[int, ...]: ...
 
-    def note(self, version: int) -> None:
-        """The weight was built; ``version`` grows as ``values`` change, by a few per optimizer step."""
-        if not self.reader and torch.is_grad_enabled():
-            self.reader = _running_module()
-        if 0 < version - self._version <= _CHANGES_PER_STEP and self._version >= 0:
-            self._steps += 1
-        elif version != self._version:
-            self._steps = 0
-        self._version = version
-        if self._steps >= _STEPS_TO_NOTICE and not self.told:
-            self.told = True
-            warnings.warn(
-                f"the weight of layer {self.name or '(unnamed)'} is read in every training step, which "
-                "builds the dense weight each time: it works, but costs what a dense layer costs. Use the "
-                "layer's `values` (the live blocks) instead, or exclude the layer from pruning",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def to_dense_shape(self, by_slot: Tensor) -> Tensor: ...
 
+    def to_slots(self, dense: Tensor) -> Tensor: ...
 
-def _running_module() -> str:
-    """Type of the innermost module that is being called, by the stack of frames; empty where none is."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            return type(frame.f_locals["self"]).__name__
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    def listed_slots(self, dense: Tensor) -> Tensor: ...
+
+    def write_slots_(self, by_slot: Tensor, dense: Tensor) -> None: ...
 
 
 class _Source:
     """What a family of views shows: a layer's values or their gradient, built at most once per change."""
 
-    def __init__(self, layer: BlockSparseLayer, stored: Tensor, reads: WeightReads | None) -> None:
+    def __init__(self, layer: Blocks, stored: Tensor, reads: WeightReads | None) -> None:
         self.layer = layer
         self._stored = stored
         self._reads = reads
@@ -282,7 +249,7 @@ class _Dense(torch.autograd.Function):
     """``values`` to the (unbuilt) dense weight, and the dense gradient back to ``values``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, layer: BlockSparseLayer, source: _Source) -> DenseView:
+    def forward(ctx: Any, values: Tensor, layer: Blocks, source: _Source) -> DenseView:
         ctx.layer = layer
         return DenseView._make(source, parameter=True)
 
@@ -291,7 +258,7 @@ class _Dense(torch.autograd.Function):
         return ctx.layer.listed_slots(_unwrapped(grads[0])), None, None
 
 
-def dense_view(layer: BlockSparseLayer) -> Tensor:
+def dense_view(layer: Blocks) -> Tensor:
     """The weight of ``layer`` as a dense tensor that gradients and in-place changes pass through."""
     source = _Source(layer, layer.values, layer.reads)
     return _Dense.apply(layer.values, layer, source)

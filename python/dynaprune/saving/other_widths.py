@@ -7,10 +7,8 @@ classifier of 5 or of 20. Layers carry them along (in copies and pickles too), a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dynaprune.nn.shape import LayerShape
+from dynaprune.nn.shape import LayerShape
 
 _NAMED = 3
 _REPLACE_AFTERWARDS = (
