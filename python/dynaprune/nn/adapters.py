@@ -247,7 +247,7 @@ def merging_adapter(layer: object) -> str:
     return ""
 
 
-def _is_over(module: nn.Module, layer: nn.Module) -> bool:
+def _is_over(module: nn.Module, layer: object) -> bool:
     if peft_kind(module):
         return any(each is layer for each in module.modules())
     if not any(child is layer for child in module._modules.values()):
