@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_linear --quick
     python -m benchmarks.cpu_linear --shapes 2048x4096x4096 --blocks 32,64 --densities 0.1,0.5 --ops forward
 
-A shape is rows x inputs x outputs. The dense contestants are ``torch.mm`` (both layouts of the weight),
+A shape is tokens x inputs x outputs. The dense contestants are ``torch.mm`` (both layouts of the weight),
 ``F.linear`` and oneDNN's 1x1 convolution on channels-last memory; the ratio is the fastest of them over ours.
 Every result is compared with float64 before it is timed. Efficiency is density x dense time / our time: 1 is
 a dense kernel that could skip the dead blocks at no cost. With ``--threads 1`` the thread's CPU time is
@@ -75,12 +75,12 @@ class Problem:
     """A random block-sparse layer and its dense twin.
 
     Args:
-        rows, inputs, outputs: sizes; inputs and outputs must be multiples of ``block``.
+        tokens, inputs, outputs: sizes; inputs and outputs must be multiples of ``block``.
         density: expected fraction of live blocks.
     """
 
     def __init__(
-        self, rows: int, inputs: int, outputs: int, block: int, density: float, dtype: torch.dtype
+        self, tokens: int, inputs: int, outputs: int, block: int, density: float, dtype: torch.dtype
     ) -> None:
         if inputs % block or outputs % block:
             raise ValueError(f"expected sizes divisible by block {block}, got {inputs} x {outputs}")
@@ -95,8 +95,8 @@ class Problem:
         one = [1, 1]
         raw = torch.ops.dynaprune_cpu
         raw.layout_update(self.mask, slots, self.index, self.capacity, 1, one, one, one, True)
-        self.x = torch.randn(rows, inputs, generator=generator).to(dtype)
-        self.dy = torch.randn(rows, outputs, generator=generator).to(dtype)
+        self.x = torch.randn(tokens, inputs, generator=generator).to(dtype)
+        self.dy = torch.randn(tokens, outputs, generator=generator).to(dtype)
         dense = torch.randn(outputs, inputs, generator=generator).to(dtype)
         self.alive = self.mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
         self.weight = dense * self.alive
@@ -125,7 +125,7 @@ class Problem:
         """The dense contestants of one op by name."""
         x, dy, weight = self.x, self.dy, self.weight
 
-        def image(t: Tensor) -> Tensor:  # [rows, channels] as one image of height rows, without a copy
+        def image(t: Tensor) -> Tensor:  # [tokens, channels] as one image of height tokens, without a copy
             return t.t().reshape(1, t.shape[1], t.shape[0], 1).contiguous(memory_format=torch.channels_last)
 
         kernel = weight.view(*weight.shape, 1, 1)
@@ -172,10 +172,10 @@ def measure(problem: Problem, op: str, seconds: float) -> dict[str, Any]:
     heats = timings(list(contestants.values()), least=3, seconds=0)
     name = min(zip(contestants, heats, strict=True), key=lambda pair: pair[1].median)[0]
     ours, best = timings([problem.ours(op), contestants[name]], least=11, seconds=seconds)
-    rows, (outputs, inputs) = problem.x.shape[0], problem.weight.shape
+    tokens, (outputs, inputs) = problem.x.shape[0], problem.weight.shape
     return {
         "op": op,
-        "shape": f"{rows}x{inputs}x{outputs}",
+        "shape": f"{tokens}x{inputs}x{outputs}",
         "dtype": str(problem.x.dtype).removeprefix("torch."),
         "block": problem.block,
         "density": problem.density,
@@ -186,8 +186,8 @@ def measure(problem: Problem, op: str, seconds: float) -> dict[str, Any]:
         "dense_ms_20": best.low,
         "dense_ms_80": best.high,
         "dense": name,
-        "gflops": 2e-6 * rows * inputs * outputs * problem.density / ours.median,
-        "dense_gflops": 2e-6 * rows * inputs * outputs / best.median,
+        "gflops": 2e-6 * tokens * inputs * outputs * problem.density / ours.median,
+        "dense_gflops": 2e-6 * tokens * inputs * outputs / best.median,
         "ratio": best.median / ours.median,
         "efficiency": problem.density * best.median / ours.median,
     }
@@ -209,7 +209,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two shapes, density 0.1, a second each")
-    parser.add_argument("--shapes", help="rows x inputs x outputs, comma-separated")
+    parser.add_argument("--shapes", help="tokens x inputs x outputs, comma-separated")
     parser.add_argument("--blocks", default="32,64")
     parser.add_argument("--densities", help="comma-separated (default 0.1, and 0.2 and 0.5 without --quick)")
     parser.add_argument("--ops", default=",".join(OPS))
@@ -232,10 +232,10 @@ def main() -> None:
     print(f"median ms (20% .. 80%) of {'CPU' if arguments.threads == 1 else 'wall'} time")
     lines = []
     for shape in shapes.split(","):
-        rows, inputs, outputs = (int(size) for size in shape.split("x"))
+        tokens, inputs, outputs = (int(size) for size in shape.split("x"))
         for density in map(float, densities.split(",")):
             for block in map(int, arguments.blocks.split(",")):
-                problem = Problem(rows, inputs, outputs, block, density, getattr(torch, arguments.dtype))
+                problem = Problem(tokens, inputs, outputs, block, density, getattr(torch, arguments.dtype))
                 for op in arguments.ops.split(","):
                     line = measure(problem, op, seconds)
                     lines.append(json.dumps(line) + "\n")

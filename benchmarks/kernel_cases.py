@@ -21,14 +21,14 @@ class Case(NamedTuple):
 
     Attributes:
         op: ``linear_forward``, ``conv2d_wgrad``, ...
-        rows: tokens or images.
+        batch: tokens or images.
         out, inputs: features or channels.
         block: outputs and inputs per block, equal.
         conv, size: of a convolution, with the height and width of its input.
     """
 
     op: str
-    rows: int
+    batch: int
     out: int
     inputs: int
     block: int
@@ -41,9 +41,9 @@ class Case(NamedTuple):
     def shape(self) -> str:
         """A short name of the sizes."""
         if self.conv is None:
-            return f"{self.rows}x{self.out}x{self.inputs}"
+            return f"{self.batch}x{self.out}x{self.inputs}"
         kernel = f"{self.conv.kernel_h}x{self.conv.kernel_w}s{self.conv.stride_h}"
-        return f"{self.rows}x{self.inputs}x{self.size[0]}x{self.size[1]}-{self.out}x{kernel}"
+        return f"{self.batch}x{self.inputs}x{self.size[0]}x{self.size[1]}-{self.out}x{kernel}"
 
 
 class Operands(NamedTuple):
@@ -74,10 +74,10 @@ def build(case: Case, device: str, seed: int = 0) -> Operands:
 
     values = normal(live, case.block, case.block)
     if case.conv is None:
-        x, dy = normal(case.rows, case.inputs), normal(case.rows, case.out)
+        x, dy = normal(case.batch, case.inputs), normal(case.batch, case.out)
     else:
-        x = normal(case.rows, case.inputs, *case.size).contiguous(memory_format=torch.channels_last)
-        dy = normal(case.rows, case.out, *case.conv.output_size(*case.size))
+        x = normal(case.batch, case.inputs, *case.size).contiguous(memory_format=torch.channels_last)
+        dy = normal(case.batch, case.out, *case.conv.output_size(*case.size))
         dy = dy.contiguous(memory_format=torch.channels_last)
     groups = 1 if case.conv is None else case.conv.groups
     dense = reference.dense_weight(values, layout.index, case.out, case.inputs // groups, case.conv)
@@ -89,22 +89,21 @@ def build(case: Case, device: str, seed: int = 0) -> Operands:
 def problem_of(case: Case, operands: Operands) -> Problem:
     """The same problem as dispatch and the launchers see it."""
     first = operands.dy if case.op.endswith("dgrad") else operands.x
-    rows = first.shape[0] if case.conv is None else first.shape[0] * first.shape[2] * first.shape[3]
+    tokens = first.shape[0] if case.conv is None else first.shape[0] * first.shape[2] * first.shape[3]
     inputs = case.inputs if case.conv is None else case.inputs // case.conv.groups * case.conv.taps
     op = case.op
     if case.conv is not None and case.conv.pointwise:
         op = op.replace("conv2d", "linear")
-    block = (case.block, case.block)
-    return Problem(op, case.dtype, block, rows, case.out, inputs, operands.layout.capacity)
+    return Problem(op, case.dtype, operands.layout.block, tokens, case.out, inputs, operands.layout.capacity)
 
 
 def flops(case: Case, operands: Operands) -> int:
     """Of the live blocks, a multiply-add counted as two."""
-    positions = case.rows
+    tokens = case.batch
     if case.conv is not None:
         height, width = case.conv.output_size(*case.size)
-        positions *= height * width
-    return 2 * operands.layout.capacity * case.block**2 * positions
+        tokens *= height * width
+    return 2 * operands.layout.capacity * case.block**2 * tokens
 
 
 def call(case: Case, operands: Operands, backend: ModuleType) -> Call:

@@ -87,9 +87,9 @@ def _torch_bsr(stages: int) -> Provider:
         from torch.sparse._triton_ops import bsr_dense_addmm, bsr_dense_addmm_meta
 
         x = operands.x.t()
-        out = torch.empty(case.out, case.rows, dtype=case.dtype, device=x.device)
+        out = torch.empty(case.out, case.batch, dtype=case.dtype, device=x.device)
         meta = bsr_dense_addmm_meta(
-            case.out, case.inputs, case.rows, case.block, case.block, 0, 1,
+            case.out, case.inputs, case.batch, case.block, case.block, 0, 1,
             num_stages=stages, num_warps=4, GROUP_SIZE_ROW=4,
         )  # fmt: skip
         return lambda: bsr_dense_addmm(out, bsr, x, beta=0, alpha=1, out=out, meta=meta).t()

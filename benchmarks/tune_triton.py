@@ -47,8 +47,8 @@ def cases(quick: bool, dtypes: list[str], blocks: list[int], densities: list[flo
     linear = LINEAR_SIZES[:1] if quick else LINEAR_SIZES
     conv = CONV_SIZES[2:3] if quick else CONV_SIZES
     for dtype, block, density in itertools.product(dtypes, blocks, densities):
-        for (rows, out, inputs), op in itertools.product(linear, ("forward", "dgrad", "wgrad")):
-            yield Case(f"linear_{op}", rows, out, inputs, block, density, DTYPES[dtype])
+        for (tokens, out, inputs), op in itertools.product(linear, ("forward", "dgrad", "wgrad")):
+            yield Case(f"linear_{op}", tokens, out, inputs, block, density, DTYPES[dtype])
         for (out, inputs, size), op in itertools.product(conv, ("forward", "dgrad", "wgrad")):
             if block <= inputs:
                 yield Case(f"conv2d_{op}", 64, out, inputs, block, density, DTYPES[dtype], CONV, (size, size))
@@ -60,25 +60,25 @@ def candidates(problem: Problem, device: Device, quick: bool = False) -> list[Ti
     bo, bi = config.block_of(problem)
     hopper = device.capability >= 90
     if config.is_wgrad(problem.op):
-        rows, stages = (32, 64, 128), (3, 4)
+        tokens, stages = (32, 64, 128), (3, 4)
         depths = sorted({bi, max(bi, 64), max(bi, 128)})
         outer, inner = bo, 0
     else:
-        rows, stages = (64, 128, 256), (3, 5, 7)
+        tokens, stages = (64, 128, 256), (3, 5, 7)
         inner, outer = (bo, bi) if problem.op.endswith("dgrad") else (bi, bo)
         depths = [32, 64] if inner == 32 or problem.dtype.itemsize == 4 else [64, 128]
     if quick:
         stages = (default.stages,)
     found = [default]
-    for row, depth, stage, warps in itertools.product(rows, depths, stages, (4, 8)):
-        elements = (depth if config.is_wgrad(problem.op) else row) * outer
+    for size, depth, stage, warps in itertools.product(tokens, depths, stages, (4, 8)):
+        elements = (depth if config.is_wgrad(problem.op) else size) * outer
         if not 16 <= elements // (32 * warps) <= 128:  # accumulator registers per thread
             continue
-        if row > max(config.next_power_of_two(problem.rows), 16):
+        if size > max(config.next_power_of_two(problem.tokens), 16):
             continue
         aligned = depth == bi if config.is_wgrad(problem.op) else depth <= inner
         for tma in {False, hopper and aligned}:
-            tile = Tile(row, depth, warps, stage, tma)
+            tile = Tile(size, depth, warps, stage, tma)
             if tile not in found and config.shared_bytes(problem, tile, device) <= device.shared_bytes:
                 found.append(tile)
     return found

@@ -39,7 +39,7 @@ _SPARSE = {"cuda": ("triton", "cuda")}
 _GPU_CROSSOVER = {16: 0.25, 32: 0.5, 64: 0.7, 128: 0.95}
 
 # Share of the dense weight above which the CPU takes the vendor's library for blocks of 8, half an AVX-512
-# vector, from _CPU_MANY_ROWS rows on. Measured on 2 cores, torch 2.13: dense and ours break even at these
+# vector, from _CPU_MANY_TOKENS on. Measured on 2 cores, torch 2.13: dense and ours break even at these
 # densities. Wider blocks were 1.1 to 18 times as fast as the materialised weight at density 0.6 and 0.8, 0.7
 # to 6.9 times at 1.
 _CPU_CROSSOVER = {
@@ -50,7 +50,7 @@ _CPU_CROSSOVER = {
     "conv2d_dgrad": 0.15,
     "conv2d_wgrad": 0.45,
 }
-_CPU_MANY_ROWS = 256
+_CPU_MANY_TOKENS = 256
 
 
 class Choice(NamedTuple):
@@ -142,7 +142,7 @@ def choose(
         reason = "; ".join(str(reason) for reason in against.values())
         _say_once(device_type, reason)
         return Choice("dense", reason)
-    if problem.rows == 0 or problem.block is None:
+    if problem.tokens == 0 or problem.block is None:
         return Choice(able[0], f"{problem.op} does the same work whatever the density{_order(able)}")
     if device_type == "cuda":
         return _faster_on_gpu(problem, device_name, able)
@@ -161,7 +161,7 @@ def _faster_on_cpu(problem: Problem) -> Choice:
     if (
         half_vector
         and problem.dtype != torch.float64
-        and problem.rows >= _CPU_MANY_ROWS
+        and problem.tokens >= _CPU_MANY_TOKENS
         and problem.density > crossover
     ):
         reason = f"blocks of 8 fill half an AVX-512 vector: {problem.op} is dense above density {crossover}"

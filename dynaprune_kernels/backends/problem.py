@@ -15,7 +15,7 @@ class Problem(NamedTuple):
     Attributes:
         op: a function name of the backend modules; ``linear_wgrad`` also stands for wgrad with saliency.
         block: None for ops that do not depend on it.
-        rows: tokens, or batch x height x width.
+        tokens: rows of the activation; of a convolution batch x height x width.
         outputs: of the weight.
         inputs: of the weight, those of one group times the taps for a convolution.
         capacity: slots of the layer.
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     op: str
     dtype: torch.dtype
     block: Block | None = None
-    rows: int = 0
+    tokens: int = 0
     outputs: int = 0
     inputs: int = 0
     capacity: int = 0

@@ -59,7 +59,7 @@ def _backend(
     if conv.pointwise:
         op = op.replace("conv2d", "linear")
     inputs = channels // conv.groups * conv.taps
-    problem = Problem(op, x.dtype, block, _positions(x), outputs, inputs, capacity)
+    problem = Problem(op, x.dtype, block, _tokens(x), outputs, inputs, capacity)
     return convolutions(select(problem, x.device), conv)
 
 
@@ -67,7 +67,7 @@ def _blocks(dy: Tensor, x: Tensor, block: Sequence[int], conv: list[int]) -> int
     return weight_blocks(dy.shape[1], x.shape[1] // conv[8], block, conv[0] * conv[1])
 
 
-def _positions(image: Tensor) -> int:
+def _tokens(image: Tensor) -> int:
     return int(image.shape[0] * image.shape[2] * image.shape[3])
 
 
@@ -237,25 +237,23 @@ no_autograd("conv2d_gradient_probe")
 
 flops(
     OPS.block_sparse_conv2d,
-    lambda x, values, bias, index, *_, out_val, **__: live_flops(
-        index, Block.of(values), _positions(out_val)
-    ),
+    lambda x, values, bias, index, *_, out_val, **__: live_flops(index, Block.of(values), _tokens(out_val)),
 )
 flops(
     OPS.block_sparse_conv2d_dgrad,
-    lambda dy, values, index, *_, **__: live_flops(index, Block.of(values), _positions(dy)),
+    lambda dy, values, index, *_, **__: live_flops(index, Block.of(values), _tokens(dy)),
 )
 flops(
     OPS.block_sparse_conv2d_wgrad,
-    lambda dy, x, index, capacity, block, *_, **__: live_flops(index, block, _positions(dy)),
+    lambda dy, x, index, capacity, block, *_, **__: live_flops(index, block, _tokens(dy)),
 )
 flops(
     OPS.block_sparse_conv2d_wgrad_saliency,
-    lambda dy, x, values, index, *_, **__: live_flops(index, Block.of(values), _positions(dy)),
+    lambda dy, x, values, index, *_, **__: live_flops(index, Block.of(values), _tokens(dy)),
 )
 flops(
     OPS.conv2d_gradient_probe,
     lambda dy, x, index, capacity, block, conv, probe, **__: probe_flops(
-        _blocks(dy, x, block, conv), index, block, _positions(dy), probe
+        _blocks(dy, x, block, conv), index, block, _tokens(dy), probe
     ),
 )

@@ -88,15 +88,15 @@ def flops(op: Any, formula: Any) -> None:
     register_flop_formula(op, get_raw=True)(formula)
 
 
-def live_flops(index: Tensor, block: Sequence[int], positions: int) -> int:
-    """Multiply-adds, counted as two, of the live blocks over ``positions`` rows or output pixels."""
-    return 2 * int(index[N_LIVE].item()) * int(block[0]) * int(block[1]) * positions
+def live_flops(index: Tensor, block: Sequence[int], tokens: int) -> int:
+    """Multiply-adds, counted as two, of the live blocks over ``tokens``, or output pixels."""
+    return 2 * int(index[N_LIVE].item()) * int(block[0]) * int(block[1]) * tokens
 
 
-def probe_flops(blocks: int, index: Tensor, block: Sequence[int], positions: int, probe: Tensor) -> int:
+def probe_flops(blocks: int, index: Tensor, block: Sequence[int], tokens: int, probe: Tensor) -> int:
     """FLOPs of the gradient probe: the blocks that are not live, while ``probe`` is true."""
     unlisted = blocks - int(index[N_LIVE].item())
-    return 2 * unlisted * int(block[0]) * int(block[1]) * positions if bool(probe.item()) else 0
+    return 2 * unlisted * int(block[0]) * int(block[1]) * tokens if bool(probe.item()) else 0
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -73,13 +73,13 @@ def test_the_default_fits_every_device(device: Device) -> None:
         tile = config.default_tile(problem, device)
         assert config.shared_bytes(problem, tile, device) <= device.shared_bytes, problem
         assert tile.stages >= 3 and tile.warps in (4, 8), problem
-        assert all(n >= 16 and n & (n - 1) == 0 for n in (tile.rows, tile.depth)), problem
+        assert all(n >= 16 and n & (n - 1) == 0 for n in (tile.tokens, tile.depth)), problem
 
 
 def test_keys_are_buckets_of_what_the_host_knows() -> None:
-    assert config.key(PROBLEM) == "linear_forward/bfloat16/64x64/m8192/o4096/i4096/c25"
-    assert config.key(PROBLEM._replace(rows=5000, capacity=700)) == config.key(PROBLEM)
-    for change in ({"rows": 4096}, {"capacity": 1025}, {"block": (64, 32)}, {"dtype": torch.float16}):
+    assert config.key(PROBLEM) == "linear_forward/bfloat16/64x64/t8192/o4096/i4096/c25"
+    assert config.key(PROBLEM._replace(tokens=5000, capacity=700)) == config.key(PROBLEM)
+    for change in ({"tokens": 4096}, {"capacity": 1025}, {"block": (64, 32)}, {"dtype": torch.float16}):
         assert config.key(PROBLEM._replace(**change)) != config.key(PROBLEM)
     assert config.key(PROBLEM._replace(capacity=4096)).endswith("c100")
 
@@ -96,7 +96,7 @@ def test_a_measured_tile_is_taken_in_its_bucket_only(fresh: Path) -> None:
     tile = Tile(32, 16, 2, 6, True)
     write_table(fresh, "A100", PROBLEM, tile, 1.0, 2.0)
     assert config.tile(PROBLEM, DEVICES[0]) == tile
-    other = PROBLEM._replace(rows=64)
+    other = PROBLEM._replace(tokens=64)
     assert config.tile(other, DEVICES[0]) == config.default_tile(other, DEVICES[0])
     assert config.tile(PROBLEM, DEVICES[2]) == config.default_tile(PROBLEM, DEVICES[2])
 

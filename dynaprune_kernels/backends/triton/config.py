@@ -3,11 +3,11 @@
 A table is ``configs/<device name>.json``, written by ``python -m benchmarks.tune_triton``::
 
     {"device": "...", "triton": "3.6.0", "torch": "2.11.0",
-     "entries": {"linear_forward/bfloat16/64x64/m8192/o4096/i4096/c25":
-                 {"tile": {"rows": 256, "depth": 64, "warps": 8, "stages": 5, "tma": true},
+     "entries": {"linear_forward/bfloat16/64x64/t8192/o4096/i4096/c25":
+                 {"tile": {"tokens": 256, "depth": 64, "warps": 8, "stages": 5, "tma": true},
                   "milliseconds": 0.1, "cuda_milliseconds": 0.1, "dense_milliseconds": 0.3}}}
 
-The key holds what the host knows: op, dtype, block, rows (tokens, pixels), outputs and inputs (of one group,
+The key holds what the host knows: op, dtype, block, tokens (or pixels), outputs and inputs (of one group,
 times taps) rounded up to powers of two, and the *capacity* in percent of the dense weight, one of
 :data:`CAPACITY_BUCKETS`. A choice therefore neither syncs nor goes stale in a captured graph.
 """
@@ -34,13 +34,13 @@ class Tile(NamedTuple):
     """One configuration.
 
     Attributes:
-        rows: tokens or pixels per output tile; for wgrad and probe, per step of the sum.
+        tokens: or pixels, per output tile; for wgrad and probe, per step of the sum.
         depth: elements summed per step; for wgrad and probe, inputs per tile. A multiple or a divisor of the
             block: small blocks are merged, large ones take several steps.
         tma: load through tensor descriptors where the operands allow it (from Hopper on).
     """
 
-    rows: int
+    tokens: int
     depth: int
     warps: int
     stages: int
@@ -64,8 +64,8 @@ def key(problem: Problem) -> str:
     bo, bi = block_of(problem)
     bucket = next((b for b in CAPACITY_BUCKETS if 100 * problem.density <= b), CAPACITY_BUCKETS[-1])
     dtype = str(problem.dtype).removeprefix("torch.")
-    sizes = [next_power_of_two(n) for n in (problem.rows, problem.outputs, problem.inputs)]
-    return f"{problem.op}/{dtype}/{bo}x{bi}/m{sizes[0]}/o{sizes[1]}/i{sizes[2]}/c{bucket}"
+    sizes = [next_power_of_two(n) for n in (problem.tokens, problem.outputs, problem.inputs)]
+    return f"{problem.op}/{dtype}/{bo}x{bi}/t{sizes[0]}/o{sizes[1]}/i{sizes[2]}/c{bucket}"
 
 
 def file_of(device_name: str) -> Path:
@@ -135,9 +135,9 @@ def shared_bytes(problem: Problem, tile: Tile, device: Device) -> int:
     bo, bi = block_of(problem)
     if is_wgrad(problem.op):
         outer = max(bo, 64) if problem.op.endswith("probe") else bo
-        return held * tile.rows * (tile.depth + outer)
+        return held * tile.tokens * (tile.depth + outer)
     outer = bi if problem.op.endswith("dgrad") else bo
-    return held * tile.depth * (tile.rows + outer)
+    return held * tile.depth * (tile.tokens + outer)
 
 
 def is_wgrad(op: str) -> bool:
@@ -150,34 +150,34 @@ def default_tile(problem: Problem, device: Device) -> Tile:
     wide = problem.dtype.itemsize == 4
     hopper = device.capability >= 90
     bo, bi = block_of(problem)
-    rows = max(next_power_of_two(problem.rows), 16)
+    tokens = max(next_power_of_two(problem.tokens), 16)
     if is_wgrad(problem.op):
         probe = problem.op.endswith("probe")
         width = max(bi, 64 if wide or probe or bo > 64 else 128)
         outer = max(bo, 64) if probe else bo
         warps = 8 if width * outer >= (64 if wide else 128) * 128 else 4
-        tile = Tile(min(32 if wide else 64, rows), width, warps, 3 if wide else 4, hopper and not wide)
+        tile = Tile(min(32 if wide else 64, tokens), width, warps, 3 if wide else 4, hopper and not wide)
     else:
         outer = bi if problem.op.endswith("dgrad") else bo
         widest = (128 if outer <= 64 else 64) if wide else (256 if outer <= 64 and hopper else 128)
-        rows = min(widest, rows)
+        tokens = min(widest, tokens)
         crowded = wide or (
             problem.op.startswith("conv2d") and not hopper
         )  # 4 warps would run out of registers
-        warps = 8 if rows * outer >= (64 if crowded else 128) * 128 or rows >= 256 else 4
-        tile = Tile(rows, 32 if wide else 64, warps, 5 if hopper else 7, hopper)
+        warps = 8 if tokens * outer >= (64 if crowded else 128) * 128 or tokens >= 256 else 4
+        tile = Tile(tokens, 32 if wide else 64, warps, 5 if hopper else 7, hopper)
     return fitting(problem, tile, device)
 
 
 def fitting(problem: Problem, tile: Tile, device: Device) -> Tile:
-    """``tile``, with fewer stages and then fewer rows until it fits the device's shared memory.
+    """``tile``, with fewer stages and then fewer tokens until it fits the device's shared memory.
 
     At least three stages stay: with fewer, loads through an index are not pipelined.
     """
     while shared_bytes(problem, tile, device) > device.shared_bytes and tile.stages > 3:
         tile = tile._replace(stages=tile.stages - 1)
-    while shared_bytes(problem, tile, device) > device.shared_bytes and tile.rows > 16:
-        tile = tile._replace(rows=tile.rows // 2)
+    while shared_bytes(problem, tile, device) > device.shared_bytes and tile.tokens > 16:
+        tile = tile._replace(tokens=tile.tokens // 2)
     return tile
 
 

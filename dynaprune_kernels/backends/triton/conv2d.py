@@ -108,7 +108,7 @@ def conv2d_probe(
         x, dy, norms, probe.view(torch.uint8), index, positions, height, width, x.shape[3], out_h, out_w,
         x.shape[3] // conv.groups, dy.shape[3], rows, columns, capacity, channel_blocks, rows_per_group,
         columns.bit_length() + 1, conv.kernel_w, *conv[2:8],
-        BI=bi, BO=bo, GI=gi, GO=go, STEP=tile.rows, PRECISION=precision(x.dtype, conv=True),
+        BI=bi, BO=bo, GI=gi, GO=go, STEP=tile.tokens, PRECISION=precision(x.dtype, conv=True),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return norms
@@ -159,7 +159,7 @@ def _product(
     tile = config.tile(problem, device_of(a))
     if dgrad:  # the largest phase
         positions = images * ceil_div(y_h, conv.stride_h) * ceil_div(y_w, conv.stride_w)
-    row_tiles = ceil_div(positions, tile.rows)
+    row_tiles = ceil_div(positions, tile.tokens)
     inner_size = a_channels if dgrad else group_channels
     ragged = inner_size % (bo if dgrad else bi) != 0
     a = aligned_channels(a, 1 if dgrad else conv.groups)
@@ -174,7 +174,7 @@ def _product(
         a, values, bias, y, index, rows, columns, lists, capacity, row_tiles, images,
         a_h, a_w, a.shape[3], a_size, inner_size, y_h, y_w, y.shape[3], y_size, y_real, channel_blocks,
         rows // conv.groups, conv.kernel_w, *conv[2:8],
-        BI=bi, BO=bo, DGRAD=dgrad, RAGGED=ragged, TILE=tile.rows, DEPTH=tile.depth, GROUP=linear.GROUP,
+        BI=bi, BO=bo, DGRAD=dgrad, RAGGED=ragged, TILE=tile.tokens, DEPTH=tile.depth, GROUP=linear.GROUP,
         PRECISION=precision(a.dtype, conv=True), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if y_size != y_real:
@@ -202,7 +202,7 @@ def _wgrad(
     programs = linear.chunks(rows, capacity, merge)
     check_int32("blocks of whole chunks", programs * merge)
     split = linear.split_of(positions, programs, tile, device)
-    per_split = linear.split_size(positions, split, tile.rows)
+    per_split = linear.split_size(positions, split, tile.tokens)
     partial = x.new_empty(split, capacity, bi, bo, dtype=torch.float32) if split > 1 else None
     signed = None if values is None else x.new_zeros(rows * columns, dtype=torch.float32)
     ragged = group_channels % bi != 0 or out_channels % bo != 0
@@ -213,7 +213,7 @@ def _wgrad(
         x, dy, dvalues, partial, values, signed, index, positions, per_split, height, width, x.shape[3],
         out_h, out_w, x.shape[3] // conv.groups, group_channels, dy.shape[3], out_channels, rows, columns,
         capacity, channel_blocks, rows // conv.groups, conv.kernel_w, *conv[2:8],
-        BI=bi, BO=bo, MERGE=merge, RAGGED=ragged, SALIENCY=values is not None, SPLITS=split, STEP=tile.rows,
+        BI=bi, BO=bo, MERGE=merge, RAGGED=ragged, SALIENCY=values is not None, SPLITS=split, STEP=tile.tokens,
         PRECISION=precision(x.dtype, conv=True), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if partial is not None:

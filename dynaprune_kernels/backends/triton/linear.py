@@ -59,7 +59,7 @@ def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Blo
     problem = Problem("linear_probe", x.dtype, block, x.shape[0], dy.shape[1], x.shape[1], capacity)
     tile = config.tile(problem, device_of(x))
     x, dy = aligned_rows(x), aligned_rows(dy)
-    check_int32("elements per step over tokens", tile.rows * max(x.stride(0), dy.stride(0)))
+    check_int32("elements per step over tokens", tile.tokens * max(x.stride(0), dy.stride(0)))
     gi, go = max(tile.depth // bi, 1), max(64 // bo, 1)
     norms = x.new_empty(rows * columns, dtype=torch.float32)
     launch(
@@ -68,7 +68,7 @@ def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Blo
         x, dy, norms, probe.view(torch.uint8), index,
         x.shape[0], x.shape[1], dy.shape[1], rows, columns, capacity, columns.bit_length() + 1,
         x.stride(0), dy.stride(0),
-        BI=bi, BO=bo, GI=gi, GO=go, STEP=tile.rows, PRECISION=precision(x.dtype, conv=False),
+        BI=bi, BO=bo, GI=gi, GO=go, STEP=tile.tokens, PRECISION=precision(x.dtype, conv=False),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return norms
@@ -106,11 +106,11 @@ def _product(
     box = [bi, tile.depth] if dgrad else [tile.depth, bo]
     launch(
         linear_product_kernel,
-        (ceil_div(tokens, tile.rows) * (lists if dgrad else rows),),
-        descriptor(a, [tile.rows, tile.depth]) if tma else a,
+        (ceil_div(tokens, tile.tokens) * (lists if dgrad else rows),),
+        descriptor(a, [tile.tokens, tile.depth]) if tma else a,
         descriptor(blocks, box) if tma else values,
         bias, y, index, tokens, a.shape[1], inner_size, outer_size, rows, lists, capacity, a.stride(0),
-        BI=bi, BO=bo, DGRAD=dgrad, TMA=tma, RAGGED=ragged, TILE=tile.rows, DEPTH=tile.depth, GROUP=GROUP,
+        BI=bi, BO=bo, DGRAD=dgrad, TMA=tma, RAGGED=ragged, TILE=tile.tokens, DEPTH=tile.depth, GROUP=GROUP,
         PRECISION=precision(a.dtype, conv=False), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
@@ -146,12 +146,12 @@ def _wgrad(
     tile = config.tile(
         Problem("linear_wgrad", x.dtype, Block(bo, bi), tokens, out_features, in_features, capacity), device
     )
-    check_int32("elements per step over tokens", tile.rows * max(x.stride(0), dy.stride(0)))
+    check_int32("elements per step over tokens", tile.tokens * max(x.stride(0), dy.stride(0)))
     merge = max(tile.depth // bi, 1)
     programs = chunks(rows, capacity, merge)
     check_int32("blocks of whole chunks", programs * merge)
     split = split_of(tokens, programs, tile, device)
-    per_split = split_size(tokens, split, tile.rows)
+    per_split = split_size(tokens, split, tile.tokens)
     partial = x.new_empty(split, capacity, bi, bo, dtype=torch.float32) if split > 1 else None
     signed = None if values is None else x.new_zeros(rows * columns, dtype=torch.float32)
     ragged = in_features % bi != 0 or out_features % bo != 0
@@ -159,13 +159,13 @@ def _wgrad(
     launch(
         linear_wgrad_kernel,
         (programs, split),
-        descriptor(x, [tile.rows, bi]) if tma else x,
-        descriptor(dy, [tile.rows, bo]) if tma else dy,
+        descriptor(x, [tile.tokens, bi]) if tma else x,
+        descriptor(dy, [tile.tokens, bo]) if tma else dy,
         dvalues, partial, values, signed, index,
         tokens, x.shape[1], dy.shape[1], in_features, out_features, rows, columns, capacity, per_split,
         x.stride(0), dy.stride(0),
         BI=bi, BO=bo, MERGE=merge, TMA=tma, RAGGED=ragged, SALIENCY=values is not None, SPLITS=split,
-        STEP=tile.rows, PRECISION=precision(x.dtype, conv=False),
+        STEP=tile.tokens, PRECISION=precision(x.dtype, conv=False),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if partial is not None:
@@ -182,7 +182,7 @@ def chunks(rows: int, capacity: int, merge: int) -> int:
 
 def split_of(positions: int, programs: int, tile: config.Tile, device: Device) -> int:
     """Number of parts of the sum over tokens or pixels."""
-    return config.splits(programs, ceil_div(positions, tile.rows), device)
+    return config.splits(programs, ceil_div(positions, tile.tokens), device)
 
 
 def split_size(positions: int, split: int, step: int) -> int:

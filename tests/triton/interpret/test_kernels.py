@@ -77,13 +77,13 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile, int], None]:
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("depth", [16, 32, 64, 128], ids=lambda depth: f"depth{depth}")
 def test_steps_that_cut_or_merge_blocks(use_tile: Callable[..., None], depth: int, tma: bool) -> None:
-    use_tile(Tile(rows=16, depth=depth, warps=4, stages=3, tma=tma))
+    use_tile(Tile(tokens=16, depth=depth, warps=4, stages=3, tma=tma))
     check_products(Case(64, 128, (32, 64), "random", 21), "cpu")
     check_gradients(Case(64, 128, (32, 32), "random", 21), "cpu")
 
 
 def test_descriptors_of_rows_that_do_not_align(use_tile: Callable[..., None]) -> None:
-    use_tile(Tile(rows=16, depth=32, warps=4, stages=3, tma=True))
+    use_tile(Tile(tokens=16, depth=32, warps=4, stages=3, tma=True))
     check_products(Case(70, 33, (32, 32), "random", 21), "cpu")
     check_gradients(Case(70, 33, (32, 32), "random", 21), "cpu")
     check_gradients(Case(72, 36, (32, 32), "random", 21), "cpu")
@@ -91,7 +91,7 @@ def test_descriptors_of_rows_that_do_not_align(use_tile: Callable[..., None]) ->
 
 @pytest.mark.parametrize("splits", [2, 5])
 def test_sums_over_tokens_in_two_passes(use_tile: Callable[..., None], splits: int) -> None:
-    use_tile(Tile(rows=16, depth=32, warps=4, stages=3), splits)
+    use_tile(Tile(tokens=16, depth=32, warps=4, stages=3), splits)
     check_gradients(Case(40, 70, (16, 32), "random", 150), "cpu")
     check_gradients(Case(40, 70, (32, 16), "random", 50), "cpu")
     conv = ConvGeometry(2, 2, 1, 1, 1, 1)
@@ -112,7 +112,7 @@ def test_padding_stays_zero_beside_infinite_gradients() -> None:
 
 @pytest.mark.parametrize("merge", [16, 32, 64])
 def test_convolution_steps_that_cut_or_merge_blocks(use_tile: Callable[..., None], merge: int) -> None:
-    use_tile(Tile(rows=16, depth=merge, warps=4, stages=3))
+    use_tile(Tile(tokens=16, depth=merge, warps=4, stages=3))
     conv = ConvGeometry(2, 3, 2, 1, 1, 1)
     for groups in (1, 2):
         case = Case(64, 64, (32, 32), "random", 1, conv=conv._replace(groups=groups), size=(5, 4))
