@@ -7,15 +7,13 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dynaprune.experiment.tasks import task_names
+from dynaprune.experiment.run_config import RunConfig, Setting, TaskOptions, resolve, settings
+from dynaprune.experiment.tasks import get_task, task_names
 from dynaprune.saving.durable import cannot_write
-
-if TYPE_CHECKING:
-    from dynaprune.experiment.run_config import RunConfig
 
 __all__ = ["app"]
 
@@ -27,85 +25,39 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Every setting of a run, as options of `compare` and `train`. Those in _TASK_OPTIONS belong to some tasks.
-_SETTINGS: dict[str, Any] = {
-    "epochs": Annotated[int | None, typer.Option(help="at most this many epochs")],
-    "seed": Annotated[int | None, typer.Option(help="seed of split, weights and batches [default: 0]")],
-    "target_sparsity": Annotated[float | None, typer.Option(help="share of weights to remove, 0..1")],
-    "self_paced": Annotated[
-        bool, typer.Option("--self-paced", help="no target: the trial alone decides how far")
-    ],
-    "data": Annotated[
-        str | None,
-        typer.Option(help="'hub', 'hub@COMMIT' or a folder [default: DYNAPRUNE_DATA, else the hub]"),
-    ],
-    "device": Annotated[str | None, typer.Option(help="auto, cpu or cuda [default: auto]")],
-    "preset": Annotated[
-        str | None,
-        typer.Option(help="'paper', the experiment's literal settings, or a task's own"),
-    ],
-    "paper": Annotated[bool, typer.Option("--paper", help="the same as --preset paper")],
-    "block_size": Annotated[int | None, typer.Option(help="edge of a block")],
-    "threshold": Annotated[
-        float | None, typer.Option(help="the trial's probability of accepting a harmful removal")
-    ],
-    "optimizer": Annotated[str | None, typer.Option(help="adam (L2 in the gradient) or adamw")],
-    "lr": Annotated[float | None, typer.Option(help="learning rate")],
-    "schedule": Annotated[str | None, typer.Option(help="of the learning rate: constant, linear or cosine")],
-    "warmup_steps": Annotated[int | None, typer.Option(help="steps over which the learning rate rises")],
-    "max_grad_norm": Annotated[float | None, typer.Option(help="clip gradients to this norm; 0: do not")],
-    "batch_size": Annotated[int | None, typer.Option(help="samples per step")],
-    "patience": Annotated[
-        int | None, typer.Option(help="epochs without a better validation loss before stopping")
-    ],
-    "weight_decay": Annotated[float | None, typer.Option(help="L2, or AdamW's decay")],
-    "dropout": Annotated[float | None, typer.Option(help="the baseline's dropout")],
-    "calibration_samples": Annotated[int | None, typer.Option(help="training samples per trial evaluation")],
-    "train_samples": Annotated[
-        int | None, typer.Option(help="train on this many samples, drawn by class; 0: on all")
-    ],
-    "width": Annotated[float | None, typer.Option(help="cifar10: channels relative to ResNet-18")],
-    "size": Annotated[str | None, typer.Option(help="imdb, speech: size of the model")],
-    "init": Annotated[str | None, typer.Option(help="imdb, speech: scratch, pretrained or a folder")],
-    "pretrain_epochs": Annotated[
-        int | None, typer.Option(help="imdb: epochs of masked-language modelling on the task's text before")
-    ],
-    "max_length": Annotated[int | None, typer.Option(help="imdb: tokens per text")],
-    "max_seconds": Annotated[float | None, typer.Option(help="speech: longest clip; 0: the task's own")],
-    "objective": Annotated[str | None, typer.Option(help="common_voice: ctc or language")],
-}
-_TASK_OPTIONS = (
-    *("train_samples", "width", "size", "init"),
-    *("pretrain_epochs", "max_length", "max_seconds", "objective"),
-)
-
 TaskName = Annotated[str, typer.Argument(help=", ".join(task_names()), metavar="TASK")]
 Out = Annotated[Path, typer.Option("--out", help="new or empty folder for the results")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
 
 def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives ``command(..., settings)`` the options of _SETTINGS in place of its last parameter."""
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False if name in ("self_paced", "paper") else None,
-            annotation=annotation,
-        )
-        for name, annotation in _SETTINGS.items()
-    ]
+    """``command`` with an option for every setting of a run in place of its last parameter, ``given``, which
+    gets them by name."""
+    names = [setting.name for setting in settings()]
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
-        settings = {name: given.pop(name) for name in _SETTINGS}
-        command(**given, settings=settings)
+    def run(**arguments: Any) -> None:
+        command(given={name: arguments.pop(name) for name in names}, **arguments)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [*list(own)[:-1], *map(_option, settings())]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _option(setting: Setting) -> inspect.Parameter:
+    """The setting as a parameter that typer makes an option of: None, or for a flag False, if not given."""
+    flag = setting.kind is bool
+    form = typer.Option(*["--" + setting.name.replace("_", "-")] if flag else [], help=setting.help)
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if flag else None,
+        annotation=Annotated[setting.kind if flag else setting.kind | None, form],
+    )
 
 
 def _fail(message: object) -> NoReturn:
@@ -113,16 +65,12 @@ def _fail(message: object) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _resolve(task: str, settings: dict[str, Any]) -> RunConfig:
-    from dynaprune.experiment.run_config import resolve
-    from dynaprune.experiment.tasks import get_task
-
-    given = dict(settings)
+def _resolved(task: str, given: dict[str, Any]) -> RunConfig:
     if given.pop("paper"):
         if given["preset"] not in (None, "paper"):
             _fail(f"give --paper or --preset {given['preset']}, not both")
         given["preset"] = "paper"
-    options = {name: given.pop(name) for name in _TASK_OPTIONS}
+    options = {name: given.pop(name) for name in TaskOptions.__annotations__}
     try:
         if given["data"] is not None and not get_task(task).uses_data_folder:
             typer.echo(f"note: {task} comes with scikit-learn, --data is not used", err=True)
@@ -151,13 +99,13 @@ def compare_command(
         int | None, typer.Option(help="repeat over the folds of a k-fold cross-validation")
     ] = None,
     quiet: Quiet = False,
-    settings: Any = None,
+    given: Any = None,
 ) -> None:
     """Train TASK twice on the same data, dense with dropout and pruned while it trains, and report on both.
 
     With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started
     again with the same settings, what has finished is kept."""
-    config = _resolve(task, settings)
+    config = _resolved(task, given)
     from dynaprune.experiment import compare as comparison
     from dynaprune.experiment.terminal import print_report, print_summary
 
@@ -165,7 +113,7 @@ def compare_command(
         if seeds is not None or folds is not None:
             from dynaprune.experiment.repeat import repeat
 
-            if seeds is not None and settings["seed"] is not None:
+            if seeds is not None and given["seed"] is not None:
                 _fail("give --seed or --seeds, not both")
             if folds is not None and folds < 2:
                 _fail(f"--folds must be at least 2, got {folds}")
@@ -201,11 +149,11 @@ def train_command(
     out: Out,
     arm: Annotated[str, typer.Option(help="baseline or pruned")],
     quiet: Quiet = False,
-    settings: Any = None,
+    given: Any = None,
 ) -> None:
     """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its
     structure."""
-    config = _resolve(task, settings)
+    config = _resolved(task, given)
     from dynaprune.experiment.compare import check_empty
     from dynaprune.experiment.train import ARMS, exit_code, run_arm
 

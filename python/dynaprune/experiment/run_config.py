@@ -1,55 +1,88 @@
-"""The settings of one run: task defaults, what the user changed, and the checks on both."""
+"""The settings of one run: each with its type, its default and its help, and the checks on them.
+
+The command line is made of what stands here, and is not to wait for torch: this module does not import it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hints
 
 from dynaprune.experiment.tasks import Split, Task, get_task
-from dynaprune.experiment.tasks.data import on_hub
 
 if TYPE_CHECKING:
     from dynaprune.pruning.config import PruningConfig
 
-__all__ = ["RunConfig", "resolve"]
+__all__ = ["RunConfig", "Setting", "TaskOptions", "resolve", "settings"]
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+class Option(NamedTuple):
+    """What the command line says of a setting.
+
+    ``literal``: the preset "paper" sets it to the default that stands beside it. ``flag``: name and help of
+    an option without a value that stands for one value of this setting."""
+
+    help: str
+    literal: bool = False
+    flag: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's result, the same for both arms (``dropout`` is the baseline's).
 
-    ``target_sparsity`` None means self-paced. ``pruning`` holds further keyword arguments of
-    `dynaprune.PruningConfig`, ``options`` the settings that only this task has."""
+    The defaults are the experiment's; a task that needs others names them in its module. ``optimizer`` is
+    "adam" (L2 in the gradient) or "adamw". The learning rate rises over ``warmup_steps``, then follows
+    ``schedule``: "constant", "linear" (to zero) or "cosine" (to zero). Gradients are clipped to the norm
+    ``max_grad_norm`` where it is above 0. ``target_sparsity`` None means self-paced. ``pruning`` holds
+    further keyword arguments of `dynaprune.PruningConfig`, ``options`` the task's `TaskOptions`."""
 
     task: str
-    seed: int = 0
+    epochs: Annotated[int, Option("at most this many epochs", literal=True)] = 50
+    seed: Annotated[int, Option("seed of split, weights and batches [default: 0]")] = 0
     fold: int | None = None
     folds: int | None = None
-    data: str | None = None
-    device: str = "cpu"
-    epochs: int = 50
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float = 0.0
-    batch_size: int = 32
-    weight_decay: float = 1e-4
-    patience: int = 5
-    dropout: float = 0.5
-    threshold: float = 0.01
-    block_size: int = 32
-    target_sparsity: float | None = 0.9
-    calibration_samples: int = 1024
-    preset: str | None = None
+    target_sparsity: Annotated[
+        float | None,
+        Option(
+            "share of weights to remove, 0..1",
+            flag=("self_paced", "no target: the trial alone decides how far"),
+        ),
+    ] = 0.9
+    data: Annotated[
+        str | None, Option("'hub', 'hub@COMMIT' or a folder [default: DYNAPRUNE_DATA, else the hub]")
+    ] = None
+    device: Annotated[str, Option("auto, cpu or cuda [default: auto]")] = "cpu"
+    preset: Annotated[
+        str | None,
+        Option(
+            "'paper', the experiment's literal settings, or a task's own",
+            flag=("paper", "the same as --preset paper"),
+        ),
+    ] = None
+    block_size: Annotated[int, Option("edge of a block")] = 32
+    threshold: Annotated[
+        float, Option("the trial's probability of accepting a harmful removal", literal=True)
+    ] = 0.01
+    optimizer: Annotated[str, Option("adam (L2 in the gradient) or adamw", literal=True)] = "adam"
+    lr: Annotated[float, Option("learning rate", literal=True)] = 1e-3
+    schedule: Annotated[str, Option("of the learning rate: constant, linear or cosine", literal=True)] = (
+        "constant"
+    )
+    warmup_steps: Annotated[int, Option("steps over which the learning rate rises", literal=True)] = 0
+    max_grad_norm: Annotated[float, Option("clip gradients to this norm; 0: do not", literal=True)] = 0.0
+    batch_size: Annotated[int, Option("samples per step", literal=True)] = 32
+    patience: Annotated[
+        int, Option("epochs without a better validation loss before stopping", literal=True)
+    ] = 5
+    weight_decay: Annotated[float, Option("L2, or AdamW's decay", literal=True)] = 1e-4
+    dropout: Annotated[float, Option("the baseline's dropout", literal=True)] = 0.5
+    calibration_samples: Annotated[int, Option("training samples per trial evaluation")] = 1024
     pruning: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -99,23 +132,53 @@ class RunConfig:
             raise ValueError(f"{path}: {error}") from None
 
 
-# The experiment's literal settings, whatever a task's defaults are.
-PAPER: dict[str, Any] = {
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "schedule": "constant",
-    "warmup_steps": 0,
-    "max_grad_norm": 0.0,
-    "batch_size": 32,
-    "epochs": 50,
-    "patience": 5,
-    "weight_decay": 1e-4,
-    "dropout": 0.5,
-    "threshold": 0.01,
-}
+class TaskOptions(TypedDict, total=False):
+    """The settings that some tasks have; `Task.options` says which, and with which defaults."""
+
+    train_samples: Annotated[int, Option("train on this many samples, drawn by class; 0: on all")]
+    width: Annotated[float, Option("cifar10: channels relative to ResNet-18")]
+    size: Annotated[str, Option("imdb, speech: size of the model")]
+    init: Annotated[str, Option("imdb, speech: scratch, pretrained or a folder")]
+    pretrain_epochs: Annotated[
+        int, Option("imdb: epochs of masked-language modelling on the task's text before")
+    ]
+    max_length: Annotated[int, Option("imdb: tokens per text")]
+    max_seconds: Annotated[float, Option("speech: longest clip; 0: the task's own")]
+    objective: Annotated[str, Option("common_voice: ctc or language")]
+
+
+class Setting(NamedTuple):
+    """A setting as an option of the command line; a ``kind`` of bool is a flag."""
+
+    name: str
+    kind: Any
+    help: str
+
+
+def _options_of(declared: type) -> Iterator[tuple[str, Any, Option]]:
+    for name, hint in get_type_hints(declared, include_extras=True).items():
+        kind, *said = get_args(hint) or (hint,)
+        if said and isinstance(said[0], Option):
+            yield name, kind, said[0]
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting that a user may give, in the order of the command line's help."""
+    for declared in (RunConfig, TaskOptions):
+        for name, kind, option in _options_of(declared):
+            yield Setting(name, kind, option.help)
+            if option.flag is not None:
+                yield Setting(option.flag[0], bool, option.flag[1])
+
+
+def literal_settings() -> dict[str, Any]:
+    """The preset "paper": the experiment's literal settings, whatever a task's defaults are."""
+    return {name: getattr(RunConfig, name) for name, _, option in _options_of(RunConfig) if option.literal}
 
 
 def _device(name: str) -> str:
+    import torch
+
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     available = torch.cuda.is_available()
@@ -153,6 +216,8 @@ def check(config: RunConfig) -> RunConfig:
         raise ValueError(f"seed must be at least 0, got {config.seed}")
     if config.folds is not None and config.folds < 2:
         raise ValueError(f"folds must be at least 2, got {config.folds}")
+    from dynaprune.experiment.tasks.data import on_hub
+
     if (
         config.data is not None
         and not on_hub(config.data)
@@ -193,12 +258,10 @@ def resolve(
     ``given`` takes the fields of `RunConfig`, ``options`` the task's own settings; None means not given.
     ``self_paced`` drops the target sparsity."""
     known = get_task(task)
-    names = {f.name for f in fields(RunConfig)} - {"options"}
-    defaults = {k: v for k, v in asdict(known.defaults).items() if k in names}
-    config = RunConfig(task=task, preset=preset, **defaults)
+    config = RunConfig(task=task, preset=preset, **known.defaults)
     chosen: dict[str, Any] = {}
     if preset is not None:
-        presets = {"paper": PAPER, **known.presets}
+        presets = {"paper": literal_settings(), **known.presets}
         if preset not in presets:
             raise ValueError(f"{task} has the presets {', '.join(presets)}, got {preset!r}")
         settings = dict(presets[preset])
@@ -207,7 +270,7 @@ def resolve(
     if self_paced:
         if given.get("target_sparsity") is not None:
             raise ValueError("--self-paced has no target: leave --target-sparsity out")
-        config = replace(config, target_sparsity=None, pruning=dict(known.defaults.self_paced))
+        config = replace(config, target_sparsity=None, pruning=dict(known.self_paced))
     chosen.update({k: v for k, v in (options or {}).items() if v is not None})
     config = replace(
         config, options=_options(known, chosen), **{k: v for k, v in given.items() if v is not None}

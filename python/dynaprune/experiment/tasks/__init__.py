@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Dataset
 
-__all__ = ["Defaults", "Split", "Task", "TaskData", "accuracy_and_f1", "get_task", "task_names"]
+__all__ = ["Split", "Task", "TaskData", "accuracy_and_f1", "get_task", "task_names"]
 
 _MODULES = {
     "digits": "dynaprune.experiment.tasks.digits",
@@ -62,34 +62,6 @@ class TaskData:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """A task's settings. The values here are the experiment's; a task that needs others says so in its
-    module.
-
-    ``optimizer`` is "adam" (L2 in the gradient) or "adamw". The learning rate rises over ``warmup_steps``,
-    then follows ``schedule``: "constant", "linear" (to zero) or "cosine" (to zero). Gradients are clipped to
-    the norm ``max_grad_norm`` where it is above 0. ``pruning`` holds further arguments of
-    `dynaprune.PruningConfig`; ``self_paced`` those that take their place where there is no target."""
-
-    epochs: int = 50
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float = 0.0
-    batch_size: int = 32
-    weight_decay: float = 1e-4
-    patience: int = 5
-    dropout: float = 0.5
-    threshold: float = 0.01
-    block_size: int = 32
-    target_sparsity: float = 0.9
-    calibration_samples: int = 1024
-    pruning: dict[str, Any] = field(default_factory=dict)
-    self_paced: dict[str, Any] = field(default_factory=dict)
-
-
 def _call_model(model: nn.Module, inputs: Any) -> torch.Tensor:
     return model(inputs)
 
@@ -129,7 +101,9 @@ class Task:
     ``score(truth, predictions)`` turns those of an evaluation, as lists, into the metrics: "accuracy" and
     "f1", both 0..1, and whatever else the task reports.
 
-    ``options`` are the settings that only this task has, with their defaults; ``presets`` named settings.
+    ``defaults`` are the settings of `RunConfig` in which the task differs from the experiment, ``presets``
+    named settings that take their place. ``self_paced`` takes the place of ``defaults["pruning"]`` where
+    there is no target. ``options`` are those of `TaskOptions` that the task has, with their defaults.
     ``pretrain(model, data, config, device)`` trains the fresh model before both arms and returns what the
     report says of it; it runs once for both, where the option "pretrain_epochs" is above 0.
 
@@ -143,7 +117,8 @@ class Task:
     score: Callable[[Sequence[Any], Sequence[Any]], dict[str, float]] = field(
         default_factory=lambda: accuracy_and_f1("macro")
     )
-    defaults: Defaults = field(default_factory=Defaults)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    self_paced: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     uses_data_folder: bool = True

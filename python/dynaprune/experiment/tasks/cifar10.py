@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dynaprune.experiment.tasks import Defaults, Split, Task, TaskData
+from dynaprune.experiment.tasks import Split, Task, TaskData
 from dynaprune.experiment.tasks.columns import at, class_labels, encoded_files, require_columns
 from dynaprune.experiment.tasks.data import read_table, refuse_same_rows, split_train
 from dynaprune.experiment.tasks.resnet import CifarResNet, resnet18_channels
@@ -175,18 +175,18 @@ TASK = Task(
     title="CIFAR-10 (32x32 photographs, ten classes), ResNet-18",
     load=load,
     build_model=build_model,
-    defaults=Defaults(
-        optimizer="adamw",
-        lr=2e-3,
-        weight_decay=0.05,
-        schedule="cosine",
-        warmup_steps=200,
-        batch_size=64,
-        patience=50,
-        block_size=16,
-        target_sparsity=0.8,
-        pruning={"cost": "flops", "end": 0.4},
-        self_paced={"cost": "flops", "end": 0.5},
-    ),
+    defaults={
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "warmup_steps": 200,
+        "batch_size": 64,
+        "patience": 50,
+        "block_size": 16,
+        "target_sparsity": 0.8,
+        "pruning": {"cost": "flops", "end": 0.4},
+    },
+    self_paced={"cost": "flops", "end": 0.5},
     options={"train_samples": 0, "width": 1.0},
 )

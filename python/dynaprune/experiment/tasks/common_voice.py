@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynaprune.experiment.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
+from dynaprune.experiment.tasks import Split, Task, TaskData, accuracy_and_f1
 from dynaprune.experiment.tasks.audio import RATE, Clips, padded, read_clips
 from dynaprune.experiment.tasks.columns import at, encoded_files, require_columns, texts
 from dynaprune.experiment.tasks.ctc import (
@@ -191,19 +191,19 @@ TASK = Task(
     score=score,
     evaluation_batch=16,
     options={**OPTIONS, "objective": "language"},
-    defaults=Defaults(
-        epochs=10,
-        optimizer="adamw",
-        lr=5e-4,
-        schedule="cosine",
-        warmup_steps=50,
-        max_grad_norm=1.0,
-        batch_size=16,
-        weight_decay=0.01,
-        dropout=0.1,
-        block_size=16,
-        target_sparsity=0.75,
-        pruning={"end": 0.5},
-        self_paced={"interval": 50, "end": 0.5},
-    ),
+    defaults={
+        "epochs": 10,
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "schedule": "cosine",
+        "warmup_steps": 50,
+        "max_grad_norm": 1.0,
+        "batch_size": 16,
+        "weight_decay": 0.01,
+        "dropout": 0.1,
+        "block_size": 16,
+        "target_sparsity": 0.75,
+        "pruning": {"end": 0.5},
+    },
+    self_paced={"interval": 50, "end": 0.5},
 )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dynaprune.experiment.tasks import Defaults, Split, Task, TaskData
+from dynaprune.experiment.tasks import Split, Task, TaskData
 from dynaprune.experiment.tasks.data import mlp, split_rows
 
 WIDTHS = [64, 1024, 1024, 1024, 10]
@@ -43,8 +43,7 @@ TASK = Task(
     title="handwritten digits (scikit-learn), MLP 64-1024-1024-1024-10",
     load=load,
     build_model=build_model,
-    defaults=Defaults(
-        block_size=32, target_sparsity=0.9, pruning={"end": 0.25}, self_paced={"interval": 40, "end": 0.5}
-    ),
+    defaults={"pruning": {"end": 0.25}},
+    self_paced={"interval": 40, "end": 0.5},
     uses_data_folder=False,
 )

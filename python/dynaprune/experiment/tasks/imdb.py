@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynaprune.experiment.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
+from dynaprune.experiment.tasks import Split, Task, TaskData, accuracy_and_f1
 from dynaprune.experiment.tasks.columns import class_labels, require_columns, texts
 from dynaprune.experiment.tasks.data import on_hub, read_table, split_train
 from dynaprune.experiment.tasks.masked_language import pretrain
@@ -237,22 +237,20 @@ TASK = Task(
     load=load,
     build_model=build_model,
     score=accuracy_and_f1("binary"),
-    defaults=Defaults(
-        epochs=3,
-        optimizer="adamw",
-        lr=5e-4,
-        schedule="linear",
-        warmup_steps=200,
-        max_grad_norm=1.0,
-        batch_size=32,
-        weight_decay=0.01,
-        patience=3,
-        dropout=0.1,
-        block_size=32,
-        target_sparsity=0.75,
-        pruning={"end": 0.5, **_PRUNING},
-        self_paced={"end": 0.5, **_PRUNING},
-    ),
+    defaults={
+        "epochs": 3,
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "schedule": "linear",
+        "warmup_steps": 200,
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.01,
+        "patience": 3,
+        "dropout": 0.1,
+        "target_sparsity": 0.75,
+        "pruning": {"end": 0.5, **_PRUNING},
+    },
+    self_paced={"end": 0.5, **_PRUNING},
     options={"train_samples": 0, "size": "small", "init": "scratch", "max_length": 384, "pretrain_epochs": 0},
     presets={
         "trainer-original": {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynaprune.experiment.tasks import Defaults, Split, Task, TaskData
+from dynaprune.experiment.tasks import Split, Task, TaskData
 from dynaprune.experiment.tasks.audio import RATE, Clips, padded, perturb_speed, read_clips
 from dynaprune.experiment.tasks.columns import class_labels, encoded_files, require_columns
 from dynaprune.experiment.tasks.data import read_table, refuse_same_rows, split_train
@@ -78,19 +78,19 @@ TASK = Task(
     build_model=build_model,
     forward=forward,
     options=dict(OPTIONS),
-    defaults=Defaults(
-        epochs=10,
-        optimizer="adamw",
-        lr=1e-3,
-        schedule="cosine",
-        warmup_steps=100,
-        max_grad_norm=1.0,
-        weight_decay=0.01,
-        dropout=0.1,
-        patience=10,
-        block_size=16,
-        target_sparsity=0.75,
-        pruning={"end": 0.5},
-        self_paced={"interval": 50, "end": 0.5},
-    ),
+    defaults={
+        "epochs": 10,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 100,
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.01,
+        "dropout": 0.1,
+        "patience": 10,
+        "block_size": 16,
+        "target_sparsity": 0.75,
+        "pruning": {"end": 0.5},
+    },
+    self_paced={"interval": 50, "end": 0.5},
 )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dynaprune.experiment.tasks import Defaults, Split, Task, TaskData, accuracy_and_f1
+from dynaprune.experiment.tasks import Split, Task, TaskData, accuracy_and_f1
 from dynaprune.experiment.tasks.columns import categories, class_labels, numbers, require_columns, texts
 from dynaprune.experiment.tasks.data import mlp, read_table, split_rows
 
@@ -131,7 +131,6 @@ TASK = Task(
     load=load,
     build_model=build_model,
     score=accuracy_and_f1("binary"),
-    defaults=Defaults(
-        block_size=16, target_sparsity=0.7, pruning={"end": 0.15}, self_paced={"interval": 20, "end": 0.5}
-    ),
+    defaults={"block_size": 16, "target_sparsity": 0.7, "pruning": {"end": 0.15}},
+    self_paced={"interval": 20, "end": 0.5},
 )
