@@ -180,16 +180,17 @@ def table_command(
 ) -> None:
     """Print the table over tasks from finished runs of compare: each figure of both arms, their difference
     or ratio, and the interval of each."""
-    from dynaprune.experiment import table
-    from dynaprune.experiment.report import write_text
+    from dynaprune.experiment.table import table_csv, table_markdown
+    from dynaprune.experiment.task_results import read_results
+    from dynaprune.experiment.write import write_text
 
-    formats = {"markdown": table.table_markdown, "csv": table.table_csv}
+    formats = {"markdown": table_markdown, "csv": table_csv}
     if format not in formats:
         _fail(f"--format must be one of {', '.join(formats)}, got {format!r}")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         _fail(f"--out must be a file in a folder that exists, got {out}")
     try:
-        text = formats[format](table.read_results(runs))
+        text = formats[format](read_results(runs))
     except ValueError as error:
         _fail(error)
     if out is None:

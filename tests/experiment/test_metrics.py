@@ -10,27 +10,27 @@ from torch import nn
 
 from dynaprune.experiment import metrics
 from dynaprune.experiment.run_config import RunConfig
-from dynaprune.experiment.steps import Arm, evaluate, make_optimizer, make_schedule
+from dynaprune.experiment.steps import TrainState, evaluate, make_optimizer, make_schedule
 from dynaprune.experiment.tasks import accuracy_and_f1, get_task
 from dynaprune.experiment.tasks.data import mlp
 
 CPU = torch.device("cpu")
 
 
-def _arm(batch: int = 8) -> tuple[Arm, torch.Tensor, torch.Tensor]:
+def _state(batch: int = 8) -> tuple[TrainState, torch.Tensor, torch.Tensor]:
     config = RunConfig(task="digits", batch_size=batch)
     model = mlp([6, 16, 16, 10], 0.0)
-    arm = Arm(config, get_task("digits"), model, make_optimizer(model, config)[0], CPU)
-    return arm, torch.randn(batch, 6), torch.randint(0, 10, (batch,))
+    state = TrainState(config, get_task("digits"), model, make_optimizer(model, config)[0], CPU)
+    return state, torch.randn(batch, 6), torch.randint(0, 10, (batch,))
 
 
 def test_state_is_weights_gradients_and_both_moments() -> None:
-    arm, inputs, targets = _arm()
-    before = metrics.training_state_bytes(arm.model, arm.optimizer)
+    state, inputs, targets = _state()
+    before = metrics.training_state_bytes(state.model, state.optimizer)
     numbers = 6 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
     assert before == {"weights": 4 * numbers, "gradients": 0, "optimizer": 0, "total": 4 * numbers}
-    arm.step(inputs, targets)
-    after = metrics.training_state_bytes(arm.model, arm.optimizer)
+    state.step(inputs, targets)
+    after = metrics.training_state_bytes(state.model, state.optimizer)
     steps = 6 * 4
     assert after["gradients"] == 4 * numbers and after["optimizer"] == 8 * numbers + steps
     assert after["total"] == 16 * numbers + steps
@@ -39,13 +39,13 @@ def test_state_is_weights_gradients_and_both_moments() -> None:
 def test_flops_of_a_step_are_those_of_its_matrix_products() -> None:
     """Forward 2 MNK per layer, as much again for the weights' gradient, and for the input's but in the first
     layer."""
-    arm, inputs, targets = _arm(batch=8)
-    arm.step(inputs, targets, count_flops=True)
+    state, inputs, targets = _state(batch=8)
+    state.step(inputs, targets, count_flops=True)
     products = [6 * 16, 16 * 16, 16 * 10]
-    assert arm.flops_per_step(0) == 2 * 8 * (3 * sum(products) - products[0])
-    assert arm.step_seconds == [] and arm.flops_total == arm.flops_per_step(0)
-    arm.step(inputs[:4], targets[:4])
-    assert len(arm.step_seconds) == 1 and arm.flops_total == 1.5 * arm.flops_per_step(0)
+    assert state.flops_per_step(0) == 2 * 8 * (3 * sum(products) - products[0])
+    assert state.step_seconds == [] and state.flops_total == state.flops_per_step(0)
+    state.step(inputs[:4], targets[:4])
+    assert len(state.step_seconds) == 1 and state.flops_total == 1.5 * state.flops_per_step(0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -113,10 +113,10 @@ def test_counting_flops_does_not_change_the_step() -> None:
     weights = []
     for count in (False, True):
         torch.manual_seed(0)
-        arm, inputs, targets = _arm()
+        state, inputs, targets = _state()
         for _ in range(3):
-            arm.step(inputs, targets, count_flops=count)
-        weights.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
+            state.step(inputs, targets, count_flops=count)
+        weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
     assert torch.equal(*weights)
 
 

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from dynaprune.cli import app
 from dynaprune.experiment.repeat import corrected_interval, plan, summarise
-from dynaprune.experiment.report import build_report, write_json
+from dynaprune.experiment.report import build_report
 from dynaprune.experiment.run_config import RunConfig
-from dynaprune.experiment.table import read_results, table_csv, table_markdown
+from dynaprune.experiment.table import table_csv, table_markdown
+from dynaprune.experiment.task_results import read_results
+from dynaprune.experiment.write import write_json
 
 ENVIRONMENT = {
     "cpu": "some | CPU",

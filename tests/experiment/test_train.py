@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dynaprune.experiment import train
-from dynaprune.experiment.arm import DenseStructure
+from dynaprune.experiment.epochs import Outcome, train_epochs
+from dynaprune.experiment.interrupts import StopRequest, signals_taken
+from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.steps import (
-    Arm,
+    TrainState,
     closing_steps,
     evaluate,
     full_batches,
@@ -42,7 +43,7 @@ def _build(data: TaskData, dropout: float) -> nn.Module:
 TASK = Task(name="small", title="", load=lambda split: _data(), build_model=_build)
 
 
-class _Shrinking(DenseStructure):
+class _Shrinking(DenseNetwork):
     """Cuts hidden neurons at given steps: every cut changes shapes, and from the last one on weights are
     useless."""
 
@@ -75,22 +76,22 @@ class _Shrinking(DenseStructure):
 
 def _trained(
     tmp_path: Path, structure: dict[str, Any], **settings: Any
-) -> tuple[train._Training, Arm, TaskData]:
+) -> tuple[Outcome, TrainState, TaskData]:
     data = _data()
     config = RunConfig(task="digits", batch_size=8, **settings)
     torch.manual_seed(1)
     model = _build(data, 0.0)
     assert isinstance(model, nn.Sequential)
-    arm = Arm(config, TASK, model, torch.optim.SGD(model.parameters(), 0.05), CPU)
+    state = TrainState(config, TASK, model, torch.optim.SGD(model.parameters(), 0.05), CPU)
     shrinking = _Shrinking(model, **structure)
     order = torch.Generator().manual_seed(0)
-    return train._train(arm, "pruned", data, shrinking, order, train._Stop(), tmp_path, True), arm, data
+    return train_epochs(state, "pruned", data, shrinking, order, StopRequest(), tmp_path, True), state, data
 
 
 def test_the_best_weights_are_kept_with_their_structure(tmp_path: Path) -> None:
     """5 steps an epoch. Width 8 from epoch 2, where the target is reached; 4 and ruined weights from epoch 5
     on."""
-    done, arm, data = _trained(
+    done, state, data = _trained(
         tmp_path, {"widths": {8: 8, 23: 4}, "reached": 8, "spoil": 23}, epochs=20, patience=3
     )
     assert done.best_epoch == 4
@@ -98,25 +99,25 @@ def test_the_best_weights_are_kept_with_their_structure(tmp_path: Path) -> None:
     model, facts = done.kept
     assert [tuple(p.shape) for p in model.parameters()] == [(8, 6), (8,), (2, 8), (2,)]
     assert facts["parameters_active"] == 8 * 7 + 2 * 9
-    assert [tuple(p.shape) for p in arm.model.parameters()] == [(4, 6), (4,), (2, 4), (2,)]
+    assert [tuple(p.shape) for p in state.model.parameters()] == [(4, 6), (4,), (2, 4), (2,)]
     loss = evaluate(TASK, model, data.validation, CPU)[0]
     assert loss == pytest.approx(done.history[3]["validation_loss"], rel=1e-6) and loss < 1
-    assert done.state == "stopped early" and len(done.history) == 5 + 3
+    assert done.ended == "stopped early" and len(done.history) == 5 + 3
     assert [row["best"] for row in done.history[:5]] == [False, True, True, True, False]
 
 
 def test_flops_are_measured_again_at_every_change(tmp_path: Path) -> None:
-    done, arm, _ = _trained(tmp_path, {"widths": {8: 8, 23: 4}, "reached": 99, "spoil": 99}, epochs=6)
+    done, state, _ = _trained(tmp_path, {"widths": {8: 8, 23: 4}, "reached": 99, "spoil": 99}, epochs=6)
     per_sample = [2 * (3 * (6 * h + 2 * h) - 6 * h) for h in (12, 8, 4)]
-    assert arm.flops_per_sample == per_sample
-    assert arm.flops_total == 8 * (8 * per_sample[0] + 15 * per_sample[1] + 7 * per_sample[2])
-    assert done.steps == 30 and len(arm.step_seconds) == 30 - 3
+    assert state.flops_per_sample == per_sample
+    assert state.flops_total == 8 * (8 * per_sample[0] + 15 * per_sample[1] + 7 * per_sample[2])
+    assert done.steps == 30 and len(state.step_seconds) == 30 - 3
 
 
 def test_a_run_cut_before_the_target_keeps_its_last_weights(tmp_path: Path) -> None:
-    done, arm, _ = _trained(tmp_path, {"widths": {8: 8}, "reached": 99, "spoil": 99}, epochs=3)
-    assert done.best_epoch is None and done.kept is not None and done.state == "ran all epochs"
-    for a, b in zip(done.kept[0].parameters(), arm.model.parameters(), strict=True):
+    done, state, _ = _trained(tmp_path, {"widths": {8: 8}, "reached": 99, "spoil": 99}, epochs=3)
+    assert done.best_epoch is None and done.kept is not None and done.ended == "ran all epochs"
+    for a, b in zip(done.kept[0].parameters(), state.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -124,20 +125,21 @@ def test_a_request_to_stop_ends_the_epoch_after_its_step_and_handlers_come_back(
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     data = _data()
     model = _build(data, 0.0)
-    arm = Arm(
+    state = TrainState(
         RunConfig(task="digits", batch_size=8), TASK, model, torch.optim.SGD(model.parameters(), 0.05), CPU
     )
 
-    class _Raising(DenseStructure):
+    class _Raising(DenseNetwork):
         def after_step(self, step: int) -> None:
             if step == 7:
                 signal.raise_signal(signal.SIGINT)
 
-    with train._Stop() as stop:
-        done = train._train(arm, "baseline", data, _Raising(model), torch.Generator(), stop, tmp_path, True)
+    stop = StopRequest()
+    with signals_taken(stop.take):
+        done = train_epochs(state, "baseline", data, _Raising(model), torch.Generator(), stop, tmp_path, True)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert (done.steps, done.state, len(done.history)) == (7, "interrupted", 2)
+    assert (done.steps, done.ended, len(done.history)) == (7, "interrupted", 2)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -145,11 +147,11 @@ def test_closing_steps_and_the_twin_are_timed_in_full_batches() -> None:
     data = _data(rows=44)
     config = RunConfig(task="digits", batch_size=8)
     model = _build(data, 0.0)
-    arm = Arm(config, TASK, model, make_optimizer(model, config)[0], CPU)
+    state = TrainState(config, TASK, model, make_optimizer(model, config)[0], CPU)
     source = full_batches(data, config, CPU, torch.Generator())
     assert all(len(targets) == 8 for _, targets in (next(source) for _ in range(12)))
-    closed = closing_steps(arm, source)
-    assert len(arm.step_seconds) == 20
-    assert closed["step_seconds_last"] == statistics.median(arm.step_seconds)
-    timed = time_in_turn(arm, data, source)
-    assert len(arm.step_seconds) == 40 and timed["step_seconds_dense"] > 0
+    closed = closing_steps(state, source)
+    assert len(state.step_seconds) == 20
+    assert closed["step_seconds_last"] == statistics.median(state.step_seconds)
+    timed = time_in_turn(state, data, source)
+    assert len(state.step_seconds) == 40 and timed["step_seconds_dense"] > 0

@@ -12,24 +12,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynaprune.experiment.report import (
-    OF_A_MACHINE,
-    build_report,
-    write_csv_lines,
-    write_json,
-    write_markdown,
-)
+from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
+from dynaprune.experiment.report import OF_A_MACHINE, build_report
+from dynaprune.experiment.report_text import write_markdown
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.saved_results import read_arm, read_json, read_report
 from dynaprune.experiment.sole_writer import LOCK_NAME, FolderInUse, note_writer, sole_writer
+from dynaprune.experiment.write import write_csv_lines, write_json
 
-__all__ = ["ArmFailed", "Interrupts", "check_empty", "check_settings", "check_unfinished", "compare"]
+__all__ = ["ArmFailed", "check_empty", "check_settings", "check_unfinished", "compare"]
 
 ARMS = ("baseline", "pruned")
 CANNOT_START, CANNOT_WRITE = 2, 3
@@ -45,38 +40,6 @@ class ArmFailed(RuntimeError):
         super().__init__(f"the {arm} arm {how}; what it said stands above")
         self.code = code
         self.explained = code in (CANNOT_START, CANNOT_WRITE)
-
-
-@dataclass
-class Interrupts:
-    """Passes an interrupt on to the arm that is running, and remembers it.
-
-    The arms run in sessions of their own, so that a Ctrl-C reaches them once and through here. The first asks
-    the arm to finish its step and report; the second ends it."""
-
-    seen: int = 0
-    child: subprocess.Popen[bytes] | None = None
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, frame: Any) -> None:
-        self.seen += 1
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(signal.SIGTERM if self.seen == 1 else signal.SIGKILL)
-        if self.seen == 1:
-            print(
-                "\ninterrupted: the running arm finishes its step and reports; once more to end it",
-                file=sys.stderr,
-            )
 
 
 def check_empty(out: Path) -> None:
@@ -137,7 +100,7 @@ def _finished_arm(folder: Path, arm: str, device: str) -> dict[str, Any] | None:
 
 
 def _run_arm(
-    config_path: Path, arm: str, out: Path, interrupts: Interrupts, quiet: bool, lock: int
+    config_path: Path, arm: str, out: Path, interrupts: ArmInterrupts, quiet: bool, lock: int
 ) -> dict[str, Any] | None:
     """The content of the arm's ``arm.json``; None where an interrupt ended it before it could write one."""
     command = [
@@ -209,7 +172,7 @@ def compare(
     *,
     quiet: bool = False,
     pictures: bool = True,
-    interrupts: Interrupts | None = None,
+    interrupts: ArmInterrupts | None = None,
 ) -> dict[str, Any]:
     """Train both arms on the same data and write ``out``: the report, histories and pictures. Returns the
     report.
@@ -223,14 +186,15 @@ def compare(
         ArmFailed: an arm ended without a result. OSError: ``out`` cannot be written.
     """
     if interrupts is None:
-        with Interrupts() as own:
-            return compare(config, out, quiet=quiet, pictures=pictures, interrupts=own)
+        interrupts = ArmInterrupts()
+        with signals_taken(interrupts.take):
+            return compare(config, out, quiet=quiet, pictures=pictures, interrupts=interrupts)
     with sole_writer(out) as lock:
         return _compare(config, out, quiet, pictures, interrupts, lock)
 
 
 def _compare(
-    config: RunConfig, out: Path, quiet: bool, pictures: bool, interrupts: Interrupts, lock: int
+    config: RunConfig, out: Path, quiet: bool, pictures: bool, interrupts: ArmInterrupts, lock: int
 ) -> dict[str, Any]:
     config_path = out / "config.json"
     arms: dict[str, dict[str, Any] | None] = dict.fromkeys(ARMS)

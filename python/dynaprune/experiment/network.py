@@ -1,38 +1,34 @@
-"""How large an arm's network is while it trains: the one place where the training loop meets the pruner."""
+"""The network of an arm while it trains: the one place where the training loop meets the pruner."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from dynaprune.experiment.metrics import flops_of
-from dynaprune.experiment.report import REMOVALS, write_csv, write_json
-from dynaprune.experiment.steps import to_device
+from dynaprune.experiment.counted_trial import CountedTrial
+from dynaprune.experiment.mask_record import MaskRecord
+from dynaprune.experiment.metrics import median_seconds
+from dynaprune.experiment.report import REMOVALS
+from dynaprune.experiment.steps import TrainState, time_in_turn
+from dynaprune.experiment.tasks import TaskData
 from dynaprune.experiment.tasks.data import batches, batches_per_epoch, training_batches
-from dynaprune.saving.durable import write_file
+from dynaprune.nn.to_device import to_device
 
-if TYPE_CHECKING:
-    from dynaprune.experiment.steps import Arm
-    from dynaprune.experiment.tasks import TaskData
-    from dynaprune.nn import BlockSparseLayer
+__all__ = ["DenseNetwork", "PrunedNetwork"]
 
-__all__ = ["CountedTrial", "DenseStructure", "PrunedStructure"]
-
-FRAME_EVERY = 0.04
 # After so many steps a batch norm's running statistics (momentum 0.1) hold less than 1% of what they were.
 _STATISTICS_SETTLED = 50
 _RECALIBRATION_BATCH = 128
 _TRIAL_BATCH = 256
 
 
-class DenseStructure:
+class DenseNetwork:
     """A network that keeps its size: the baseline arm."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +36,7 @@ class DenseStructure:
         self.parameters_total = sum(p.numel() for p in model.parameters())
 
     def version(self) -> int:
-        """Changes whenever the network's structure does."""
+        """Changes whenever the network's shapes or live blocks do."""
         return 0
 
     def after_step(self, step: int) -> None:
@@ -81,49 +77,22 @@ class DenseStructure:
         """What the report says of the whole training."""
         return {}
 
+    def step_times(self, batches: Iterator[tuple[Any, torch.Tensor]] | None) -> dict[str, Any]:
+        """What the report says of step times beside those of the closing steps; ``batches`` None: no further
+        steps."""
+        return {}
+
     def write(self, out: Path, tested: nn.Module) -> None:
         """Write what the pictures need, and the model that was tested, into ``out``."""
 
 
-class CountedTrial:
-    """A trial that counts its calls, FLOPs and seconds; everything else is the wrapped trial's."""
-
-    def __init__(self, trial: Any) -> None:
-        self._trial = trial
-        self.calls = 0
-        self.flops = 0.0
-        self.seconds = 0.0
-
-    def __call__(self) -> Any:
-        started = time.perf_counter()
-        losses, flops = flops_of(self._trial)
-        self.calls += 1
-        self.flops += flops
-        self.seconds += time.perf_counter() - started
-        return losses
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_trial"], name)
-
-
-@dataclass
-class _Frame:
-    """The live blocks of every layer after ``step`` steps: root mean square weight per block, 0 where
-    dead."""
-
-    step: int
-    sparsity: float
-    layers: dict[str, np.ndarray]
-    shapes: dict[str, tuple[int, int]]
-
-
-class PrunedStructure(DenseStructure):
+class PrunedNetwork(DenseNetwork):
     """A network that `dynaprune.attach` makes smaller while it trains."""
 
-    def __init__(self, arm: Arm, data: TaskData) -> None:
+    def __init__(self, state: TrainState, data: TaskData) -> None:
         import dynaprune
 
-        model, config, task = arm.model, arm.config, arm.task
+        model, config, task = state.model, state.config, state.task
         super().__init__(model)
 
         def losses(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -146,12 +115,10 @@ class PrunedStructure(DenseStructure):
         total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
         pruning = config.pruning_config(total_steps, data.classes)
         self.pruner = dynaprune.attach(
-            model, arm.optimizer, pruning, trial=self.trial, example_inputs=to_device(inputs, arm.device)
+            model, state.optimizer, pruning, trial=self.trial, example_inputs=to_device(inputs, state.device)
         )
-        self._arm, self._data = arm, data
-        self._shapes = {name: _matrix_shape(layer) for name, layer in self.pruner.layers.items()}
-        self._densities: list[dict[str, Any]] = []
-        self._frames: list[_Frame] = []
+        self._state, self._data = state, data
+        self._record = MaskRecord(self.pruner.layers)
         self._recorded, self._changed_at = -1, -_STATISTICS_SETTLED
         self.recalibrations = 0
         self.recalibration_seconds = 0.0
@@ -169,10 +136,7 @@ class PrunedStructure(DenseStructure):
         if step > 0:
             self._changed_at = step
         self._recorded = self.version()
-        sparsity = self.sparsity()
-        self._densities.append({"step": step, "sparsity": sparsity, **self.pruner.density()})
-        if not self._frames or sparsity - self._frames[-1].sparsity >= FRAME_EVERY:
-            self._frames.append(self._frame())
+        self._record.add(step, self.sparsity(), self.pruner.density(), self.pruner.layers)
 
     def before_evaluation(self) -> None:
         """Recalibrate batch norms where the structure has changed too recently for their running statistics.
@@ -183,7 +147,7 @@ class PrunedStructure(DenseStructure):
         from dynaprune.pruning.recalibration import recalibrate_batch_norm
 
         started = time.perf_counter()
-        config, task = self._arm.config, self._arm.task
+        config, task = self._state.config, self._state.task
         source = training_batches(
             self._data, _RECALIBRATION_BATCH, torch.Generator().manual_seed(config.model_seed + self._step)
         )
@@ -192,22 +156,13 @@ class PrunedStructure(DenseStructure):
         done = recalibrate_batch_norm(
             self.model,
             (
-                to_device(inputs, self._arm.device)
+                to_device(inputs, self._state.device)
                 for inputs, _ in itertools.islice(source, min(wanted, full))
             ),
             task.forward,
         )
         self.recalibrations += done > 0
         self.recalibration_seconds += time.perf_counter() - started
-
-    def _frame(self) -> _Frame:
-        layers = self.pruner.layers
-        return _Frame(
-            self._step,
-            self.sparsity(),
-            {name: _block_rms(layer) for name, layer in layers.items()},
-            {name: _matrix_shape(layer) for name, layer in layers.items()},
-        )
 
     def target_reached(self) -> bool:
         """Whether the sparsity is the target; self-paced pruning has no target and is never there."""
@@ -256,42 +211,16 @@ class PrunedStructure(DenseStructure):
             "pruner": self.pruner.report(),
         }
 
+    def step_times(self, batches: Iterator[tuple[Any, torch.Tensor]] | None) -> dict[str, Any]:
+        """The closing steps' median under another name, and the medians of `time_in_turn`."""
+        if batches is None:
+            return {"step_seconds_dense": None}
+        alone = median_seconds(self._state.step_seconds)
+        return {"step_seconds_last_alone": alone, **time_in_turn(self._state, self._data, batches)}
+
     def write(self, out: Path, tested: nn.Module) -> None:
-        """``density.csv`` (layer by step), ``masks.json`` and ``masks.npz`` (frames of live blocks), and the
-        tested model as ``model.safetensors`` for `dynaprune.load`."""
+        """The record of the masks, and the tested model as ``model.safetensors`` for `dynaprune.load`."""
         from dynaprune.saving.checkpoint import save
 
         save(tested, out / "model.safetensors")
-        if self._frames[-1].step != self._step:
-            self._frames.append(self._frame())
-        write_csv(out / "density.csv", self._densities)
-        arrays: dict[str, np.ndarray] = {}
-        index = []
-        for number, frame in enumerate(self._frames):
-            layers: dict[str, Any] = {}
-            for name, image in frame.layers.items():
-                key = f"frame{number}_layer{len(layers)}"
-                arrays[key] = image
-                layers[name] = {"key": key, "shape": list(frame.shapes[name])}
-            index.append({"step": frame.step, "sparsity": frame.sparsity, "layers": layers})
-        shapes = {name: list(shape) for name, shape in self._shapes.items()}
-        write_json(out / "masks.json", {"shapes": shapes, "frames": index})
-        write_file(out / "masks.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
-
-
-def _matrix_shape(layer: BlockSparseLayer) -> tuple[int, int]:
-    """Outputs and inputs (for a convolution channels x taps) of the dense weight the layer stands for."""
-    layout = layer.layout
-    if layout.conv is None:
-        return layout.out_features, layout.in_features
-    taps = layout.conv.taps
-    return layout.out_features, layout.in_features // layout.conv.groups * taps
-
-
-def _block_rms(layer: BlockSparseLayer) -> np.ndarray:
-    """Root mean square of each live block's weights ``[rows, columns]`` float16, 0 where no block lives."""
-    layout = layer.layout
-    slots = layout.slot_of_block.long()
-    rms = layer.values.detach().float().pow(2).mean(dim=(1, 2)).sqrt().clamp(min=1e-6)
-    image = torch.where(layout.mask & (slots >= 0), rms[slots.clamp(min=0)], torch.zeros(()).to(rms))
-    return image.cpu().numpy().astype(np.float16)
+        self._record.write(out, self._step, self.sparsity(), self.pruner.layers)

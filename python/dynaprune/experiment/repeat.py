@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynaprune.experiment.compare import Interrupts, check_settings, compare
-from dynaprune.experiment.report import data_of, on_copy, shown, write_json, write_text
+from dynaprune.experiment.compare import check_settings, compare
+from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
+from dynaprune.experiment.report import data_of
+from dynaprune.experiment.report_text import on_copy, shown
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.saved_results import read_json, read_report
 from dynaprune.experiment.sole_writer import sole_writer
+from dynaprune.experiment.write import write_json, write_text
 
 __all__ = ["corrected_interval", "plan", "repeat", "summarise", "summary_markdown"]
 
@@ -224,8 +227,8 @@ def repeat(
             reports[name] = found
     if reports and not quiet:
         print(f"{len(reports)} of {len(runs)} runs are there already", file=sys.stderr)
-    summary = None
-    with sole_writer(out), Interrupts() as interrupts:
+    summary, interrupts = None, ArmInterrupts()
+    with sole_writer(out), signals_taken(interrupts.take):
         for number, (name, each) in enumerate(runs, 1):
             if name not in reports:
                 report = compare(each, out / name, quiet=True, pictures=pictures, interrupts=interrupts)

@@ -1,29 +1,10 @@
-"""``report.json``, ``report.md`` and ``history.csv``: written under a temporary name, then renamed."""
+"""What ``report.json`` holds."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
-from pathlib import Path
 from typing import Any
 
-from dynaprune.saving.durable import write_file
-
-__all__ = [
-    "METRICS",
-    "OF_A_MACHINE",
-    "PRUNED_METRICS",
-    "REMOVALS",
-    "build_report",
-    "ratios",
-    "write_csv",
-    "write_csv_lines",
-    "write_json",
-    "write_markdown",
-    "write_text",
-]
+__all__ = ["METRICS", "OF_A_MACHINE", "PRUNED_METRICS", "REMOVALS", "build_report", "data_of", "ratios"]
 
 METRICS = (
     "test_accuracy",
@@ -51,38 +32,6 @@ REMOVALS = (
     "blocks_removed_with_neurons",
 )
 PRUNED_METRICS = ("sparsity", "sparsity_of_model", "target_reached", *REMOVALS, "step_seconds_dense")
-
-
-def write_text(path: Path, text: str, *, sync: bool = True) -> None:
-    """Write ``text`` so that ``path`` holds either the old or the whole new content."""
-    write_file(path, lambda file: file.write(text.encode("utf-8")), sync=sync)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; numbers that are not finite become null."""
-    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``rows`` (dictionaries with the keys of the first) with a header line.
-
-    Histories are written in every epoch: the disk is not waited for."""
-    buffer = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    write_text(path, buffer.getvalue(), sync=False)
 
 
 def ratios(baseline: dict[str, Any] | None, pruned: dict[str, Any] | None) -> dict[str, float]:
@@ -123,177 +72,7 @@ def build_report(
     }
 
 
-_LABELS = {
-    "test_accuracy": ("test accuracy", "share"),
-    "test_f1": ("test F1", "share"),
-    "test_wer": ("test word error rate", "share"),
-    "test_cer": ("test character error rate", "share"),
-    "train_seconds": ("training time", "seconds"),
-    "epochs": ("epochs", "count"),
-    "step_seconds_first": ("step time, first 20 steps", "time"),
-    "step_seconds_last": ("step time, last 20 steps", "time"),
-    "step_seconds_dense": ("step time of the dense twin, in turn with it", "time"),
-    "peak_memory_bytes": ("peak memory of the process", "bytes"),
-    "memory_bytes_last": ("peak memory in the last 20 steps", "bytes"),
-    "training_state_bytes": ("weights + gradients + optimizer state", "bytes"),
-    "parameters_total": ("parameters as built", "count"),
-    "parameters_active": ("parameters live at the end", "count"),
-    "flops_per_step_first": ("FLOPs of the first step", "flops"),
-    "flops_per_step_last": ("FLOPs of the last step", "flops"),
-    "flops_total": ("FLOPs of the whole training", "flops"),
-    "sparsity": ("sparsity of the prunable weights", "share"),
-    "sparsity_of_model": ("sparsity of all parameters", "share"),
-    "target_reached": ("target reached", "truth"),
-    "blocks_removed": ("blocks removed", "count"),
-    "neurons_removed": ("neurons removed", "count"),
-    "removed_passed": ("units removed after passing a trial", "count"),
-    "removed_forced": ("units removed by force (backlog)", "count"),
-    "removed_untested": ("units removed untested", "count"),
-    "blocks_removed_with_neurons": ("blocks that went with a neuron of theirs", "count"),
-}
-
-
-def _three_digits(value: float) -> str:
-    """At least three digits, and never an exponent for a large number."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _scaled(value: float, steps: list[tuple[float, str]]) -> str:
-    for factor, unit in steps:
-        if abs(value) >= factor:
-            return f"{_three_digits(value / factor)} {unit}"
-    return _three_digits(value)
-
-
-def shown(value: Any, kind: str) -> str:
-    """``value`` for people: kinds are share, seconds, time, count, bytes, flops, truth."""
-    if value is None:
-        return "-"
-    if kind == "truth":
-        return "yes" if value else "no"
-    if kind == "share":
-        return f"{100 * value:.2f} %"
-    if kind == "seconds":
-        return f"{value:.1f} s"
-    if kind == "time":
-        return f"{_three_digits(1e3 * value)} ms"
-    if kind == "bytes":
-        return _scaled(value, [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")])
-    if kind == "flops":
-        return _scaled(value, [(1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")])
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
-
-
-_ACCURACIES = ("test_accuracy", "test_f1")
-
-
 def data_of(report: dict[str, Any]) -> dict[str, Any]:
     """What the arms said of their data (the same for both); empty where none ran."""
     arm = report["baseline"] or report["pruned"] or {}
     return dict(arm.get("data") or {})
-
-
-def on_copy(label: str, data: dict[str, Any]) -> str:
-    """``label`` with the copy of the data set that a figure is of, where it is not the original."""
-    return f"{label} ({data['copy']})" if data.get("copy") else label
-
-
-def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """``(what, baseline, pruned, ratio)`` lines for the tables on the screen and in ``report.md``."""
-    baseline, pruned = report["baseline"] or {}, report["pruned"] or {}
-    rows = []
-    for name, (label, kind) in _LABELS.items():
-        if name not in baseline and name not in pruned:
-            continue
-        ratio = report["ratios"].get(name)
-        if name == "step_seconds_dense":
-            ratio = report["ratios"].get("step_seconds_last_to_dense")
-        if name in _ACCURACIES:
-            label = on_copy(label, data_of(report))
-        both = [shown(arm[name], kind) if name in arm else "" for arm in (baseline, pruned)]
-        rows.append((label, both[0], both[1], f"{ratio:.3f}" if ratio is not None else ""))
-    return rows
-
-
-_NOTES = """\
-- The ratio is pruned / baseline; in the line of the dense twin it is the pruned step over the dense one.
-  The twin is the same network dense and without dropout, timed a few steps at a time in turn with the
-  pruned model: the honest reference for its step time (the baseline also pays for dropout).
-- Peak memory of the process is its largest resident set (CUDA: of the allocator). A run that starts dense
-  cannot lower it. The peak of the last 20 steps starts from what is held then, the libraries included; on
-  the CPU free pages of the allocator are handed back first, in both arms.
-- Sparsity of the prunable weights leaves out what stays whole; sparsity of all parameters counts each
-  parameter once, biases and norms too.
-- FLOPs are counted in forward and backward at every change of the structure: those of the whole network's
-  matrix products and convolutions, of what stays whole too (block-sparse operations count live blocks). The
-  total includes the trials.
-- The step times at the end are those of 20 further steps after training (40 for the comparison in turn);
-  the weights that are tested were kept before them.
-"""
-
-
-def what_stays_whole(report: dict[str, Any]) -> list[str]:
-    """The pruned network's parameters that no pruning can reach, by reason, largest first."""
-    said = (report["pruned"] or {}).get("pruner") or {}
-    if "parameters" not in said:
-        return []
-    layers, sizes = said["layers"].values(), said["parameters"]
-    reasons = dict.fromkeys(layer["exempt"] for layer in layers if layer["exempt"])
-    rows = [
-        (reason, [layer["weights"] for layer in layers if layer["exempt"] == reason]) for reason in reasons
-    ]
-    rows = sorted(rows, key=lambda row: -sum(row[1]))
-    rows.append(("biases, parameters of norms, and other vectors", [sizes["other"]]))
-    lines = ["## What stays whole", ""]
-    lines += [f"{shown(sizes['prunable'] / sizes['total'], 'share')} of all parameters are prunable.", ""]
-    lines += ["| why | layers | parameters | share of all |", "|---|---:|---:|---:|"]
-    for reason, weights in rows:
-        count = "" if reason == rows[-1][0] else f"{len(weights)}"
-        share = shown(sum(weights) / sizes["total"], "share")
-        lines.append(f"| {reason} | {count} | {shown(sum(weights), 'count')} | {share} |")
-    return [*lines, ""]
-
-
-def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> None:
-    """``report.md``: the table, the note that the data come with, how it was measured, settings and
-    machine."""
-    lines = [f"# dynaprune compare {report['task']}", ""]
-    if report["interrupted"]:
-        lines += ["**This run was interrupted: the figures are of what was done until then.**", ""]
-    lines += ["| | baseline | pruned | ratio |", "|---|---:|---:|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in table_rows(report)]
-    if note := data_of(report).get("note"):
-        lines += ["", f"**{note}**"]
-    lines += ["", *[f"![{name.removesuffix('.png')}]({name})" for name in pictures], ""]
-    lines += what_stays_whole(report)
-    lines += ["## How this was measured", "", _NOTES]
-    for arm in ("baseline", "pruned"):
-        if report[arm]:
-            done = report[arm]
-            best = f"weights of epoch {done['best_epoch']}" if done["best_epoch"] else "the last weights"
-            lines.append(f"- {arm}: {done['state']} after {done['epochs']} epochs; tested with {best}.")
-            if "process_seconds" in done:
-                around = done["process_seconds"] - done["train_seconds"]
-                lines.append(
-                    f"  Its process took {done['process_seconds']:.1f} s, {around:.1f} s of it around "
-                    "the training: imports, data, test, timing."
-                )
-    pruned = report["pruned"]
-    if pruned and pruned.get("trial_seconds") is not None:
-        share = 100 * pruned["trial_seconds"] / max(pruned["train_seconds"], 1e-9)
-        lines.append(
-            f"- Trials took {pruned['trial_seconds']:.2f} s, {share:.1f} % of the pruned training time."
-        )
-    lines += ["", "## Settings", "", *[f"- {k}: {v}" for k, v in report["config"].items()]]
-    lines += ["", "## Machine", "", *[f"- {k}: {v}" for k, v in report["environment"].items()], ""]
-    write_text(path, "\n".join(lines))
-
-
-def write_csv_lines(path: Path, parts: list[Path]) -> None:
-    """Join CSV files with the same header line into one; those that do not exist are left out."""
-    lines: list[str] = []
-    for part in parts:
-        if part.is_file():
-            found = part.read_text(encoding="utf-8").splitlines()
-            lines += found if not lines else found[1:]
-    write_text(path, "\n".join(lines) + "\n" if lines else "")

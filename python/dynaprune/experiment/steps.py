@@ -16,9 +16,10 @@ from dynaprune.experiment import metrics
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.tasks import Task, TaskData
 from dynaprune.experiment.tasks.data import batches, training_batches
+from dynaprune.nn.to_device import to_device
 
 __all__ = [
-    "Arm",
+    "TrainState",
     "closing_steps",
     "evaluate",
     "full_batches",
@@ -26,7 +27,6 @@ __all__ = [
     "make_schedule",
     "now",
     "time_in_turn",
-    "to_device",
 ]
 
 _ROUNDS, _STEPS_PER_ROUND = 8, 5
@@ -38,17 +38,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """The batch (a tensor, or a dict, list or tuple of them) on ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_device(v, device) for v in value)
-    return value
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, str]:
@@ -80,7 +69,7 @@ def make_schedule(
 
 
 @dataclass
-class Arm:
+class TrainState:
     """A model, its optimizer and schedule, and the cost of the steps it has made.
 
     ``flops_per_sample`` has one entry per measurement: the first step and every first step after a change of
@@ -164,32 +153,34 @@ def full_batches(
                 yield to_device(inputs, device), targets.to(device)
 
 
-def closing_steps(arm: Arm, source: Iterator[tuple[Any, torch.Tensor]]) -> dict[str, Any]:
+def closing_steps(state: TrainState, source: Iterator[tuple[Any, torch.Tensor]]) -> dict[str, Any]:
     """Twenty further steps after training, for step time and memory. They change the model: keep what is
     tested before."""
-    arm.step_seconds = []
-    with metrics.memory_peak_from_now(arm.device) as peak:
+    state.step_seconds = []
+    with metrics.memory_peak_from_now(state.device) as peak:
         for _ in range(metrics.STEPS_TIMED):
-            arm.step(*next(source))
+            state.step(*next(source))
         memory = peak()
-    return {"step_seconds_last": metrics.median_seconds(arm.step_seconds), "memory_bytes_last": memory}
+    return {"step_seconds_last": metrics.median_seconds(state.step_seconds), "memory_bytes_last": memory}
 
 
-def time_in_turn(arm: Arm, data: TaskData, source: Iterator[tuple[Any, torch.Tensor]]) -> dict[str, Any]:
+def time_in_turn(
+    state: TrainState, data: TaskData, source: Iterator[tuple[Any, torch.Tensor]]
+) -> dict[str, Any]:
     """Medians of 40 steps of the pruned model and 40 of the same network dense, without dropout, five of each
     in turn.
 
     Same batches, same optimizer implementation; a first round of both is not counted."""
-    twin = arm.task.build_model(data, 0.0).to(arm.device).train()
-    dense = Arm(arm.config, arm.task, twin, make_optimizer(twin, arm.config)[0], arm.device)
+    twin = state.task.build_model(data, 0.0).to(state.device).train()
+    dense = TrainState(state.config, state.task, twin, make_optimizer(twin, state.config)[0], state.device)
     for round_number in range(_ROUNDS + 1):
         taken = [next(source) for _ in range(_STEPS_PER_ROUND)]
-        for each in (dense, arm):
+        for each in (dense, state):
             for inputs, targets in taken:
                 each.step(inputs, targets)
         if round_number == 0:
-            dense.step_seconds, arm.step_seconds = [], []
+            dense.step_seconds, state.step_seconds = [], []
     return {
         "step_seconds_dense": metrics.median_seconds(dense.step_seconds),
-        "step_seconds_last": metrics.median_seconds(arm.step_seconds),
+        "step_seconds_last": metrics.median_seconds(state.step_seconds),
     }

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dynaprune.experiment.report import on_copy, shown, table_rows
+from dynaprune.experiment.report_text import on_copy, shown, table_rows
 
 __all__ = ["print_report", "print_summary"]
 

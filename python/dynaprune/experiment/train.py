@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +18,23 @@ import torch
 from torch import nn
 
 from dynaprune.experiment import metrics
-from dynaprune.experiment.arm import DenseStructure, PrunedStructure
-from dynaprune.experiment.progress import EpochProgress
-from dynaprune.experiment.report import write_csv, write_json
+from dynaprune.experiment.epochs import Outcome, train_epochs
+from dynaprune.experiment.interrupts import StopRequest, signals_taken
+from dynaprune.experiment.network import DenseNetwork, PrunedNetwork
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.sole_writer import FolderInUse, end_with_parent, sole_writer
 from dynaprune.experiment.steps import (
-    Arm,
+    TrainState,
     closing_steps,
     evaluate,
     full_batches,
     make_optimizer,
     make_schedule,
     now,
-    time_in_turn,
-    to_device,
 )
 from dynaprune.experiment.tasks import Task, TaskData, get_task
-from dynaprune.experiment.tasks.data import batches_per_epoch, training_batches
-from dynaprune.pruning.early_stopping import EarlyStopping
+from dynaprune.experiment.tasks.data import batches_per_epoch
+from dynaprune.experiment.write import write_json
 from dynaprune.saving.durable import cannot_write
 from dynaprune.saving.tensor_file import read_tensors, write_tensors
 
@@ -54,154 +48,38 @@ class CannotStart(Exception):
     what was expected and what came."""
 
 
-@dataclass
-class _Stop:
-    """While entered: the first SIGINT and any SIGTERM are requests to stop, a second SIGINT ends the process
-    at once."""
-
-    requested: bool = False
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-@dataclass
-class _Training:
-    """What an arm's training left behind. ``kept`` is the best model with its structure, and what was said of
-    it."""
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    kept: tuple[nn.Module, dict[str, Any]] | None = None
-    best_epoch: int | None = None
-    first_steps: list[float] = field(default_factory=list)
-    steps: int = 0
-    seconds: float = 0.0
-    state: str = "ran all epochs"
-
-
-def _train(
-    arm: Arm,
-    arm_name: str,
-    data: TaskData,
-    structure: DenseStructure,
-    order: torch.Generator,
-    stop: _Stop,
-    out: Path,
-    quiet: bool,
-) -> _Training:
-    """All epochs, or until early stopping or an interrupt; ``history.csv`` is written after every epoch."""
-    config, device = arm.config, arm.device
-    done = _Training()
-    stopping = EarlyStopping(config.patience)
-    total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
-    measured_version: int | None = None
-    begun = now(device)
-    with EpochProgress(arm_name, config.epochs, total_steps, quiet=quiet) as progress:
-        for epoch in range(1, config.epochs + 1):
-            version_before, loss_sum, seen = structure.version(), torch.zeros((), device=device), 0
-            for inputs, targets in training_batches(data, config.batch_size, order):
-                inputs, targets = to_device(inputs, device), targets.to(device)
-                changed = structure.version() != measured_version
-                measured_version = structure.version()
-                loss_sum += arm.step(inputs, targets, count_flops=changed) * len(targets)
-                seen += len(targets)
-                done.steps += 1
-                structure.after_step(done.steps)
-                progress.advance()
-                if stop.requested:
-                    break
-            if len(done.first_steps) < metrics.STEPS_TIMED:
-                done.first_steps = arm.step_seconds[: metrics.STEPS_TIMED]
-            structure.before_evaluation()
-            validation_loss, scores = evaluate(arm.task, arm.model, data.validation, device, data.collate)
-            best = stopping.update(
-                epoch,
-                validation_loss,
-                target_reached=structure.target_reached(),
-                schedule_ended=structure.schedule_ended(),
-                structure_changed=structure.version() != version_before,
-            )
-            if best:
-                done.kept = (copy.deepcopy(arm.model), structure.facts())
-            done.history.append(
-                {
-                    "arm": arm_name,
-                    "epoch": epoch,
-                    "step": done.steps,
-                    "seconds": now(device) - begun,
-                    "train_loss": float(loss_sum) / seen,
-                    "validation_loss": validation_loss,
-                    **{f"validation_{name}": value for name, value in scores.items()},
-                    "sparsity": structure.sparsity(),
-                    "parameters_active": structure.parameters_active(),
-                    "flops_per_step": arm.flops_per_step(-1),
-                    "step_seconds": metrics.median_seconds(arm.step_seconds[-metrics.STEPS_TIMED :]),
-                    "target_reached": structure.target_reached(),
-                    "best": best,
-                    "sparsity_of_model": structure.sparsity_of_model(),
-                }
-            )
-            write_csv(out / "history.csv", done.history)
-            progress.epoch(done.history[-1])
-            if stop.requested or stopping.should_stop:
-                done.state = "interrupted" if stop.requested else "stopped early"
-                break
-    done.seconds = now(device) - begun
-    done.best_epoch = stopping.best_epoch
-    if done.kept is None:
-        done.kept = (copy.deepcopy(arm.model), structure.facts())
-    return done
-
-
 def _costs(
-    arm: Arm, done: _Training, structure: DenseStructure, data: TaskData, order: torch.Generator
+    state: TrainState, done: Outcome, network: DenseNetwork, data: TaskData, order: torch.Generator
 ) -> dict[str, Any]:
     """Time, memory and FLOPs of the arm; after an interrupt without the closing steps."""
     found: dict[str, Any] = {
         "train_seconds": done.seconds,
         "epochs": len(done.history),
         "steps": done.steps,
-        "state": done.state,
-        "interrupted": done.state == "interrupted",
+        "state": done.ended,
+        "interrupted": done.ended == "interrupted",
         "best_epoch": done.best_epoch,
         "step_seconds_first": metrics.median_seconds(done.first_steps),
-        "step_seconds_last": metrics.median_seconds(arm.step_seconds[-metrics.STEPS_TIMED :]),
-        "peak_memory_bytes": metrics.peak_memory_bytes(arm.device),
-        "flops_per_step_first": arm.flops_per_step(0),
-        "flops_per_step_last": arm.flops_per_step(-1),
-        "flops_total": round(arm.flops_total + structure.trial_flops()),
-        "flops_trials": round(structure.trial_flops()),
-        **structure.end_of_training(),
+        "step_seconds_last": metrics.median_seconds(state.step_seconds[-metrics.STEPS_TIMED :]),
+        "peak_memory_bytes": metrics.peak_memory_bytes(state.device),
+        "flops_per_step_first": state.flops_per_step(0),
+        "flops_per_step_last": state.flops_per_step(-1),
+        "flops_total": round(state.flops_total + network.trial_flops()),
+        "flops_trials": round(network.trial_flops()),
+        **network.end_of_training(),
     }
-    source = full_batches(data, arm.config, arm.device, order)
-    pruned = isinstance(structure, PrunedStructure)
-    if pruned:
-        found["step_seconds_dense"] = None
-    if found["interrupted"]:
-        with metrics.memory_peak_from_now(arm.device) as held:
+    interrupted = found["interrupted"]
+    source = full_batches(data, state.config, state.device, order)
+    if interrupted:
+        with metrics.memory_peak_from_now(state.device) as held:
             found["memory_bytes_last"] = held()
     else:
-        found.update(closing_steps(arm, source))
+        found.update(closing_steps(state, source))
         # The peak was reset for the closing steps, and they may exceed what came before.
         found["peak_memory_bytes"] = max(found["peak_memory_bytes"], found["memory_bytes_last"] or 0)
-    found["training_state"] = metrics.training_state_bytes(arm.model, arm.optimizer)
+    found["training_state"] = metrics.training_state_bytes(state.model, state.optimizer)
     found["training_state_bytes"] = found["training_state"]["total"]
-    if pruned and not found["interrupted"]:
-        found["step_seconds_last_alone"] = found["step_seconds_last"]
-        found.update(time_in_turn(arm, data, source))
+    found.update(network.step_times(None if interrupted else source))
     return found
 
 
@@ -230,9 +108,9 @@ def _pretrained(
 
 
 def run_arm(
-    config: RunConfig, arm_name: str, out: Path, *, quiet: bool = False, pretrained: Path | None = None
+    config: RunConfig, arm: str, out: Path, *, quiet: bool = False, pretrained: Path | None = None
 ) -> dict[str, Any]:
-    """Train and test one arm; write ``arm.json``, ``history.csv`` and the structure over time into ``out``.
+    """Train and test one arm; write ``arm.json``, ``history.csv`` and what the network became into ``out``.
 
     ``pretrained`` is where the weights of a pretraining are kept or taken from (``out`` where not given).
 
@@ -243,11 +121,12 @@ def run_arm(
         ValueError: an unknown arm, or another process writes ``out``.
         OSError: ``out`` cannot be written.
         CannotStart: data that cannot be read, settings that the pruner refuses for this model."""
-    if arm_name not in ARMS:
-        raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm_name!r}")
-    with sole_writer(out), _Stop() as stop, _denormals_flushed():
+    if arm not in ARMS:
+        raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
+    stop = StopRequest()
+    with sole_writer(out), signals_taken(stop.take), _denormals_flushed():
         file = pretrained if pretrained is not None else out / "pretrained.safetensors"
-        return _run(config, arm_name, out, quiet, stop, file)
+        return _run(config, arm, out, quiet, stop, file)
 
 
 @contextlib.contextmanager
@@ -266,7 +145,7 @@ def _denormals_flushed() -> Iterator[None]:
 
 
 def _run(
-    config: RunConfig, arm_name: str, out: Path, quiet: bool, stop: _Stop, pretrained_file: Path
+    config: RunConfig, arm: str, out: Path, quiet: bool, stop: StopRequest, pretrained_file: Path
 ) -> dict[str, Any]:
     device = torch.device(config.device)
     task = get_task(config.task)
@@ -276,7 +155,7 @@ def _run(
         raise CannotStart(str(error)) from error
     held_before = metrics.held_bytes(device)
 
-    pruned = arm_name == "pruned"
+    pruned = arm == "pruned"
     torch.manual_seed(config.model_seed)
     try:
         model = task.build_model(data, 0.0 if pruned else config.dropout).to(device).train()
@@ -286,32 +165,29 @@ def _run(
     optimizer, implementation = make_optimizer(model, config)
     total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
     schedule = make_schedule(optimizer, config, total_steps)
-    arm = Arm(config, task, model, optimizer, device, schedule)
+    state = TrainState(config, task, model, optimizer, device, schedule)
     order = torch.Generator().manual_seed(config.model_seed)
-    structure: DenseStructure
     try:
-        structure = PrunedStructure(arm, data) if pruned else DenseStructure(model)
+        network = PrunedNetwork(state, data) if pruned else DenseNetwork(model)
     except (ValueError, TypeError) as error:
         raise CannotStart(str(error)) from error
 
-    done = _train(arm, arm_name, data, structure, order, stop, out, quiet)
+    done = train_epochs(state, arm, data, network, order, stop, out, quiet)
     assert done.kept is not None
     tested, facts = done.kept
     test_loss, scores = evaluate(task, tested, data.test, device, data.collate)
-    structure.write(out, tested)
+    network.write(out, tested)
     result = {
         **{f"test_{name}": value for name, value in scores.items()},
         "test_loss": test_loss,
         **pretrained,
-        **_costs(arm, done, structure, data, order),
+        **_costs(state, done, network, data, order),
         **facts,
         "memory_bytes_before_model": held_before,
         "optimizer": implementation,
         "data": data.description,
     }
-    write_json(
-        out / "arm.json", {"arm": arm_name, "environment": metrics.environment(device), "result": result}
-    )
+    write_json(out / "arm.json", {"arm": arm, "environment": metrics.environment(device), "result": result})
     return result
 
 

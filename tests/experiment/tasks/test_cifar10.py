@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dynaprune import load as load_checkpoint
 from dynaprune.experiment import metrics, steps
-from dynaprune.experiment.report import build_report, write_markdown
+from dynaprune.experiment.report import build_report
+from dynaprune.experiment.report_text import write_markdown
 from dynaprune.experiment.run_config import resolve
 from dynaprune.experiment.tasks import Split, TaskData, get_task
 from dynaprune.experiment.tasks.cifar10 import augment, channel_statistics, decode, image_format

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynaprune.experiment.steps import make_schedule, to_device
+from dynaprune.experiment.steps import make_schedule
 from dynaprune.experiment.tasks.text import Texts
+from dynaprune.nn.to_device import to_device
 
 if TYPE_CHECKING:
     from dynaprune.experiment.run_config import RunConfig

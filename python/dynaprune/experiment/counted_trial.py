@@ -1,0 +1,31 @@
+"""What the trials of an arm cost."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from dynaprune.experiment.metrics import flops_of
+
+__all__ = ["CountedTrial"]
+
+
+class CountedTrial:
+    """A trial that counts its calls, FLOPs and seconds; everything else is the wrapped trial's."""
+
+    def __init__(self, trial: Any) -> None:
+        self._trial = trial
+        self.calls = 0
+        self.flops = 0.0
+        self.seconds = 0.0
+
+    def __call__(self) -> Any:
+        started = time.perf_counter()
+        losses, flops = flops_of(self._trial)
+        self.calls += 1
+        self.flops += flops
+        self.seconds += time.perf_counter() - started
+        return losses
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_trial"], name)

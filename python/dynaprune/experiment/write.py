@@ -1,0 +1,56 @@
+"""JSON, CSV and text files: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dynaprune.saving.durable import write_file
+
+__all__ = ["write_csv", "write_csv_lines", "write_json", "write_text"]
+
+
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write ``text`` so that ``path`` holds either the old or the whole new content."""
+    write_file(path, lambda file: file.write(text.encode("utf-8")), sync=sync)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON; numbers that are not finite become null."""
+    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` (dictionaries with the keys of the first) with a header line.
+
+    Histories are written in every epoch: the disk is not waited for."""
+    buffer = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text(path, buffer.getvalue(), sync=False)
+
+
+def write_csv_lines(path: Path, parts: list[Path]) -> None:
+    """Join CSV files with the same header line into one; those that do not exist are left out."""
+    lines: list[str] = []
+    for part in parts:
+        if part.is_file():
+            found = part.read_text(encoding="utf-8").splitlines()
+            lines += found if not lines else found[1:]
+    write_text(path, "\n".join(lines) + "\n" if lines else "")
