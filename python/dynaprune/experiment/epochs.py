@@ -76,8 +76,7 @@ def train_epochs(
             best = stopping.update(
                 epoch,
                 validation_loss,
-                target_reached=network.target_reached(),
-                schedule_ended=network.schedule_ended(),
+                standing=network.final_standing(),
                 structure_changed=network.version() != version_before,
             )
             if best:

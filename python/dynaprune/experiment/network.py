@@ -49,9 +49,9 @@ class DenseNetwork:
         """Whether the network is as small as it was to become."""
         return True
 
-    def schedule_ended(self) -> bool:
-        """Whether the pruning schedule is over."""
-        return True
+    def final_standing(self) -> int:
+        """How final the size is, for `EarlyStopping`."""
+        return 2
 
     def sparsity(self) -> float:
         """Share of the prunable weights that are gone."""
@@ -168,9 +168,9 @@ class PrunedNetwork(DenseNetwork):
         """Whether the sparsity is the target; self-paced pruning has no target and is never there."""
         return self.pruner.target_reached
 
-    def schedule_ended(self) -> bool:
-        """Whether the target is reached or the schedule's end has passed."""
-        return self.pruner.structure_final
+    def final_standing(self) -> int:
+        """0 while the network is being pruned, 1 from the schedule's end on, 2 with the target reached."""
+        return self.pruner.final_standing
 
     def sparsity(self) -> float:
         """Share of the weights of the prunable layers, as they were at the start, that is gone."""

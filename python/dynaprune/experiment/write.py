@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from dynaprune.saving.durable import write_file
+from dynaprune.saving.json_values import json_value
 
 __all__ = ["write_csv", "write_csv_lines", "write_json", "write_text"]
 
@@ -19,19 +19,9 @@ def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     write_file(path, lambda file: file.write(text.encode("utf-8")), sync=sync)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON; numbers that are not finite become null."""
-    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(json_value(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

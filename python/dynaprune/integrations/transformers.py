@@ -246,8 +246,7 @@ class DynaPruneCallback(TrainerCallback):
         stopping.update(
             state.global_step,
             -metrics[name] if args.greater_is_better else metrics[name],
-            target_reached=pruner.target_reached,
-            schedule_ended=pruner.structure_final,
+            standing=pruner.final_standing,
             structure_changed=pruner.structure_version != self._version,
         )
         self._version = pruner.structure_version

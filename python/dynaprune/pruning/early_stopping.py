@@ -7,41 +7,36 @@ from dataclasses import dataclass
 
 __all__ = ["EarlyStopping"]
 
-_NOT_ELIGIBLE, _SCHEDULE_ENDED, _TARGET_REACHED = 0, 1, 2
-
 
 @dataclass
 class EarlyStopping:
     """Patience on the validation loss, suspended while a network is still being pruned.
 
-    - Until the target sparsity is reached, or the schedule's ``end`` has passed, no epoch counts as the best
-      and none uses up patience. A dense run is eligible from its first epoch.
+    How final a network is has a number, its standing (see `Pruner.final_standing`): 0 while it is being
+    pruned, 1 from the schedule's ``end`` on, 2 with the target sparsity reached. A dense run has 2.
+
+    - At standing 0 no epoch counts as the best and none uses up patience.
     - A structural change in an epoch starts patience anew.
-    - An epoch that has the target always beats one that only had the schedule's end, whatever its loss;
-      within the same standing the lower loss wins. A loss that is not finite never does."""
+    - An epoch of a higher standing always beats one of a lower, whatever its loss; within the same standing
+      the lower loss wins. A loss that is not finite never does."""
 
     patience: int
     best_epoch: int | None = None
     best_loss: float = math.inf
     waited: int = 0
-    _standing: int = _NOT_ELIGIBLE
+    _standing: int = 0
 
     def __post_init__(self) -> None:
         if self.patience < 1:
             raise ValueError(f"patience must be at least 1 epoch, got {self.patience}")
 
-    def update(
-        self,
-        epoch: int,
-        loss: float,
-        *,
-        target_reached: bool,
-        schedule_ended: bool,
-        structure_changed: bool = False,
-    ) -> bool:
-        """Take the validation ``loss`` at the end of ``epoch``; True where this epoch is the best so far."""
-        standing = _TARGET_REACHED if target_reached else _SCHEDULE_ENDED if schedule_ended else _NOT_ELIGIBLE
-        if standing == _NOT_ELIGIBLE:
+    def update(self, epoch: int, loss: float, *, standing: int, structure_changed: bool = False) -> bool:
+        """Take the validation ``loss`` at the end of ``epoch``; True where this epoch is the best so far.
+
+        ValueError for a ``standing`` that is not 0, 1 or 2."""
+        if standing not in (0, 1, 2):
+            raise ValueError(f"expected a standing of 0, 1 or 2, got {standing!r}")
+        if standing == 0:
             self.waited = 0
             return False
         better = math.isfinite(loss) and (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaprune.nn.calibration_mode import calibration_mode
+from dynaprune.nn.to_device import to_device
 from dynaprune.pruning.decide.significance import MIN_SAMPLES
 from dynaprune.pruning.decide.trial import Losses
 
@@ -168,7 +169,7 @@ class CalibrationTrial:
             self.redraw()
 
     def _to_device(self, batch: Any) -> Any:
-        return _moved(batch, _device(self.model))
+        return to_device(batch, _device(self.model))
 
     def _fetch(self) -> Iterator[tuple[int, Any]]:
         if self._cached is not None:
@@ -223,17 +224,3 @@ def _device(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on `device`; other values as they are."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        items = {key: _moved(value, device) for key, value in batch.items()}
-        return type(batch)(items) if type(batch) is dict else items
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch
