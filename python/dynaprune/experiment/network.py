@@ -90,7 +90,8 @@ class PrunedNetwork(DenseNetwork):
     """A network that `dynaprune.attach` makes smaller while it trains."""
 
     def __init__(self, state: TrainState, data: TaskData) -> None:
-        import dynaprune
+        from dynaprune.pruning.attach import attach
+        from dynaprune.pruning.decide.calibration import CalibrationTrial
 
         model, config, task = state.model, state.config, state.task
         super().__init__(model)
@@ -101,7 +102,7 @@ class PrunedNetwork(DenseNetwork):
             return task.losses(task.forward(model, inputs), targets), classes
 
         self.trial = CountedTrial(
-            dynaprune.CalibrationTrial(
+            CalibrationTrial(
                 model,
                 data.train,
                 losses,
@@ -114,7 +115,7 @@ class PrunedNetwork(DenseNetwork):
         inputs, _ = next(batches(data.train, 2, collate=data.collate))
         total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
         pruning = config.pruning_config(total_steps, data.classes)
-        self.pruner = dynaprune.attach(
+        self.pruner = attach(
             model, state.optimizer, pruning, trial=self.trial, example_inputs=to_device(inputs, state.device)
         )
         self._state, self._data = state, data
