@@ -30,6 +30,7 @@ from torch import Tensor
 from dynaprune.pruning.decide.significance import PairedTest, check_losses, paired_test
 from dynaprune.pruning.decide.trial import Losses
 from dynaprune.pruning.decide.trial_rules import TrialRules, TrialState
+from dynaprune.saving.json_values import json_value
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class TrialEvent:
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, fit for JSON (figures that are not finite become None)."""
-        return _plain(asdict(self))
+        found: dict[str, Any] = json_value(asdict(self))
+        return found
 
 
 # Share of the samples that may be without a finite loss: the others are tested.
@@ -263,13 +265,3 @@ def _verdict(test: PairedTest, level: float, accepted: bool) -> str:
     if not accepted and test.p_mean < level:
         return f"class {test.worst_class} alone may bear the whole tolerance: {comparison}"
     return comparison
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
