@@ -166,6 +166,17 @@ def test_linear(emulated: Emulated, op: str, name: str) -> None:
             module.probe(o.dy, o.x, o.capacity, bi, bo, True, **layer)
 
 
+@pytest.mark.parametrize("op", ["linear"])
+def test_chunks_that_negative_pointers_lead_to_are_empty(emulated: Emulated, op: str) -> None:
+    """The bisection then ends behind the program's own row, and counts back to before the lists."""
+    o = linear_cases.operands(Linear(3, 640, 16, (16, 16), "random", "bfloat16"))
+    rows, index = o.mask.shape[0], o.index.copy()
+    index[8 + o.capacity : 8 + o.capacity + rows + 1] = -(2**20)  # the row pointers
+    layer = o.layer | {"index": index, "processors": 4}
+    dvalues, *_ = emulated(op).wgrad(o.dy, o.x, o.values, False, **layer)
+    assert not as_float64(np.asarray(dvalues)).any()
+
+
 @pytest.mark.parametrize("op", ["linear_sm90"])
 @pytest.mark.parametrize("name", LINEAR_SM90)
 def test_linear_on_hopper(emulated: Emulated, op: str, name: str) -> None:

@@ -96,8 +96,9 @@ DYN_DEVICE Chunk chunk_of_program(const LayoutView& view, int program, int merge
       high = middle - 1;
   }
   const auto [begin, end] = entries_of(view, view.row_ptr, low);
-  // Never negative, however the bisection was led: the row begins at or before the program, or it is the first one.
-  const int first = begin + (program - begin / merge - low) * merge;
+  // Wrong pointers may have led the bisection past the program's row: no entry before the row is taken.
+  const int counted = begin + (program - begin / merge - low) * merge;
+  const int first = counted < begin ? begin : counted;
   return {low, first, end < first + merge ? end : first + merge};
 }
 
