@@ -7,7 +7,7 @@ import pytest
 from dynaprune_kernels import _extension
 from tests.fuzz.kernels import KINDS, fuzz
 
-SEED, CASES = 7, 1600
+SEED, CASES = 7, 800
 
 
 @pytest.mark.skipif(not _extension.load().loaded, reason="the compiled kernels are not loaded")

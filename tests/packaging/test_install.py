@@ -38,14 +38,6 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
-def test_import_without_extension() -> None:
-    code = (
-        "import dynaprune_kernels; from dynaprune_kernels import _extension; "
-        "status = _extension.load(); assert not status.loaded and status.path is None; print(status.reason)"
-    )
-    assert "DYNAPRUNE_DISABLE_EXT is set" in _run(code, DYNAPRUNE_DISABLE_EXT="1")
-
-
 def test_import_knows_neither_triton_nor_the_packages_above() -> None:
     code = (
         _HIDE.format(names={"triton", "transformers", "datasets", "dynaprune"}) + "import dynaprune_kernels"
@@ -63,37 +55,45 @@ def test_the_command_line_helps_without_importing_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "COLUMNS": "200"})
 
 
-def test_import_does_not_load_triton() -> None:
+_BACKENDS = {"cpu", "triton", "cuda", "dense", "reference"}
+_FACTS = (
+    "import json; from dynaprune_kernels.info import info, main; facts = info(); json.dumps(facts); "
+    "print(*(f'{name}={reason}' for name, reason in facts['backends'].items()), sep='\\n'); "
+    "print('TABLE', flush=True); main()"
+)
+
+
+def _reasons(printed: str) -> dict[str, str]:
+    """Why each backend does not run here; the table that is printed names them all as well."""
+    facts, _, table = printed.partition("TABLE\n")
+    assert torch.__version__ in table and all(name in table for name in _BACKENDS)
+    return dict(line.split("=", 1) for line in facts.splitlines() if "=" in line)
+
+
+def test_import_does_not_load_triton_and_info_names_every_backend_and_the_reason() -> None:
     # torch's own FLOP counter loads triton where it is installed; nothing of ours may add to that.
     loaded = "{name for name in sys.modules if name.partition('.')[0] == 'triton'}"
-    _run(
+    printed = _run(
         f"import sys, torch.utils.flop_counter; before = {loaded}; import dynaprune_kernels; "
         f"assert {loaded} == before; "
-        "assert not any(name.startswith('dynaprune_kernels.backends.triton.kernels') for name in sys.modules)"
+        "ours = 'dynaprune_kernels.backends.triton.kernels'; "
+        f"assert not any(name.startswith(ours) for name in sys.modules); {_FACTS}",
+        COLUMNS="200",
+        DYNAPRUNE_DISABLE_EXT="0",
     )
+    found = _reasons(printed)
+    assert set(found) >= _BACKENDS and found["reference"] == "None"
 
 
-@pytest.mark.parametrize("disabled", ["0", "1"])
-def test_info_names_every_backend_and_the_reason(disabled: str) -> None:
-    code = (
-        "import json; from dynaprune_kernels.info import info; facts = info(); json.dumps(facts); "
-        "print(*(f'{name}={reason}' for name, reason in facts['backends'].items()), sep='\\n')"
+def test_import_without_extension_and_info_without_rich() -> None:
+    printed = _run(
+        _HIDE.format(names={"rich"}) + "import dynaprune_kernels; from dynaprune_kernels import _extension; "
+        f"status = _extension.load(); assert not status.loaded and status.path is None; {_FACTS}",
+        DYNAPRUNE_DISABLE_EXT="1",
     )
-    printed = _run(code, DYNAPRUNE_DISABLE_EXT=disabled)
-    names = [line.partition("=")[0] for line in printed.splitlines() if "=" in line]
-    assert {"cpu", "triton", "cuda", "dense", "reference"} <= set(names)
-    assert "reference=None" in printed
-    if disabled == "1":
-        assert "cpu=DYNAPRUNE_DISABLE_EXT is set" in printed
-
-
-@pytest.mark.parametrize("hidden", [set(), {"rich"}])
-def test_info_prints_with_and_without_rich(hidden: set[str]) -> None:
-    code = _HIDE.format(names=hidden or {"-"}) + "from dynaprune_kernels.info import main; main()"
-    printed = _run(code, COLUMNS="200")
-    assert torch.__version__ in printed
-    for name in ("cpu", "triton", "cuda", "dense", "reference"):
-        assert name in printed
+    found = _reasons(printed)
+    assert set(found) >= _BACKENDS and found["reference"] == "None"
+    assert "DYNAPRUNE_DISABLE_EXT is set" in found["cpu"]
 
 
 def test_load_failure_names_file_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

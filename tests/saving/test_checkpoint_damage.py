@@ -45,20 +45,6 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
     assert not all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_equal_models_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
-    script = (
-        "import sys; from dynaprune.saving.checkpoint import save; from tests.fuzz.files import network\n"
-        "save(network(7), sys.argv[1])"
-    )
-    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    save(fuzzed_network(7), one)
-    time.sleep(0.01)
-    save(fuzzed_network(7), two)
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}
-    subprocess.run([sys.executable, "-c", script, str(three)], env=environment, check=True, timeout=120)
-    assert one.read_bytes() == two.read_bytes() == three.read_bytes()
-
-
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o000, 0o666)])
 def test_the_umask_decides_the_mode(umask: int, mode: int, tmp_path: Path) -> None:
     before = os.umask(umask)
@@ -122,24 +108,33 @@ def test_a_disk_that_fails_leaves_the_old_file_alone(
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_full_disk_while_the_tensors_are_written(tmp_path: Path) -> None:
-    """A limit on the size of files, in a process of its own: half of the tensors fit."""
+def test_another_process_and_a_full_disk_while_the_tensors_are_written(tmp_path: Path) -> None:
+    """Equal models give equal bytes; under a limit on the size of files half of the tensors fit."""
     script = (
         "import resource, signal, sys; from dynaprune.saving.checkpoint import save\n"
+        "from tests.fuzz.files import network as fuzzed_network\n"
         "from tests.saving.checkpoint_cases import network\n"
+        "save(fuzzed_network(7), sys.argv[1])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "try: save(network(), sys.argv[1])\n"
+        "try: save(network(), sys.argv[2])\n"
         "except OSError as error: print(error)"
     )
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    save(fuzzed_network(7), one)
+    time.sleep(0.01)
+    save(fuzzed_network(7), two)
+    (full := tmp_path / "full").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "net.safetensors")],
+        [sys.executable, "-c", script, str(three), str(full / "net.safetensors")],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+    assert one.read_bytes() == two.read_bytes() == three.read_bytes(), done.stderr
     assert "File too large" in done.stdout and "net.safetensors" in done.stdout, done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not list(full.iterdir())
 
 
 def values(model: nn.Module, key: str) -> torch.Tensor:
