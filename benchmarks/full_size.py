@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dynaprune import swap_layers
 from dynaprune.experiment.metrics import environment, flops_of, training_state_bytes
-from dynaprune.experiment.report import write_csv
+from dynaprune.experiment.write import write_csv
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.edit.compaction import compact_layer, wanted_capacity
 
