@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynaprune_kernels import reference
-from dynaprune_kernels.geometry import ConvGeometry, ceil_div
+from dynaprune_kernels.geometry import Block, ConvGeometry, ceil_div
 from tests.kernels.packed_index import packed_index
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -159,7 +159,7 @@ def public_calls(p: Problem, index: Tensor) -> dict[str, list[Any]]:
 def expected(p: Problem, op: str, index: Tensor, prepare: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
     """What the float64 reference returns, of tensors that ``prepare`` makes."""
     x, dy, values, grad, bias = (prepare(t.double()) for t in (p.x, p.dy, p.values, p.grad, p.bias))
-    block, probe = (p.block[1], p.block[0]), torch.ones((), dtype=torch.bool)
+    block, probe = Block(*p.block), torch.ones((), dtype=torch.bool)
     if op == "block_saliency":
         return reference.block_saliency(values, grad, index, *p.grid)
     of_conv = () if p.conv is None else (p.conv,)

@@ -14,8 +14,7 @@ from torch import nn
 import dynaprune
 from tests.pruning.attached import adam, batch, loss_of, mlp, settings, train
 
-STEPS = 32
-LIMIT = 4  # torch's is 8
+STEPS = 60
 SAID = "pruning has changed the shapes of weights of the compiled model"
 
 
@@ -23,8 +22,7 @@ SAID = "pruning has changed the shapes of weights of the compiled model"
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=LIMIT):
-        yield
+    yield
     torch._dynamo.reset()
 
 
@@ -40,7 +38,7 @@ class Backend:
 
 
 def many_events(**changes: Any) -> dynaprune.PruningConfig:
-    """8 events, most of which give a layer another shape."""
+    """15 events, most of which give a layer another shape."""
     chosen = {"total_steps": STEPS, "interval": 2, "allocation": "uniform", "target_sparsity": 0.9, **changes}
     return settings(**chosen)
 
@@ -85,11 +83,10 @@ def test_it_is_said_once_with_numbers(how: str, neurons: bool) -> None:
     said = run(model, step, optimizer)
     assert len(said) == 1 and pruner.target_reached
     numbers = re.search(r"at step (\d+), and will in up to (\d+) more events.*limit to (\d+) or", said[0])
-    assert numbers is not None and f"recompile_limit = {LIMIT} " in said[0]
+    assert numbers is not None and "recompile_limit = 8 " in said[0]
     step_number, left, needed = map(int, numbers.groups())
     assert step_number <= 10 and left == -(-(STEPS // 2 - step_number) // 2) and needed == left + 2
-    # Compiled in place, the hooks of the first batch cost one more.
-    assert LIMIT <= backend.graphs <= LIMIT + 1
+    assert 8 <= backend.graphs <= 9  # compiled in place, the hooks of the first batch cost one more
 
 
 def test_the_advice_to_let_shapes_change() -> None:
@@ -103,7 +100,7 @@ def test_the_advice_to_let_shapes_change() -> None:
             many_events(),
         )
         assert not run(model, lambda number: loss_of(given, number), optimizer)  # type: ignore[arg-type]
-    assert pruner.target_reached and backend.graphs < LIMIT
+    assert pruner.target_reached and backend.graphs < 8
 
 
 @pytest.mark.parametrize("neurons", [False, True])
@@ -119,7 +116,7 @@ def test_the_advice_to_raise_the_limit(neurons: bool) -> None:
             example_inputs=batch(0)[0],
         )
         assert not run(model, lambda number: loss_of(given, number), optimizer)  # type: ignore[arg-type]
-    assert pruner.target_reached and LIMIT < backend.graphs <= 16
+    assert pruner.target_reached and 8 < backend.graphs <= 16
 
 
 def test_cuts_of_neurons_compile_anew_whatever_is_set() -> None:
@@ -149,7 +146,7 @@ def test_few_events_and_shapes_that_stay_say_nothing(changes: dict[str, Any]) ->
     optimizer = adam(model)
     pruner = dynaprune.attach(given, optimizer, many_events(**changes))  # type: ignore[arg-type]
     assert not run(model, lambda number: loss_of(given, number), optimizer)  # type: ignore[arg-type]
-    assert pruner.target_reached and backend.graphs <= LIMIT
+    assert pruner.target_reached and backend.graphs <= 8
 
 
 def test_neurons_of_a_compiled_model_need_example_inputs_and_that_is_said_once() -> None:
