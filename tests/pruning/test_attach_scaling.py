@@ -83,6 +83,9 @@ def test_gradients_that_are_not_finite_are_discarded_and_counted() -> None:
 
 def test_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # the precision of an earlier test
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     bare = mlp()
     model, optimizer = accelerator.prepare(bare, adam(bare))
