@@ -167,9 +167,7 @@ class BlockSparseLayer(nn.Module):
 
     def to_slots(self, weight: Tensor) -> Tensor:
         """Cut a tensor shaped like the dense weight into ``[capacity, bi, bo]``; free slots get zeros."""
-        block = self.layout.block_of_slot.long()
-        by_slot = self.to_blocks(weight)[block.clamp(min=0)]
-        return by_slot.masked_fill_((block < 0).view(-1, 1, 1), 0)
+        return self.layout.by_slot(self.to_blocks(weight))
 
     def listed_slots(self, weight: Tensor) -> Tensor:
         """:meth:`to_slots` with zeros in suspended slots as well: a gradient in the form that ops give it."""
@@ -190,7 +188,7 @@ class BlockSparseLayer(nn.Module):
 
     def _dense(self, by_slot: Tensor) -> Tensor:
         layout = self.layout
-        in_features = layout.in_features // (layout.conv.groups if layout.conv else 1)
+        in_features = layout.in_features // layout.groups
         dense = dense_weight(by_slot, layout.index, layout.out_features, in_features, layout.conv)
         return self._dense_view(dense)
 
@@ -313,14 +311,11 @@ def as_it_is(layer: BlockSparseLayer) -> BlockSparseLayer:
 
 def take_over_weight(weight: nn.Parameter, layout: BlockLayout) -> None:
     """Turn the data (and gradient) of a dense layer's Parameter into the blocks of ``layout``, in place."""
-    block = layout.block_of_slot.long()
-    dead = (block < 0).view(-1, 1, 1)
 
     def by_slot(dense: Tensor) -> Tensor:
         if layout.conv is not None and dense.dim() == 3:
             dense = dense.unsqueeze(2)
-        blocks = dense_to_blocks(dense.detach(), layout.block, layout.conv)
-        return blocks[block.clamp(min=0)].masked_fill_(dead, 0)
+        return layout.by_slot(dense_to_blocks(dense.detach(), layout.block, layout.conv))
 
     grad = None if weight.grad is None else by_slot(weight.grad)
     replace_parameter_data_(weight, by_slot(weight), grad)

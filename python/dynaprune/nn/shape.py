@@ -72,7 +72,7 @@ def layer_shape(module: Any) -> LayerShape | None:
         return None
     if issubclass(type_, BlockSparseLayer):
         layout = module.layout
-        groups = layout.conv.groups if layout.conv else 1
+        groups = layout.groups
         shape = LayerShape(
             kind, layout.out_features, layout.in_features, groups, layout.block, layout.capacity
         )
