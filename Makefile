@@ -1,4 +1,5 @@
 # `make help` lists the targets. Variables that may be set on the command line:
+#   WORKERS the number of processes that tests run in, of one thread each (2)
 #   PYTHON  the interpreter the virtual environment is made with (python3, 3.10 or newer)
 #   VENV    where the virtual environment lies (.venv); an existing one with torch in it is used as it is
 #   OLDEST_TORCH, NEWEST_TORCH  what test-oldest and test-newest install
@@ -8,6 +9,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.10.0
 NEWEST_TORCH ?= torch
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -20,6 +22,10 @@ QUIETLY = > $(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log >&2; exit 1; }
 extra = $$($(BIN)/python -c 'import importlib.metadata as m; \
 	print(*(r.split(";")[0] for r in m.requires("dynaprune") if r.endswith("extra == \"$(1)\"")))')
 
+# A file's tests stay in one process, so that what they share is set up once.
+SPREAD = -n $(WORKERS) --dist loadfile
+SIDE_BY_SIDE = OMP_NUM_THREADS=1
+
 .PHONY: help demo test test-gpu-offline test-oldest test-newest sanitize fuzz fuzz-files fuzz-kernels gpu check bench families ext clean
 .DEFAULT_GOAL := help
 
@@ -31,7 +37,7 @@ demo: $(VENV)/.installed  ## train the digits network dense and pruned; writes r
 	$(BIN)/dynaprune compare digits --out runs/demo
 
 test: $(VENV)/.installed  ## the tests that need no GPU (PYTEST_ARGS adds options)
-	$(BIN)/python -m pytest -q -m "not gpu and not gpu_offline and not sanitized" --durations=10 $(PYTEST_ARGS)
+	$(SIDE_BY_SIDE) $(BIN)/python -m pytest -q $(SPREAD) -m "not gpu and not gpu_offline and not sanitized" --durations=10 $(PYTEST_ARGS)
 
 test-gpu-offline: $(VENV)/.installed $(if $(NVCC),$(CUDA_LIBRARY))  ## GPU kernels without a GPU: compiled, and run on host threads
 	$(BIN)/python -m pytest -q -m "gpu_offline and not sanitized" --durations=10 $(PYTEST_ARGS)
@@ -49,9 +55,9 @@ fuzz-kernels: $(VENV)/.installed  ## 100,000 corrupted indices and as many malfo
 
 # Both use the extensions of $(VENV), which work with any torch from 2.10 on; Triton's kernels are compiled by the one
 # version of Triton that their tables are for.
-UNTIED = -q -p no:cacheprovider -m "not gpu and not gpu_offline and not sanitized and not interpret" \
+UNTIED = -q $(SPREAD) -p no:cacheprovider -m "not gpu and not gpu_offline and not sanitized and not interpret" \
 	--ignore=tests/triton --ignore=tests/packaging
-WITH_THIS_TREE = PYTHONPATH=python:.
+WITH_THIS_TREE = $(SIDE_BY_SIDE) PYTHONPATH=python:.
 
 test-oldest: $(VENV)/.installed .venv-oldest/.installed  ## the tests with the oldest packages allowed (5 GB; PYTEST_ARGS names some)
 	$(WITH_THIS_TREE) .venv-oldest/bin/python -m pytest $(UNTIED) $(PYTEST_ARGS)
