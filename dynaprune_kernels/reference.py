@@ -192,10 +192,13 @@ def _a_tap_meets_only_padding(size: torch.Size, conv: ConvGeometry) -> bool:
     """Whether a position of the kernel lies outside ``[N, C, H, W]`` for every output."""
     for dim, outputs in enumerate(conv.output_size(size[2], size[3])):
         kernel, stride, padding, dilation = conv[dim:8:2]
-        for tap in range(kernel):
-            first = tap * dilation - padding
-            if not any(0 <= at < size[dim + 2] for at in range(first, first + outputs * stride, stride)):
-                return True
+        length = size[dim + 2]
+        if (outputs - 1) * stride < padding or (kernel - 1) * dilation - padding >= length:
+            return True
+        # A longer stride may step over the input. Residues repeat, and at most `length` of them meet it.
+        taps = range(min(kernel, length + 1) if stride > length else 0)
+        if any((tap * dilation - padding) % stride >= length for tap in taps):
+            return True
     return False
 
 
