@@ -57,18 +57,6 @@ inline LayoutView view_index(const char* op, const Tensor& index, int64_t rows, 
   return view;
 }
 
-// The capacity that explains an index's length.
-inline int64_t capacity_of_index(const char* op, const Tensor& index, int64_t rows, int64_t lists) {
-  check_cpu(op, "index", index);
-  check_index_memory(op, index);
-  check_grid(op, rows, 0, lists, 0);
-  const int64_t rest = index.numel() - packed_index_size(rows, lists, 0);
-  STD_TORCH_CHECK(rest >= 0 && rest % 6 == 0, op, ": expected an index of ", packed_index_size(rows, lists, 0),
-                  " + 6 x capacity elements for ", rows, " block rows and ", lists, " column lists, got ",
-                  index.numel());
-  return rest / 6;
-}
-
 // torch's own threads, for one call of a kernel. Items are handed out by a counter, so uneven ones balance; which
 // thread takes one has no influence on its result.
 class TorchWorkers : public cpu::Workers {

@@ -193,13 +193,11 @@ std::tuple<Tensor, Tensor> conv2d_wgrad_saliency(const Tensor& dy, const Tensor&
   return {dvalues, sums};
 }
 
-Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t bi, int64_t bo,
+Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t capacity, int64_t bi, int64_t bo,
                     const Ints& conv) {
   const char* op = "conv2d_probe";
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
-  const ConvGrid grid = conv_grid(op, g.shape);
-  const LayoutView layout = view_conv(op, index, g.shape, capacity_of_index(op, index, grid.rows, grid.lists),
-                                      Lists::rows);
+  const LayoutView layout = view_conv(op, index, g.shape, capacity, Lists::rows);
   Tensor norms = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
   const void *gradient = g.dy.const_data_ptr(), *input = g.x.const_data_ptr();
   if (is_linear(g.shape))

@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(dynaprune_cpu, m) {
   m.def("linear_dgrad(Tensor dy, Tensor values, Tensor index, int in_features) -> Tensor");
   m.def("linear_wgrad(Tensor dy, Tensor x, Tensor index, int capacity, int bi, int bo) -> Tensor");
   m.def("linear_wgrad_saliency(Tensor dy, Tensor x, Tensor values, Tensor index) -> (Tensor, Tensor)");
-  m.def("linear_probe(Tensor dy, Tensor x, Tensor index, int bi, int bo) -> Tensor");
+  m.def("linear_probe(Tensor dy, Tensor x, Tensor index, int capacity, int bi, int bo) -> Tensor");
   m.def(
       "conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_channels, int[] conv, "
       "bool channels_last=True) -> Tensor");
@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(dynaprune_cpu, m) {
       "-> Tensor");
   m.def("conv2d_wgrad(Tensor dy, Tensor x, Tensor index, int capacity, int bi, int bo, int[] conv) -> Tensor");
   m.def("conv2d_wgrad_saliency(Tensor dy, Tensor x, Tensor values, Tensor index, int[] conv) -> (Tensor, Tensor)");
-  m.def("conv2d_probe(Tensor dy, Tensor x, Tensor index, int bi, int bo, int[] conv) -> Tensor");
+  m.def("conv2d_probe(Tensor dy, Tensor x, Tensor index, int capacity, int bi, int bo, int[] conv) -> Tensor");
   m.def("block_saliency(Tensor values, Tensor grad, Tensor index, int rows, int columns) -> (Tensor, Tensor)");
   m.def(
       "layout_update(Tensor(a!) mask, Tensor(b!) slot_of_block, Tensor(c!) index, int capacity, int groups, "

@@ -100,13 +100,10 @@ std::tuple<Tensor, Tensor> linear_wgrad_saliency(const Tensor& dy, const Tensor&
   return {dvalues, wg};
 }
 
-Tensor linear_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t bi, int64_t bo) {
+Tensor linear_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int64_t capacity, int64_t bi, int64_t bo) {
   const char* op = "linear_probe";
   const cpu::LinearShape shape = shape_of_gradients(op, dy, x, bi, bo);
   const DType dtype = kernel_dtype(op, "x", x);
-  check_size(op, "inputs", shape.in);
-  check_size(op, "outputs", shape.out);
-  const int64_t capacity = capacity_of_index(op, index, ceil_div(shape.out, bo), ceil_div(shape.in, bi));
   const LayoutView layout = view_linear(op, index, shape, capacity, Lists::rows);
   const Tensor gradient = torch::stable::contiguous(dy), input = torch::stable::contiguous(x);
   Tensor squares = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(dtype));

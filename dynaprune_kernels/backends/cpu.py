@@ -43,7 +43,7 @@ def linear_probe(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: Blo
     bo, bi = block
     if not probe:
         return _no_probe(ceil_div(dy.shape[1], bo) * ceil_div(x.shape[1], bi), x)
-    return _raw.linear_probe(dy, x, index, bi, bo)
+    return _raw.linear_probe(dy, x, index, capacity, bi, bo)
 
 
 def conv2d_forward(
@@ -95,7 +95,7 @@ def conv2d_probe(
     if not probe:
         columns = conv.taps * ceil_div(x.shape[1] // conv.groups, bi)
         return _no_probe(ceil_div(dy.shape[1], bo) * columns, x)
-    return _raw.conv2d_probe(dy, x, index, bi, bo, conv)
+    return _raw.conv2d_probe(dy, x, index, capacity, bi, bo, conv)
 
 
 def _no_probe(blocks: int, x: Tensor) -> Tensor:

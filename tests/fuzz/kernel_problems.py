@@ -119,7 +119,7 @@ def raw_calls(p: Problem, index: Tensor) -> dict[str, list[Any]]:
             "linear_dgrad": [p.dy, p.values, index, p.inputs],
             "linear_wgrad": [p.dy, p.x, index, c, bi, bo],
             "linear_wgrad_saliency": [p.dy, p.x, p.values, index],
-            "linear_probe": [p.dy, p.x, index, bi, bo],
+            "linear_probe": [p.dy, p.x, index, c, bi, bo],
         }
     conv = list(p.conv)
     return calls | {
@@ -127,7 +127,7 @@ def raw_calls(p: Problem, index: Tensor) -> dict[str, list[Any]]:
         "conv2d_dgrad": [p.dy, p.values, index, list(p.x.shape), conv],
         "conv2d_wgrad": [p.dy, p.x, index, c, bi, bo, conv],
         "conv2d_wgrad_saliency": [p.dy, p.x, p.values, index, conv],
-        "conv2d_probe": [p.dy, p.x, index, bi, bo, conv],
+        "conv2d_probe": [p.dy, p.x, index, c, bi, bo, conv],
     }
 
 

@@ -180,7 +180,7 @@ def run_kernels(case: Case, p: Problem) -> tuple[Tensor, ...]:
     dx = ops.conv2d_dgrad(p.dy, p.values, p.packed, list(p.x.shape), case.conv, case.channels_last)
     dvalues = ops.conv2d_wgrad(p.dy, p.x, p.packed, capacity, bi, bo, case.conv)
     fused, saliency = ops.conv2d_wgrad_saliency(p.dy, p.x, p.values, p.packed, case.conv)
-    probe = ops.conv2d_probe(p.dy, p.x, p.packed, bi, bo, case.conv)
+    probe = ops.conv2d_probe(p.dy, p.x, p.packed, capacity, bi, bo, case.conv)
     return y, dx, dvalues, fused, saliency, probe
 
 

@@ -137,7 +137,7 @@ def check_layer(layer: Layer) -> None:
     assert wg.dtype == statistic
     assert_close(wg, block_sums(layer, w * exact), block_sums(layer, w.abs() * magnitude))
 
-    squares = ops.linear_probe(layer.dy, layer.x, layer.index, layer.bi, layer.bo)
+    squares = ops.linear_probe(layer.dy, layer.x, layer.index, len(layer.values), layer.bi, layer.bo)
     assert squares.dtype == statistic
     dead = torch.from_numpy(~layer.mask).flatten()
     assert_close(squares, block_sums(layer, exact.square()) * dead, block_sums(layer, magnitude.square()))
@@ -197,7 +197,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
     dvalues, wg = ops.linear_wgrad_saliency(layer.dy, layer.x, layer.values, layer.index)
     assert not dvalues.any()
     assert not wg.any()
-    assert not ops.linear_probe(layer.dy, layer.x, layer.index, 32, 32).any()
+    assert not ops.linear_probe(layer.dy, layer.x, layer.index, len(layer.values), 32, 32).any()
 
 
 @pytest.mark.parametrize("m", [1, 100])
@@ -229,7 +229,7 @@ def test_any_strides_of_the_activations(m: int) -> None:
     for op, args in (
         (ops.linear_dgrad, (layer.values, layer.index, layer.inputs)),
         (ops.linear_wgrad, (layer.x, layer.index, len(layer.values), 32, 32)),
-        (ops.linear_probe, (layer.x, layer.index, 32, 32)),
+        (ops.linear_probe, (layer.x, layer.index, len(layer.values), 32, 32)),
     ):
         assert torch.equal(op(sum_gradient, *args), op(sum_gradient.contiguous(), *args))
     forward = (layer.values, None, layer.index, layer.out)
@@ -250,7 +250,7 @@ def test_bitwise_equal_for_any_number_of_threads(m: int, dtype: torch.dtype) -> 
                     ops.linear_forward(layer.x, layer.values, layer.bias, layer.index, layer.out),
                     ops.linear_dgrad(layer.dy, layer.values, layer.index, layer.inputs),
                     *ops.linear_wgrad_saliency(layer.dy, layer.x, layer.values, layer.index),
-                    ops.linear_probe(layer.dy, layer.x, layer.index, layer.bi, layer.bo),
+                    ops.linear_probe(layer.dy, layer.x, layer.index, len(layer.values), layer.bi, layer.bo),
                 ]
             )
     finally:
@@ -349,7 +349,8 @@ def wrong_inputs() -> list[tuple[str, str, list[object]]]:
         ("linear_wgrad", "a block of at least 1 x 1, got 0 x 32", [dy, x, index, cap, 0, 32]),
         ("linear_wgrad", "expected capacity >= 0, got -1", [dy, x, index, -1, 32, 32]),
         ("linear_wgrad_saliency", "expected dy of the dtype of x", [dy.double(), x, v, index]),
-        ("linear_probe", "6 x capacity elements", [dy, x, index[:-1], 32, 32]),
+        ("linear_probe", "expected an index of .* elements", [dy, x, index[:-1], cap, 32, 32]),
+        ("linear_probe", "expected an index of .* elements", [dy, x, index, cap + 1, 32, 32]),
         ("block_saliency", "expected grad of the shape of values", [v, v[1:], index, 3, 2]),
         ("block_saliency", "expected an index of", [v, v, index, 9999, 2]),
         (
