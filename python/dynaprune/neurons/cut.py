@@ -37,34 +37,21 @@ what a traced graph gets wrong cannot harm.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dynaprune.families.family import counts_in
-from dynaprune.neurons.candidates import (
-    Candidate,
-    DeadUnits,
-    above_floor,
-    why_not,
-)
-from dynaprune.neurons.cut_plan import CutPlan, CutReport, kept_of, plan_of, slots_in
+from dynaprune.neurons.candidates import DeadUnits, above_floor, why_not
+from dynaprune.neurons.carry_out import carry_out
+from dynaprune.neurons.checked_cut import enter_what_passes
+from dynaprune.neurons.cut_plan import CutReport
 from dynaprune.neurons.example_inputs import ExampleInputs
-from dynaprune.neurons.folding import NORMS, Observation, observe
-from dynaprune.neurons.groups import (
-    NeuronGroup,
-    NeuronMap,
-)
-from dynaprune.neurons.surgery import Surgery
-from dynaprune.neurons.twin_check import differs, watched_layers
+from dynaprune.neurons.folding import NORMS, observe
+from dynaprune.neurons.groups import NeuronGroup, NeuronMap
+from dynaprune.neurons.twin_check import watched_layers
 
-__all__ = ["carry_out", "cut_dead_neurons", "execute", "find_cut"]
-
-_ENOUGH = 2
-_FAILS = "the model does not run without them"
-_Refuse = Callable[[NeuronGroup, str], None]
+__all__ = ["cut_dead_neurons", "find_cut"]
 
 
 def cut_dead_neurons(
@@ -118,121 +105,9 @@ def find_cut(
             dead.refuse(report.refused, candidate.group, reason)
         else:
             fit.append(candidate)
-    trains = bool(fit) and model.training and _runs_in_training(model, example)
-
-    def attempt(chosen: Sequence[Candidate]) -> str:
-        return _try(model, plan_of(model, chosen, before), example, before, trains)
-
-    def cut(chosen: Sequence[Candidate]) -> str:
-        reason = attempt(chosen)
-        if not reason:
-            _enter(report, model, chosen, plan_of(model, chosen, before))
-        return reason
 
     def refuse(group: NeuronGroup, reason: str) -> None:
         dead.refuse(report.refused, group, reason)
 
-    if not fit or not cut(fit):
-        return report
-    fit = _passing_alone(fit, attempt, refuse)
-    if fit and (reason := cut(fit)):
-        for candidate in fit:
-            refuse(candidate.group, f"together with others: {reason}")
+    enter_what_passes(report, model, fit, example, before, refuse)
     return report
-
-
-def _enter(report: CutReport, model: nn.Module, candidates: Sequence[Candidate], plan: CutPlan) -> None:
-    """Say in ``report`` that ``candidates`` can be cut."""
-    report.plan, report.kept = plan, kept_of(model, plan)
-    report.blocks = slots_in(model, report.kept)
-    for candidate in candidates:
-        name = candidate.group.name
-        report.neurons[name] = report.neurons.get(name, 0) + int(candidate.group.neurons.numel())
-
-
-def _runs_in_training(model: nn.Module, example: ExampleInputs) -> bool:
-    """Whether a forward pass in training mode works with the example inputs."""
-    try:
-        observe(model, example, training=True)
-    except Exception:
-        return False
-    return True
-
-
-def carry_out(model: nn.Module, plan: CutPlan, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-    """Cut what ``plan`` says, with the state of ``optimizers``; an error leaves everything as it was."""
-    surgery = Surgery(optimizers)
-    try:
-        execute(model, plan, plan.amounts, surgery)
-    except BaseException:
-        surgery.undo()
-        raise
-
-
-def execute(model: nn.Module, plan: CutPlan, amounts: Mapping[str, Tensor], surgery: Surgery) -> None:
-    """Fold and cut as ``plan`` says, with these ``amounts`` for the readers' biases."""
-    for name, amount in amounts.items():
-        reader = model.get_submodule(name)
-        if isinstance(reader.bias, nn.Parameter) and bool(amount.any()):
-            surgery.add_(reader.bias, amount)
-    counts = counts_in(model)
-    for name, (outputs, inputs) in plan.layers.items():
-        surgery.cut_(model.get_submodule(name), outputs, inputs)
-    for each in counts:
-        each.set_counts(model, surgery.set_)
-
-
-def _try(
-    model: nn.Module,
-    plan: CutPlan,
-    example: ExampleInputs,
-    before: Observation,
-    trains: bool,
-) -> str:
-    """Cut, and take the cut back; say why the model fails then or computes something else."""
-    reason = ""
-    surgery = Surgery()
-    try:
-        execute(model, plan, plan.amounts, surgery)
-        after = observe(model, example, layers=before.layers)
-        reason = differs(before, after, {name: outputs for name, (outputs, _) in plan.layers.items()})
-        if not reason and trains:
-            observe(model, example, training=True)
-    except Exception as error:
-        reason = f"{_FAILS}: {type(error).__name__}: {error}"
-    finally:
-        surgery.undo()
-    return reason
-
-
-def _passing_alone(
-    candidates: Sequence[Candidate], attempt: Callable[[Sequence[Candidate]], str], refuse: _Refuse
-) -> list[Candidate]:
-    """The candidates whose cut, tried by layer and taken back, keeps the outputs.
-
-    Layers that differ by the numbers in their names only are tried together first. Where the model does not
-    run without neurons of them, nor of the first, nor of the second, it is their common code that knows a
-    width by heart, and the others are not tried one by one.
-    """
-    alike: dict[str, dict[str, list[Candidate]]] = {}
-    for candidate in candidates:
-        name = candidate.group.name
-        alike.setdefault(re.sub(r"\d+", "*", name), {}).setdefault(name, []).append(candidate)
-    passing: list[Candidate] = []
-    for layers in alike.values():
-        together = [candidate for group in layers.values() for candidate in group]
-        reason = attempt(together)
-        if not reason:
-            passing += together
-            continue
-        failed = 0
-        for place, group in enumerate(layers.values()):
-            if failed < _ENOUGH or failed < place:
-                reason = attempt(group) if len(layers) > 1 else reason
-            if not reason:
-                passing += group
-                continue
-            failed += reason.startswith(_FAILS)
-            for candidate in group:
-                refuse(candidate.group, reason)
-    return passing

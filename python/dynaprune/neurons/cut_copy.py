@@ -7,10 +7,11 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from dynaprune.neurons.cut import execute
+from dynaprune.neurons.carry_out import execute
 from dynaprune.neurons.cut_plan import CutPlan, amounts_of
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.neurons.folding import observe
+from dynaprune.neurons.silence import silent_outputs
 from dynaprune.neurons.surgery import Surgery
 from dynaprune.nn.shape import layer_shape
 
@@ -18,7 +19,7 @@ from dynaprune.nn.shape import layer_shape
 def cut_copy(
     copy: nn.Module, plan: CutPlan, example: ExampleInputs, *, like: nn.Module | None = None
 ) -> None:
-    """Cut from ``copy`` what :func:`~dynaprune.neurons.cut.carry_out` cut from the model.
+    """Cut from ``copy`` what :func:`~dynaprune.neurons.carry_out.carry_out` cut from the model.
 
     Constants that move into biases are the copy's own: its biases differ from the model's.
 
@@ -45,7 +46,8 @@ def cut_copy(
     surgery = Surgery()
     with torch.no_grad():
         try:
-            own = observe(_placed(copy, like), example, plan.folds)
+            with silent_outputs(copy, plan.outputs() if plan.silent else {}):
+                own = observe(_placed(copy, like), example, plan.folds)
             execute(copy, plan, amounts_of(copy, plan.folds, own), surgery)
             observe(_placed(copy, like), example)
         except BaseException as error:

@@ -28,12 +28,18 @@ class CutPlan:
     """What to cut, in the numbering before: bool masks of outputs and inputs by layer, and folded inputs.
 
     ``folds``: for each reader that takes up constants, int64 inputs that are constant. ``amounts``: what they
-    add to the reader's outputs, float64 ``[out]``.
+    add to the reader's outputs, float64 ``[out]``. ``silent``: the constants are those of makers that are
+    zero, whatever they are now (``dynaprune.neurons.silence``).
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
     folds: dict[str, Tensor]
     amounts: dict[str, Tensor]
+    silent: bool = False
+
+    def outputs(self) -> dict[str, Tensor]:
+        """int64 outputs that go, by layer."""
+        return {name: outputs.nonzero().squeeze(1) for name, (outputs, _) in self.layers.items()}
 
 
 @dataclass
@@ -57,7 +63,9 @@ def slots_in(model: nn.Module, kept: Mapping[str, Kept]) -> int:
     return total
 
 
-def plan_of(model: nn.Module, candidates: Sequence[Candidate], observed: Observation) -> CutPlan:
+def plan_of(
+    model: nn.Module, candidates: Sequence[Candidate], observed: Observation, *, silent: bool = False
+) -> CutPlan:
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     folds: dict[str, list[Tensor]] = {}
     for candidate in candidates:
@@ -72,7 +80,7 @@ def plan_of(model: nn.Module, candidates: Sequence[Candidate], observed: Observa
         for member in candidate.folded:
             folds.setdefault(member.name, []).append(member.index)
     folded = {name: torch.cat(parts).unique() for name, parts in folds.items()}
-    return CutPlan(layers, folded, amounts_of(model, folded, observed))
+    return CutPlan(layers, folded, amounts_of(model, folded, observed), silent)
 
 
 def amounts_of(model: nn.Module, folds: Mapping[str, Tensor], observed: Observation) -> dict[str, Tensor]:

@@ -98,10 +98,13 @@ class NeuronMap:
         return [g for g in self.groups if g.name == name]
 
 
-def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
+def find_groups(model: nn.Module, example: ExampleInputs, *, plain: bool = False) -> NeuronMap:
     """Follow one forward pass and find every group of neurons that some block-sparse layer makes or reads.
 
     Weights, gradients, buffers, modes and random states stay as they were.
+
+    Args:
+        plain: also the groups that plain layers alone make and read.
 
     Returns:
         Groups, in the order of the layers; in ``refused`` layers whose outputs must not be cut: they are the
@@ -112,14 +115,14 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     refused: dict[str, str] = {}
     for makers in _families(graph):
         parts = _parts_of(graph, makers)
-        if not any(isinstance(part.layer.module, BlockSparseLayer) for part in parts):
+        if not plain and not any(isinstance(part.layer.module, BlockSparseLayer) for part in parts):
             continue
         found, reason = _aligned_groups(graph, parts)
         groups.extend(found)
         if not found:
             refused.update(dict.fromkeys((layer.name for layer in makers), reason))
     for name, module in model.named_modules():
-        if not isinstance(module, BlockSparseLayer):
+        if not (isinstance(module, BlockSparseLayer) or (plain and _has_weights(module))):
             continue
         if name not in graph.layers:
             refused[name] = "its forward is replaced on the instance, and what it does cannot be known"
@@ -128,6 +131,11 @@ def find_groups(model: nn.Module, example: ExampleInputs) -> NeuronMap:
     order = {name: place for place, name in enumerate(graph.layers)}
     groups.sort(key=lambda group: (order[group.name], int(group.neurons[0])))
     return NeuronMap(groups, refused, widths_of(model), graph.sets.work, graph.unknown)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    shape = layer_shape(module)
+    return shape is not None and shape.in_ > 0
 
 
 def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ from dynaprune.nn import BlockSparseLayer
 from dynaprune.nn.optimizer_state import rewrite_state, sliced_state
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.shape import layer_shape, note_original_widths_, original_widths
+from dynaprune_kernels.memory_format import suggests_channels_last
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -176,9 +177,16 @@ class Surgery:
         what = "features" if isinstance(module, nn.Linear) else "channels"
         self.set_(module, f"out_{what}", int(rows.numel()))
         self.set_(module, f"in_{what}", int(columns.numel()))
-        self.map_(module.weight, lambda weight: weight.index_select(0, rows).index_select(1, columns))
+        self.map_(module.weight, lambda weight: _in_format(weight, rows, columns))
         if rows.numel() < kept_outputs.numel():
             self.map_(module.bias, lambda bias: bias.index_select(0, rows))
+
+
+def _in_format(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """These rows and columns, channels-last where ``weight`` is: convolutions choose their kernels by it."""
+    cut = weight.index_select(0, rows).index_select(1, columns)
+    last = weight.dim() == 4 and suggests_channels_last(weight)
+    return cut.contiguous(memory_format=torch.channels_last) if last else cut
 
 
 def block_mask(elements: Tensor, block: int) -> Tensor:

@@ -24,9 +24,13 @@ class NeuronTracer:
         current: the groups that were traced last; None before, and after a change.
     """
 
-    def __init__(self, model: nn.Module, example: ExampleInputs | None) -> None:
-        """Trace with ``example``, or with training batches that are captured where it is None."""
-        self._model, self._example = model, example
+    def __init__(self, model: nn.Module, example: ExampleInputs | None, *, plain: bool = False) -> None:
+        """Trace with ``example``, or with training batches that are captured where it is None.
+
+        Args:
+            plain: also find the groups that plain layers alone make and read.
+        """
+        self._model, self._example, self._plain = model, example, plain
         self._capture = InputCapture(model)
         self._unseen = 0
         self.refused: dict[str, str] = {}
@@ -54,7 +58,7 @@ class NeuronTracer:
             self.current = None
         if self.current is None:
             try:
-                self.current = find_groups(self._model, self.example)
+                self.current = find_groups(self._model, self.example, plain=self._plain)
             except Exception as error:
                 reason = f"the model cannot be traced: {type(error).__name__}: {error}"
                 self.refused[_WHOLE_MODEL] = reason

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dynaprune.neurons.cut import carry_out
+from dynaprune.neurons.carry_out import carry_out
 from dynaprune.neurons.cut_copy import cut_copy
 from dynaprune.nn.optimizer_state import seed_slots, zero_slots
 from dynaprune.pruning.edit.check_edits import check_edits
