@@ -230,7 +230,7 @@ def test_state_in_lists_cannot_be_sliced() -> None:
     parameter = nn.Parameter(torch.zeros(8, 8))
     optimizer = Listed([parameter], 0.1)
     with pytest.raises(ValueError, match="cannot attach to Listed: its state 'history'"):
-        refuse_unsliceable(optimizer, optimizer.param_groups[0], parameter, (8, 8))
+        refuse_unsliceable(optimizer, optimizer.param_groups[0], parameter, (3, 8, 8))
     assert not optimizer.state
 
 

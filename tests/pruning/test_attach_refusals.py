@@ -67,7 +67,7 @@ def test_an_optimizer_whose_step_fails_on_blocks() -> None:
                     p.data.view(rows, columns)
 
     model = mlp(bias=False)
-    reason = "cannot attach to Matrices: its step fails on a weight of 3-D blocks .*too many values"
+    reason = "cannot attach to Matrices: its step fails on a weight of shape .* .*too many values"
     refused(model, Matrices(model.parameters(), 0.1), reason)
 
 

@@ -60,6 +60,11 @@ def calibration_mode(model: nn.Module, seed: int | None = None, *, training: boo
         yield
 
 
+def calibrating() -> bool:
+    """Whether some model is evaluated in :func:`calibration_mode` now."""
+    return len(_CALIBRATING) > 0
+
+
 def _accelerators(model: nn.Module) -> list[str]:
     """Types of the accelerators in use: CUDA once it is initialised, and every type the model lies on."""
     kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}

@@ -78,22 +78,23 @@ def check_state_shapes(optimizers: Optimizers, parameters: Iterable[tuple[str, n
 
 
 def refuse_unsliceable(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, block: Any
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, shape: tuple[int, ...]
 ) -> None:
-    """Find out by dry steps on a parameter of three blocks whether this optimizer's state can be sliced.
+    """Find out by dry steps on a parameter of that shape whether this optimizer's state can be sliced.
 
     The optimizer itself, its state and every random state stay as they are.
 
     Args:
         group: the param group whose settings hold.
         like: tensor of the dtype and device to try.
-        block: ``(bo, bi)``.
+        shape: of three blocks, ``(3, bi, bo)``, or of a small dense weight.
 
     Raises:
-        ValueError: naming the optimizer and the state that has no slice per block, or the error of its step.
+        ValueError: naming the optimizer and the state that is not shaped like the weight, or the error of its
+            step.
     """
     kind = type(optimizer).__name__
-    parameter = nn.Parameter(torch.full((3, block[1], block[0]), 0.5, dtype=like.dtype, device=like.device))
+    parameter = nn.Parameter(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     twin.__dict__.pop("step", None)
@@ -122,7 +123,7 @@ def refuse_unsliceable(
                         f"(optimizer.base_optimizer, often), got {type(error).__name__}: {error}"
                     ) from error
                 raise ValueError(
-                    f"cannot attach to {kind}: its step fails on a weight of 3-D blocks "
+                    f"cannot attach to {kind}: its step fails on a weight of shape {shape} "
                     f"({type(error).__name__}: {error})"
                 ) from error
     for key, value in twin.state[parameter].items():
@@ -130,7 +131,7 @@ def refuse_unsliceable(
         if shapes and (not isinstance(value, Tensor) or value.shape != parameter.shape):
             raise ValueError(
                 f"cannot attach to {kind}: its state {key!r} has shapes {shapes} for a weight of shape "
-                f"{tuple(parameter.shape)}, and cannot be sliced by block"
+                f"{tuple(parameter.shape)}, and cannot be sliced with it"
             )
 
 

@@ -19,16 +19,19 @@ from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.calibration import CalibrationTrial
 from dynaprune.pruning.decide.trial import Losses, Trial, as_trial
+from dynaprune.pruning.plain import attach_plain
 from dynaprune.pruning.prepare import (
     CAME_DENSE,
     Candidates,
     Prepared,
     checked,
     find_candidates,
+    keep_plain,
     refuse_unknown_floors,
     swap,
 )
 from dynaprune.pruning.pruner import Pruner
+from dynaprune.pruning.settings import NEURONS
 
 _FROZEN = "it is frozen"
 _NOT_HELD = "no optimizer given holds its weight"
@@ -45,8 +48,9 @@ def attach(
     """Make ``model`` get smaller while ``optimizer`` trains it; the training loop stays as it is.
 
     Dense layers become block-sparse ones in place; their Parameters stay the same objects, and what the
-    optimizer already knows of them moves along, so this may happen before training or in the middle of it. A
-    model that has block-sparse layers already (loaded, or detached) goes on with those.
+    optimizer already knows of them moves along, so this may happen before training or in the middle of it.
+    With ``units="neurons"`` they stay plain, and get narrower. A model that has block-sparse layers already
+    (loaded, or detached) goes on with those.
 
     Args:
         model: on its device, with its weights; not wrapped for distributed training. In a process group of
@@ -66,18 +70,15 @@ def attach(
     if isinstance(model, Prepared):
         if config is not None or example_inputs is not None:
             raise ValueError("expected config and example_inputs in prepare, got them in attach")
-        tested = _check(model.config, trial)
-        _try_batch(trial)
-        optimizers = refusals.unwrap_optimizers(optimizer)
-        candidates = find_candidates(model.model, model.config)
-        _refuse_dense_state(model, optimizers)
-        return _watch(model, candidates, optimizers, tested, _held(candidates, optimizers, model.config))
+        return _attach_prepared(model, optimizer, trial)
     config = checked(config)
     tested = _check(config, trial)
     inner = refusals.unwrap_model(model)
     _try_batch(trial)
-    optimizers = refusals.unwrap_optimizers(optimizer)
+    optimizers = refusals.unwrap_optimizers(optimizer, blocks=config.units != NEURONS)
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+    if config.units == NEURONS:
+        return attach_plain(keep_plain(model, inner, config, example), optimizers, tested)
     before = BeforeSwap([m for m in inner.modules() if _may_swap(m, config)], optimizers)
     try:
         candidates = find_candidates(inner, config)
@@ -93,6 +94,18 @@ def attach(
     except BaseException:
         before.restore()
         raise
+
+
+def _attach_prepared(prepared: Prepared, optimizer: Any, trial: Any) -> Pruner:
+    config = prepared.config
+    tested = _check(config, trial)
+    _try_batch(trial)
+    optimizers = refusals.unwrap_optimizers(optimizer, blocks=config.units != NEURONS)
+    if config.units == NEURONS:
+        return attach_plain(prepared, optimizers, tested)
+    candidates = find_candidates(prepared.model, config)
+    _refuse_dense_state(prepared, optimizers)
+    return _watch(prepared, candidates, optimizers, tested, _held(candidates, optimizers, config))
 
 
 def _check(config: PruningConfig, trial: Any) -> Trial | None:
@@ -127,7 +140,7 @@ def _held(
         for group in optimizer.param_groups:
             mine = [p for p in group["params"] if id(p) in ids]
             if mine:
-                refuse_unsliceable(optimizer, group, mine[0], block)
+                refuse_unsliceable(optimizer, group, mine[0], (3, block[1], block[0]))
     return held
 
 

@@ -6,17 +6,22 @@ import math
 
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.gradual import Gradual, regrowth_end
+from dynaprune.pruning.decide.gradual_neurons import GradualNeurons
 from dynaprune.pruning.decide.pace import CubicPace, PaceWithInterval, SelfPaced
+from dynaprune.pruning.decide.policy import Policy
 from dynaprune.pruning.decide.trial import Trial
 from dynaprune.pruning.decide.trial_event import minimum_interval
-from dynaprune.pruning.settings import Schedule
+from dynaprune.pruning.settings import NEURONS, Schedule
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
 SELF_PACED_INTERVAL = 50
 
 
-def built_in_policy(config: PruningConfig, trial: Trial | None) -> Gradual:
+def built_in_policy(config: PruningConfig, trial: Trial | None) -> Policy:
     """Gradual with a target sparsity, self-paced without one."""
+    if config.units == NEURONS:
+        pace = make_pace(config.schedule, config.rungs, None if trial is None else trial.samples)
+        return GradualNeurons(pace, config.trial_rules, allocation=config.allocation)
     return Gradual(
         make_pace(config.schedule, config.rungs, None if trial is None else trial.samples),
         config.trial_rules,

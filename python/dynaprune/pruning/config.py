@@ -15,7 +15,8 @@ from dynaprune.pruning.decide.policy import Policy
 from dynaprune.pruning.decide.setting_checks import count
 from dynaprune.pruning.decide.trial_rules import TrialRules
 from dynaprune.pruning.observe.score import Score
-from dynaprune.pruning.settings import LAYER_TYPES, Ranking, Regrowth, Schedule, Scope
+from dynaprune.pruning.observe.scores import SCORES, make_score
+from dynaprune.pruning.settings import BLOCKS, LAYER_TYPES, NEURONS, Ranking, Regrowth, Schedule, Scope
 
 GROUPS: dict[str, type[Any]] = {
     "schedule": Schedule,
@@ -76,6 +77,7 @@ class PruningConfig:
     seed: int = Ranking.seed
     policy: Policy | None = None
     families: Sequence[Family] = Scope.families
+    units: str = Scope.units
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
     regrowth: ClassVar[Regrowth]
@@ -111,6 +113,8 @@ class PruningConfig:
             object.__setattr__(self, name, kind(**{f.name: given[f.name] for f in fields(kind)}))
         for name in _OWN:
             object.__setattr__(self, f"_{name}", given[name])
+        if self.units != BLOCKS:
+            _check_whole_neurons(self)
 
     def require_total_steps(self) -> None:
         """Raise ValueError where the schedule needs ``total_steps`` and has none."""
@@ -153,6 +157,21 @@ class PruningConfig:
         if families:
             plain["families"] = [type(family).__name__ for family in families]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def _check_whole_neurons(config: PruningConfig) -> None:
+    """Raise ValueError for settings that whole neurons have no use for."""
+    where = f"with units={config.units!r}"
+    if not make_score(config.score).of_gates:
+        of_gates = ", ".join(name for name, kind in SCORES.items() if kind.of_gates)
+        name = config.score if isinstance(config.score, str) else config.score.name
+        raise ValueError(f"expected a score that is made of gates ({of_gates}) {where}, got {name!r}")
+    if not config.neurons:
+        raise ValueError(f"expected neurons=True {where}, got False: nothing could be cut")
+    if config.regrow and config.units == NEURONS:
+        raise ValueError(f"expected regrow=0 {where}, got {config.regrow}: what is cut out does not return")
+    if config.allocation == "erk":
+        raise ValueError(f"expected allocation 'global' or 'uniform' {where}, got 'erk'")
 
 
 def _parts(name: str, value: Any) -> dict[str, Any]:

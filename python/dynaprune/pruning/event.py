@@ -8,13 +8,16 @@ import torch
 
 from dynaprune.pruning.checks.one_process import take_off_averaging_
 from dynaprune.pruning.checks.reachable import say_what_gets_no_gradient
+from dynaprune.pruning.checks.reachable_neurons import no_neurons_reason, say_what_neurons_keep
 from dynaprune.pruning.checks.recompilation import say_recompilations
+from dynaprune.pruning.decide.policy import View
 from dynaprune.pruning.edit.apply import apply
 from dynaprune.pruning.edit.consequences import dead_neurons, spare_slots
 from dynaprune.pruning.edit.consistency import Consistency
-from dynaprune.pruning.edit.edits import Edit
+from dynaprune.pruning.edit.edits import Cut, Edit
 from dynaprune.pruning.edit.stale_copies import refuse_stale
 from dynaprune.pruning.observe.gradients import LASTING
+from dynaprune.pruning.settings import BLOCKS
 from dynaprune.pruning.standing import Standing
 from dynaprune.pruning.view import view_of
 
@@ -35,13 +38,18 @@ def prune(pruner: Standing, consistency: Consistency, said: set[str]) -> None:
     if "idle" not in said and pruner.observer.observed.observations >= LASTING:
         said.add("idle")
         say_what_gets_no_gradient(structure, config, pruner.steps)
-    shapes = [layer.values.shape for layer in pruner.layers.values()]
+    shapes = [weight.shape for _, weight in structure.trained]
     refuse_stale(pruner.layers, final=pruner.nothing_left())
     consistency.check()
     before = structure.version
     with structure.followers.in_step(structure.model, pruner.layers):
         view = view_of(structure, pruner.score, pruner.trial, pruner.tracer, config, pruner.steps)
-        _apply(pruner, policy.decide(view))
+        if config.units != BLOCKS and not pruner.nothing_left():
+            _check_neurons(pruner, view, said)
+        edits = policy.decide(view)
+        _apply(pruner, edits)
+        if any(isinstance(edit, Cut) for edit in edits):
+            _trace_anew(pruner)
         if config.neurons and structure.version != before:
             _cut_neurons(pruner)
         if config.compact:
@@ -49,9 +57,21 @@ def prune(pruner: Standing, consistency: Consistency, said: set[str]) -> None:
             _apply(pruner, spare_slots(structure, exact=pruner.structure_final, growing=growing))
     if structure.version != before:
         pruner.ledger.note_sizes(pruner.steps, structure)
-    changed = shapes != [layer.values.shape for layer in pruner.layers.values()]
+    changed = shapes != [weight.shape for _, weight in structure.trained]
     if changed and "recompilations" not in said and _say_recompilations(pruner):
         said.add("recompilations")
+
+
+def _check_neurons(pruner: Standing, view: View, said: set[str]) -> None:
+    """Stop where no neuron can go, and say once how far they can."""
+    reasons = pruner.tracer.refused
+    if view.whole is None:
+        pruner.tracer.say_unseen()
+    elif reason := no_neurons_reason(pruner.structure, reasons):
+        raise RuntimeError(reason)
+    elif "floors" not in said:
+        said.add("floors")
+        say_what_neurons_keep(view.whole, pruner.config.target_sparsity)
 
 
 def _apply(pruner: Standing, edits: Sequence[Edit]) -> None:
@@ -63,9 +83,14 @@ def _cut_neurons(pruner: Standing) -> None:
     cuts = dead_neurons(pruner.structure, pruner.tracer, pruner.config.floor)
     _apply(pruner, cuts)
     if cuts:
-        pruner.tracer.forget()
-        if pruner.observer.watches_groups and not pruner.nothing_left():
-            pruner.tracer.groups()  # while there is an example: the next step is observed
+        _trace_anew(pruner)
+
+
+def _trace_anew(pruner: Standing) -> None:
+    """The groups have changed. While there is an example, find the new ones: the next step is observed."""
+    pruner.tracer.forget()
+    if pruner.observer.watches_groups and not pruner.nothing_left():
+        pruner.tracer.groups()
 
 
 def _say_recompilations(pruner: Standing) -> bool:

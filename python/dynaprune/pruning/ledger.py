@@ -14,11 +14,11 @@ from dynaprune.pruning.whole_model import ModelSize
 
 @dataclass
 class Ledger:
-    """Counts of removals, in blocks, and the sizes after every change.
+    """Counts of removals, in units, and the sizes after every change.
 
     Attributes:
         size: values in all the model's parameters, as they were at attach.
-        passed, forced, untested: blocks that went, by why.
+        passed, forced, untested: blocks that went, by why, and neurons that went as units of their own.
         grown: blocks that returned.
         neurons: neurons cut.
         with_neurons: live blocks that only read or made dead neurons and went along with them, which changes
@@ -48,16 +48,16 @@ class Ledger:
                     setattr(self, why, getattr(self, why) + count_blocks(edit.masks))
                 case Grow():
                     self.grown += count_blocks(edit.masks)
-                case Cut():
+                case Cut(why=why):
+                    for reason, count in why.items():
+                        setattr(self, reason, getattr(self, reason) + count)
                     self.neurons += sum(edit.found.neurons.values())
                     self.with_neurons += edit.found.blocks
 
     def note_sizes(self, step: int, structure: Structure) -> None:
         """Measure the structure after a change, and note its sizes. Syncs."""
         structure.measure()
-        density = {name: state.density for name, state in structure.layers.items()}
-        sparsity = 1 - structure.live_weights / structure.weights
-        self.history.append({"step": step, "sparsity": sparsity, "density": density})
+        self.history.append({"step": step, "sparsity": structure.sparsity, "density": structure.density})
 
     @property
     def seconds(self) -> float:

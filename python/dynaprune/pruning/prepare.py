@@ -12,13 +12,16 @@ from dynaprune.families.family import note_families
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.nn.adapters import find_adapters
+from dynaprune.nn.swap import FROZEN, matches
 from dynaprune.pruning.checks import refusals
 from dynaprune.pruning.checks.same_function import refuse_other_function, run_if_possible, weight_readers
 from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.edit.stale_copies import CopyWatch
+from dynaprune.pruning.settings import NEURONS
 
 CAME_DENSE = "the model came with block-sparse layers, and this one was dense"
+_BLOCKS_STAY = "it is block-sparse, and only neurons of plain layers go"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class Prepared:
 
 def prepare(model: nn.Module, config: PruningConfig | None = None, *, example_inputs: Any = None) -> Prepared:
     """Make the layers of ``model`` block-sparse, in place; build the optimizer afterwards, then ``attach``.
+    With ``units="neurons"`` they stay what they are.
 
     For training loops that load weights, wrap the model or build the optimizer between the two; ``attach``
     does both. Parameters stay the same objects. A model that has block-sparse layers already (loaded, or
@@ -67,6 +71,8 @@ def prepare(model: nn.Module, config: PruningConfig | None = None, *, example_in
     config = checked(config)
     inner = refusals.unwrap_model(model)
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+    if config.units == NEURONS:
+        return keep_plain(model, inner, config, example)
     candidates = find_candidates(inner, config)
     before = BeforeSwap(list(candidates.dense.values()), [])
     try:
@@ -174,3 +180,38 @@ def refuse_unknown_floors(config: PruningConfig, names: tuple[str, ...]) -> None
     for name in config.floors:
         if name not in names:
             raise ValueError(f"expected floors of pruned layers ({', '.join(names)}), got one of {name!r}")
+
+
+def keep_plain(
+    given: nn.Module, model: nn.Module, config: PruningConfig, example: ExampleInputs | None
+) -> Prepared:
+    """``model`` with its plain layers, to prune whole neurons out of them.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or no layer whose neurons may go.
+    """
+    for pattern in [*(config.include or ()), *config.exclude]:
+        if not any(matches(name, [pattern]) for name, _ in model.named_modules()):
+            raise ValueError(f"expected a pattern that matches a module of the model, got {pattern!r}")
+    note_families(model, config.families)
+    candidates = find_candidates(model, config)
+    exempt = dict(candidates.adapters)
+    exempt.update(dict.fromkeys(candidates.sparse, _BLOCKS_STAY))
+    exempt.update({n: why for n, layer in candidates.dense.items() if (why := _stays(n, layer, config))})
+    makers = tuple(name for name in candidates.dense if name not in exempt)
+    if not makers:
+        told = "; ".join(f"{name}: {reason}" for name, reason in exempt.items()) or "no layer of the types"
+        raise ValueError(f"expected a layer whose neurons may go, got none: {told}")
+    refuse_unknown_floors(config, makers)
+    return Prepared(given, model, config, exempt, (), example, True)
+
+
+def _stays(name: str, layer: Any, config: PruningConfig) -> str:
+    """Why the neurons of a plain layer may not go, empty where they may."""
+    if matches(name, config.exclude):
+        return "excluded by name"
+    if config.include is not None and not matches(name, config.include):
+        return "not among the included names"
+    if not isinstance(layer.weight, nn.Parameter) or "parametrizations" in layer._modules:
+        return "its weight is computed from other tensors"
+    return "" if layer.weight.requires_grad else FROZEN

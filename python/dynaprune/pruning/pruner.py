@@ -24,6 +24,7 @@ from dynaprune.pruning.edit.exempt import exempt
 from dynaprune.pruning.edit.finalize import finalize
 from dynaprune.pruning.edit.followers import Copy
 from dynaprune.pruning.edit.layer_state import LayerState
+from dynaprune.pruning.edit.neuron_units import NeuronUnits
 from dynaprune.pruning.edit.stale_copies import watch_copies
 from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.event import prune
@@ -35,6 +36,7 @@ from dynaprune.pruning.observe.scores import make_score
 from dynaprune.pruning.prepare import Prepared
 from dynaprune.pruning.report import report
 from dynaprune.pruning.saved_state import adopt, check_state, state_of
+from dynaprune.pruning.settings import BLOCKS
 from dynaprune.pruning.standing import Standing, say_what_is_missing
 from dynaprune.pruning.whole_model import model_size
 from dynaprune.saving.reshape import add_structure_hooks
@@ -50,18 +52,26 @@ class Pruner(Standing):
         layers: Mapping[str, BlockSparseLayer],
         exempt: dict[str, str],
         trial: Trial | None,
+        plain: Mapping[str, nn.Module] | None = None,
     ) -> None:
+        """Watch from now on.
+
+        Args:
+            layers: the block-sparse layers that are pruned.
+            plain: the plain layers whose neurons may go.
+        """
         config, model = prepared.config, prepared.model
         self.prepared, self.exempt = prepared, exempt
         self.trial, self.steps = trial, 0
-        self.structure = Structure(model, optimizers, {n: LayerState.of(n, m) for n, m in layers.items()})
+        states, units = {n: LayerState.of(n, m) for n, m in layers.items()}, NeuronUnits(dict(plain or {}))
+        self.structure = Structure(model, optimizers, states, units)
         weights = {name: state.weights for name, state in self.structure.layers.items()}
         self.ledger = Ledger(model_size(model, layers, exempt, weights))
         self.policy = config.policy or built_in_policy(config, trial)
         self.score = make_score(config.score, seed=config.seed, decay=config.score_decay)
         self.score.attach(self.structure.layers)
-        self.tracer = NeuronTracer(model, prepared.example)
-        groups = tries_neurons(config, trial) and self.score.of_gates
+        self.tracer = NeuronTracer(model, prepared.example, plain=config.units != BLOCKS)
+        groups = config.units != BLOCKS or (tries_neurons(config, trial) and self.score.of_gates)
         self.observer = Observer(
             self.structure, self.score, self.tracer, every=config.observe_every, watches_groups=groups
         )
@@ -94,10 +104,10 @@ class Pruner(Standing):
         ]
 
     def _holders(self) -> list[torch.optim.Optimizer]:
-        return [each for each in self.optimizers if self.structure.held_by(each)]
+        return [each for each in self.optimizers if self.structure.holds(each)]
 
     def _readers(self) -> list[torch.optim.Optimizer]:
-        return [each for each in self.optimizers if not self.structure.held_by(each)]
+        return [each for each in self.optimizers if not self.structure.holds(each)]
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients are ready: look at them."""
@@ -105,7 +115,7 @@ class Pruner(Standing):
             self._check_first_batch(self._first_batch)
         layers = self.structure.held_by(optimizer)
         self._consistency.check_if_changed()
-        refuse_without_gradients(layers, optimizer)
+        refuse_without_gradients(self.structure.trained_by(optimizer), optimizer)
         if self.nothing_left():
             return
         self.observer.see(layers, optimizer, self.steps + 1)
@@ -234,7 +244,7 @@ class Pruner(Standing):
         if self.steps > 0:
             self._forget_first_batch()
         self._prepare_next_step()
-        self._consistency.loaded(dict(state["slots"]))
+        self._consistency.loaded(dict(state["slots"]), state.get("widths"))
 
     def detach(self) -> None:
         """Stop watching and pruning; the model keeps its block-sparse layers.

@@ -7,7 +7,7 @@ from typing import Any
 from dynaprune.pruning.decide.trial_rules import TrialState
 from dynaprune.pruning.decide.trials import Trials
 from dynaprune.pruning.standing import Standing
-from dynaprune.pruning.whole_model import report_layers
+from dynaprune.pruning.whole_model import report_layers, widths_of_cut_layers
 
 _UNTESTED = "no trial was given: nothing was tested before it was removed"
 
@@ -27,9 +27,11 @@ def report(pruner: Standing) -> dict[str, Any]:
         "blocks_total": structure.units,
         "blocks_removed": structure.units - blocks,
         "blocks_regrown": ledger.grown,
+        "units": pruner.config.units,
         "neurons_removed": ledger.neurons,
         "neurons_refused": dict(pruner.tracer.refused),
-        "neurons_ranked_by_blocks": structure.groups.unseen(),
+        "neurons_ranked_by_blocks": structure.groups.unseen() if structure.layers else {},
+        "widths": widths_of_cut_layers(structure.model),
         "blocks_removed_with_neurons": ledger.with_neurons,
         "removed_passed": ledger.passed,
         "removed_forced": ledger.forced,
@@ -37,7 +39,8 @@ def report(pruner: Standing) -> dict[str, Any]:
         "layers": report_layers(structure, pruner.exempt, ledger.size),
         "parameters": {
             "total": ledger.size.total,
-            "prunable": sum(ledger.size.layers[name] for name in structure.layers),
+            "prunable": sum(ledger.size.layers[name] for name in structure.layers)
+            + structure.neurons.weights,
             "other": ledger.size.other,
             "live": pruner.live_parameters,
         },

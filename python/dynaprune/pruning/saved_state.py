@@ -34,6 +34,8 @@ def state_of(pruner: Standing) -> dict[str, Any]:
             **pruner.score.state_dict(),
         },
         "groups": structure.groups.state_dict(),
+        "neurons": structure.neurons.state_dict(),
+        "widths": {name: list(widths) for name, widths in structure.neurons.widths().items()},
         "protection": {
             n: s.protected_until.clone() for n, s in states.items() if s.protected_until is not None
         },
@@ -65,6 +67,12 @@ def check_state(pruner: Standing, state: Mapping[str, Any]) -> None:
     names = pruner.structure.layers
     if set(state["slots"]) != set(names):
         raise ValueError(f"expected the state of layers {sorted(names)}, got {sorted(state['slots'])}")
+    mine, theirs = set(pruner.structure.neurons.makers), set(state.get("widths", {}))
+    if mine != theirs:
+        raise ValueError(
+            f"expected the state of whole neurons of {sorted(mine) or 'no layer'}, got that of "
+            f"{sorted(theirs) or 'none'}: it was saved with other settings (units, include, exclude)"
+        )
     found = state["score"].get("name")
     if found != pruner.score.name:
         raise ValueError(f"expected the state of the score {pruner.score.name!r}, got that of {found!r}")
@@ -93,6 +101,7 @@ def adopt(pruner: Standing, state: Mapping[str, Any]) -> None:
         decided = {"trial_state": state["trial_state"], "events": list(removals["events"])}
         pruner.policy.load_state_dict({**decided, **state.get("policy", {})})
     structure.groups.load_state_dict(state.get("groups", {}))
+    structure.neurons.load_state_dict(state.get("neurons", {}))
     structure.tokens = dict(state["rows"])
     structure.units = int(state["units_total"])
     structure.version, structure.compactions = int(state["structure_version"]), int(state["compactions"])

@@ -15,6 +15,7 @@ from dynaprune.pruning.observe.scores import SCORES, make_score
 from dynaprune_kernels.geometry import check_block
 
 COSTS = ("parameters", "flops")
+BLOCKS, NEURONS, BOTH = UNITS = ("blocks", "neurons", "both")
 LAYER_TYPES = {"linear": nn.Linear, "conv2d": nn.Conv2d, "conv1d": nn.Conv1d}
 
 
@@ -74,15 +75,21 @@ class Regrowth:
 class Scope:
     """Which layers are pruned, in which blocks, and what may leave them.
 
+    With ``units="neurons"`` names and types say whose neurons may go. A layer loses inputs wherever what it
+    reads goes.
+
     Args:
         block_size: outputs and inputs per block, 8 to 128; one number for square blocks.
         types: layer types to prune, of "linear", "conv2d" and "conv1d".
         include, exclude: layer names, parents' names or ``re:`` patterns (see ``dynaprune.nn.swap_layers``).
-        floor: least density that any layer keeps, in [0, 1).
+        floor: least density that any layer keeps, in [0, 1); for whole neurons the least share of its first
+            outputs.
         floors: other floors by layer name.
         neurons: cut dead neurons out of the network, which changes nothing that it computes.
         compact: drop free slots from weights, gradients and optimizer state as the network shrinks.
         families: of your own, beside those that are built in: see ``dynaprune.Family``.
+        units: what goes. "blocks" of block-sparse layers. "neurons": whole neurons, channels and heads of
+            plain layers, which get narrower and stay plain. "both": blocks and whole neurons, by turns.
     """
 
     block_size: int | tuple[int, int] = 32
@@ -94,8 +101,10 @@ class Scope:
     neurons: bool = True
     compact: bool = True
     families: Sequence[Family] = ()
+    units: str = BLOCKS
 
     def __post_init__(self) -> None:
+        one_of("units", self.units, UNITS)
         check_families(self.families)
         check_block(self.block_size)
         fraction("floor", self.floor, zero=True)

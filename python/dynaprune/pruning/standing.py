@@ -79,12 +79,12 @@ class Standing:
 
     def density(self) -> dict[str, float]:
         """Share of each layer's original weights that live."""
-        return {name: state.density for name, state in self.structure.layers.items()}
+        return self.structure.density
 
     @property
     def sparsity(self) -> float:
         """Share of the prunable weights, as they were at attach, that is gone."""
-        return 1 - self.structure.live_weights / self.structure.weights
+        return self.structure.sparsity
 
     @property
     def sparsity_of_model(self) -> float:
@@ -129,10 +129,12 @@ class Standing:
         - ``flops_saving``: share of the prunable layers' multiplications, as they were at first, that is
           saved: weights gone times tokens seen; 0 before the first step.
         """
-        seen = {name: self.structure.tokens.get(name, 0) for name in self.structure.layers}
-        states = self.structure.layers.values()
-        full = sum(state.weights * seen[state.name] for state in states)
-        now = sum(state.live_weights * seen[state.name] for state in states)
+        seen, states = self.structure.tokens, self.structure.layers.values()
+        full = sum(state.weights * seen.get(state.name, 0) for state in states)
+        now = sum(state.live_weights * seen.get(state.name, 0) for state in states)
+        for name, left in self.structure.neurons.left(self.model).items():
+            full += self.structure.neurons.sizes[name] * seen.get(name, 0)
+            now += left * seen.get(name, 0)
         return {
             "density": 1 - self.sparsity,
             "sparsity": self.sparsity,
@@ -149,7 +151,7 @@ def say_what_is_missing(standing: Standing, others: Mapping[str, int]) -> None:
         others: steps that optimizers took which are not watched, by type.
     """
     target, total = standing.config.target_sparsity, standing.config.total_steps
-    if target is None or standing.target_reached:
+    if target is None or standing.target_reached or not standing.structure.weights:
         return
     missing = ""
     if others:

@@ -17,6 +17,8 @@ from dynaprune.pruning.decide.trial import Losses, Trial
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.observe.score import Score
+from dynaprune.pruning.settings import BLOCKS
+from dynaprune.pruning.whole_neurons import whole_neurons
 
 
 def view_of(
@@ -50,6 +52,7 @@ def view_of(
         structure.live_units,
         None if trial is None else losses_without(structure, trial),
         neurons,
+        None if config.units == BLOCKS else whole_neurons(structure, score, trial, tracer, config),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dynaprune.nn import BlockSparseLayer
+from dynaprune.nn.shape import layer_shape, original_widths
 from dynaprune.nn.weight_account import held_weights, why_whole
 from dynaprune.pruning.edit.structure import Structure
 
@@ -50,6 +51,21 @@ def model_size(
     return ModelSize(found, other)
 
 
+def widths_of_cut_layers(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Outputs and inputs, now and before the first cut, of every layer with weights that lost some."""
+    found = {}
+    for name, module in model.named_modules():
+        shape, first = layer_shape(module), original_widths(module)
+        if shape is not None and shape.in_ and first is not None:
+            found[name] = {
+                "outputs": shape.out,
+                "inputs": shape.in_,
+                "outputs_at_first": first[0],
+                "inputs_at_first": first[1],
+            }
+    return found
+
+
 def report_layers(
     structure: Structure, exempt: Mapping[str, str], at_attach: ModelSize
 ) -> dict[str, dict[str, Any]]:
@@ -60,7 +76,8 @@ def report_layers(
     live = {name: state.live_weights for name, state in structure.layers.items()}
     now = model_size(structure.model, structure.modules, exempt, live).layers
     density = {name: state.density for name, state in structure.layers.items()}
-    reasons = {**dict.fromkeys(structure.layers, ""), **exempt}
+    narrower = dict.fromkeys(structure.neurons.sizes, "")
+    reasons = {**dict.fromkeys(structure.layers, ""), **exempt, **narrower}
     trained = {id(p) for o in structure.optimizers for group in o.param_groups for p in group["params"]}
     for held in held_weights(structure.model, reasons):
         if not held.entry:

@@ -56,7 +56,7 @@ class OtherOptimizers:
         if any(optimizer is each for each in watched):
             self._in_a_row = 0
             return
-        values = {id(state.layer.values) for state in self._structure.layers.values()}
+        values = {id(weight) for _, weight in self._structure.trained}
         held = sum(id(p) in values for group in optimizer.param_groups for p in group["params"])
         if not held:
             return

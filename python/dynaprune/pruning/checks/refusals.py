@@ -70,8 +70,11 @@ def _wrapper_reason(module: nn.Module) -> str | None:
     return None
 
 
-def unwrap_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+def unwrap_optimizers(optimizer: Any, *, blocks: bool = True) -> list[torch.optim.Optimizer]:
     """The torch optimizers behind ``optimizer``: one, a list, or wrapped by accelerate or Lightning.
+
+    Args:
+        blocks: whether they are to train blocks; otherwise weights keep their dimensions.
 
     Raises:
         TypeError: something else. ValueError: an optimizer that cannot train blocks, with the reason.
@@ -83,7 +86,7 @@ def unwrap_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     for index, each in enumerate(found):
         if any(each is other for other in found[:index]):
             raise ValueError(f"expected each optimizer once, got the same {type(each).__name__} twice")
-        if reason := _optimizer_reason(each):
+        if reason := _optimizer_reason(each, blocks):
             raise ValueError(f"cannot attach to {type(each).__name__}: {reason}")
     return found
 
@@ -106,12 +109,12 @@ def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return seen
 
 
-def _optimizer_reason(optimizer: torch.optim.Optimizer) -> str | None:
+def _optimizer_reason(optimizer: torch.optim.Optimizer, blocks: bool) -> str | None:
     names = [base.__name__ for base in type(optimizer).__mro__]
     if "LBFGS" in names:
         return "LBFGS keeps a history of flattened parameters that blocks cannot be cut from"
     for name in names:
-        if any(known.lower() in name.lower() for known in _NEED_MATRICES):
+        if blocks and any(known.lower() in name.lower() for known in _NEED_MATRICES):
             return f"{name} needs 2-D weights, and a block-sparse layer trains a list of blocks"
     if isinstance(getattr(optimizer, "base_optimizer", None), torch.optim.Optimizer):
         return "it steps another optimizer: attach to that one, its base_optimizer"

@@ -9,10 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from dynaprune.pruning.decide.neuron_choice import Unit, Width
 from dynaprune.pruning.decide.neuron_order import NeuronFigures
 from dynaprune.pruning.decide.trial import Losses
 from dynaprune.pruning.decide.trials import Trials
-from dynaprune.pruning.edit.edits import Grow, Release
+from dynaprune.pruning.edit.edits import Cut, Grow, Release
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,32 @@ class LayerView:
 
 
 @dataclass(frozen=True, eq=False)
+class WholeNeurons:
+    """Whole neurons as a policy sees them.
+
+    Attributes:
+        units: groups of neurons that may go and were seen at work.
+        widths: of the layers that they belong to.
+        weights, live_weights: weights that belong to neurons that may go, at first and now; in block-sparse
+            layers too, where there are any.
+        losses: ``losses(units)``, per-sample losses while these are silent, ``[]`` for the model as it
+            stands. All calls of one event see the same samples. None where nothing is tested.
+        cannot_go: ``cannot_go(units)``, numbers of those that the model cannot lose: the cut was tried on the
+            example inputs. They are left out of later events.
+        cut: ``cut(units, why)``, the cut of them, each with the reason for which it goes (see ``Release``);
+            None where nothing can go.
+    """
+
+    units: Sequence[Unit]
+    widths: Mapping[str, Width]
+    weights: int
+    live_weights: int
+    losses: Callable[[Sequence[Unit]], Losses] | None
+    cannot_go: Callable[[Sequence[Unit]], set[int]]
+    cut: Callable[[Sequence[Unit], Sequence[str]], Cut | None]
+
+
+@dataclass(frozen=True, eq=False)
 class View:
     """What a policy decides from.
 
@@ -56,6 +83,7 @@ class View:
         losses: ``losses(masks)``, per-sample losses with the blocks of ``masks`` suspended, ``{}`` for the
             model as it stands. All calls of one event see the same samples. None where nothing is tested.
         neurons: what whole neurons are worth; None where the model cannot be traced.
+        whole: whole neurons that may go as units of their own; None where units are blocks only.
     """
 
     step: int
@@ -64,6 +92,7 @@ class View:
     live_units: int
     losses: Callable[[Mapping[str, Tensor]], Losses] | None
     neurons: Callable[[], NeuronFigures | None]
+    whole: WholeNeurons | None = None
 
 
 @runtime_checkable
@@ -86,7 +115,7 @@ class Policy(Protocol):
         """Whether an event comes after this step; steps count from 1."""
 
     @abstractmethod
-    def decide(self, view: View) -> Sequence[Release | Grow]:
+    def decide(self, view: View) -> Sequence[Release | Grow | Cut]:
         """The changes, in the order in which they are carried out. Nothing is changed here."""
 
     def ended(self, step: int) -> bool:

@@ -7,7 +7,7 @@ counted and compared by what they name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -53,15 +53,17 @@ class Grow:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Dead or constant neurons leave the network, with all that makes and reads them.
+    """Dead, constant or silent neurons leave the network, with all that makes and reads them.
 
     Args:
         found: what to cut, with the constants that move into biases.
         example: the inputs that these constants were seen with; copies that follow see their own with them.
+        why: neurons that did something until now, by the reason for which they go (see :class:`Release`).
     """
 
     found: CutReport
     example: ExampleInputs
+    why: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         neurons = ", ".join(f"{count} of {name}" for name, count in self.found.neurons.items())

@@ -182,6 +182,10 @@ class GroupScores:
             for number, (v, c) in enumerate(zip(value.tolist(), count.tolist(), strict=True))
         ]
 
+    def closed(self) -> dict[int, str]:
+        """Numbers of the groups of the map that can never show a sum, with the reason."""
+        return {} if self._watched is None else dict(self._watched.reasons)
+
     def unseen(self) -> dict[str, str]:
         """Why groups show no sum, by the layer that they are named after."""
         if self._watched is None:

@@ -13,6 +13,7 @@ from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.edit.followers import Followers
 from dynaprune.pruning.edit.group_scores import GroupScores
 from dynaprune.pruning.edit.layer_state import LayerState
+from dynaprune.pruning.edit.neuron_units import NeuronUnits
 
 
 @dataclass(eq=False)
@@ -21,7 +22,8 @@ class Structure:
 
     Attributes:
         optimizers: that train it; their state is cut along.
-        layers: the layers that are pruned, by name.
+        layers: the block-sparse layers that are pruned, by name.
+        neurons: whole neurons that may go, where they are units of their own.
         followers: copies of the model that are kept in step.
         groups: figures of whole neurons.
         tokens: tokens (for a convolution output positions) that linear layers and convolutions, block-sparse
@@ -34,21 +36,21 @@ class Structure:
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     layers: dict[str, LayerState]
+    neurons: NeuronUnits = field(default_factory=NeuronUnits)
     followers: Followers = field(default_factory=Followers)
     groups: GroupScores = field(default_factory=GroupScores)
     tokens: dict[str, int] = field(default_factory=dict)
     units: int = field(init=False)
     version: int = 0
     compactions: int = 0
-    _held: dict[torch.optim.Optimizer, list[str]] = field(init=False)
+    _held: dict[torch.optim.Optimizer, frozenset[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.units = sum(state.blocks for state in self.layers.values())
-        self._held = {each: self._held_by(each) for each in self.optimizers}
-
-    def _held_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [name for name, state in self.layers.items() if id(state.layer.values) in held]
+        self._held = {
+            each: frozenset(id(p) for group in each.param_groups for p in group["params"])
+            for each in self.optimizers
+        }
 
     @property
     def modules(self) -> dict[str, BlockSparseLayer]:
@@ -57,34 +59,60 @@ class Structure:
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> list[LayerState]:
         """The layers whose weights the optimizer trains."""
-        return [self.layers[name] for name in self._held[optimizer] if name in self.layers]
+        return [s for s in self.layers.values() if id(s.layer.values) in self._held[optimizer]]
+
+    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer trains weights that are pruned."""
+        return bool(self.trained_by(optimizer))
+
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+        """Those of :attr:`trained` that the optimizer holds."""
+        return [(name, weight) for name, weight in self.trained if id(weight) in self._held[optimizer]]
+
+    @property
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The weights that are pruned, by their name in the model: blocks, and those of whole neurons."""
+        values = [(f"{name}.values", state.layer.values) for name, state in self.layers.items()]
+        return [*values, *((f"{name}.weight", weight) for name, weight in self.neurons.parameters())]
 
     def measure(self) -> None:
         """Bring every layer's number of live weights up to date. Syncs."""
         for state in self.layers.values():
             state.measure()
+        self.neurons.measure(self.model)
 
     @property
     def weights(self) -> int:
         """Prunable weights at attach."""
-        return sum(state.weights for state in self.layers.values())
+        return sum(state.weights for state in self.layers.values()) + self.neurons.weights
 
     @property
     def live_weights(self) -> int:
         """Prunable weights that live, as last measured."""
-        return sum(state.live_weights for state in self.layers.values())
+        return sum(state.live_weights for state in self.layers.values()) + self.neurons.live_weights
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable weights, as they were at attach, that is gone; 0 until they are known."""
+        return 1 - self.live_weights / self.weights if self.weights else 0.0
+
+    @property
+    def density(self) -> dict[str, float]:
+        """Share of each layer's original weights that live."""
+        blocks = {name: state.density for name, state in self.layers.items()}
+        return {**blocks, **self.neurons.density(self.model)}
 
     @property
     def live_units(self) -> int:
         """Live units: the share of weights that live, in blocks of average size, rounded up."""
-        return math.ceil(self.live_weights / self.weights * self.units - 1e-6)
+        return math.ceil(self.live_weights / self.weights * self.units - 1e-6) if self.weights else 0
 
     @property
     def live_parameters(self) -> int:
         """Values that live: of block-sparse weights those of live blocks, of everything else all."""
         swapped = {id(state.layer.values) for state in self.layers.values()}
         rest = sum(p.numel() for p in self.model.parameters() if id(p) not in swapped)
-        return rest + self.live_weights
+        return rest + sum(state.live_weights for state in self.layers.values())
 
     def flops_per_block(self, state: LayerState) -> float:
         """FLOPs of a training step that one block of the layer costs."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.observe.score import Score
@@ -40,6 +41,16 @@ class Observed:
             return "not finite"
         return "all zero" if self.zero_in_a_row >= LASTING else ""
 
+    def note(self, optimizer: torch.optim.Optimizer, *, finite: bool, zero: bool) -> bool:
+        """Count a step, and say whether to show it: its gradients are finite, and it is not skipped."""
+        if getattr(optimizer, "found_inf", None) is None:
+            self.not_finite_in_a_row = 0 if finite else self.not_finite_in_a_row + 1
+            self.zero_in_a_row = self.zero_in_a_row + 1 if zero else 0
+        shown = finite and not is_skipped(optimizer)
+        self.observations += shown
+        self.discarded += not shown
+        return shown
+
 
 def observe(
     layers: Iterable[LayerState], score: Score, optimizer: torch.optim.Optimizer, observed: Observed
@@ -60,17 +71,28 @@ def observe(
     if not seen:
         return False
     finite, zero = _finite_and_zero([saliency for _, saliency in seen])
-    if getattr(optimizer, "found_inf", None) is None:
-        observed.not_finite_in_a_row = 0 if finite else observed.not_finite_in_a_row + 1
-        observed.zero_in_a_row = observed.zero_in_a_row + 1 if zero else 0
-    shown = finite and not is_skipped(optimizer)
+    shown = observed.note(optimizer, finite=finite, zero=zero)
     if shown:
         for state, saliency in seen:
             score.observe(state, saliency)
             state.observations += 1
-        observed.observations += 1
-    else:
-        observed.discarded += 1
+    observed.seconds += time.perf_counter() - started
+    return shown
+
+
+def observe_plain(
+    weights: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, observed: Observed
+) -> bool:
+    """Whether one step's gradients of plain weights are usable: not where any is not finite."""
+    started = time.perf_counter()
+    grads = [weight.grad for _, weight in weights if weight.grad is not None]
+    if not grads:
+        return False
+    wide = [torch.float64 if grad.dtype == torch.float64 else torch.float32 for grad in grads]
+    norms = [torch.linalg.vector_norm(g.detach(), dtype=d) for g, d in zip(grads, wide, strict=True)]
+    total = torch.stack([norm.to(norms[0].device, norms[0].dtype) for norm in norms])
+    finite, zero = torch.stack([torch.isfinite(total).all(), (total == 0).all()]).tolist()
+    shown = observed.note(optimizer, finite=finite, zero=zero)
     observed.seconds += time.perf_counter() - started
     return shown
 
@@ -100,16 +122,18 @@ def _finite_and_zero(saliencies: list[BlockSaliency]) -> tuple[bool, bool]:
     return finite, zero
 
 
-def refuse_without_gradients(layers: Sequence[LayerState], optimizer: torch.optim.Optimizer) -> None:
+def refuse_without_gradients(
+    weights: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> None:
     """Raise RuntimeError where no prunable weight of the optimizer has a gradient at its step."""
-    if layers and all(state.layer.values.grad is None for state in layers):
+    if weights and all(weight.grad is None for _, weight in weights):
         what_to_do = "call backward first, and zero_grad after the step"
-        if not any(state.layer.values.requires_grad for state in layers):
+        if not any(weight.requires_grad for _, weight in weights):
             what_to_do = (
                 "they were frozen after attach (as PEFT freezes what it adds adapters to); call "
                 "pruner.finalize() before that"
             )
         raise RuntimeError(
             f"{type(optimizer).__name__}.step: expected gradients on the prunable weights, got None on all "
-            f"of {', '.join(state.name for state in layers[:4])}: {what_to_do}"
+            f"of {', '.join(name.rpartition('.')[0] for name, _ in weights[:4])}: {what_to_do}"
         )

@@ -11,7 +11,7 @@ import torch
 from dynaprune.neurons.tracer import NeuronTracer
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.structure import Structure
-from dynaprune.pruning.observe.gradients import LASTING, Observed, is_skipped, observe
+from dynaprune.pruning.observe.gradients import LASTING, Observed, is_skipped, observe, observe_plain
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.observe.tokens import TokenCounter, observation_period
 
@@ -52,7 +52,11 @@ class Observer:
         """Before the optimizer's step number ``step``: take in the gradients of its layers."""
         if self.observes(step):
             before = self.observed.trouble
-            shown = observe(layers, self._score, optimizer, self.observed)
+            if layers:
+                shown = observe(layers, self._score, optimizer, self.observed)
+            else:
+                plain = self._structure.trained_by(optimizer)
+                shown = observe_plain(plain, optimizer, self.observed)
             self._see_groups(optimizer, step, shown=shown)
             self._say_trouble(before, step)
 
@@ -109,7 +113,10 @@ class Observer:
             self.stop_counting()
         if self.every == NOT_KNOWN_YET:
             read = structure.groups.read(structure.model).values()
-            self.every = observation_period(structure.layers.values(), structure.tokens, interval, read)
+            plain = structure.neurons.parameters()
+            self.every = observation_period(
+                structure.layers.values(), structure.tokens, interval, read, plain
+            )
 
     def stop_counting(self) -> None:
         """Take the counting hooks off."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynaprune.nn.calibration_mode import calibrating
 from dynaprune.nn.shape import layer_shape
 from dynaprune.pruning.edit.layer_state import LayerState
 
@@ -54,7 +55,9 @@ class _Count:
     width: int
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or calibrating():
+            return
+        if module.training and torch.is_grad_enabled():
             self.tokens[self.name] = self.tokens.get(self.name, 0) + output.numel() // self.width
 
 
@@ -63,6 +66,7 @@ def observation_period(
     tokens: Mapping[str, int],
     interval: int,
     read: Iterable[nn.Parameter] = (),
+    plain: Iterable[tuple[str, nn.Parameter]] = (),
 ) -> int:
     """Least k such that observing every k-th step costs at most 2% of training, by a model of the costs.
 
@@ -73,12 +77,13 @@ def observation_period(
     Args:
         tokens: that each layer sees in a step.
         read: weights whose products with their gradients are summed too (readers of groups of neurons).
+        plain: weights of plain layers that are trained, by the layer's name; their gradients are looked at.
     """
     step = observe = 0.0
-    for state in layers:
-        values = state.layer.values
+    blocks = [(state.name, state.layer.values) for state in layers]
+    for name, values in [*blocks, *plain]:
         flops, bandwidth, call = _MACHINES.get(values.device.type, _MACHINES["cuda"])
-        weights, seen = values.numel(), tokens.get(state.name, 0)
+        weights, seen = values.numel(), tokens.get(name, 0)
         step += 6 * weights * seen / flops + weights * _STEP_BYTES / bandwidth + _STEP_OPS * call
         observe += weights * _OBSERVE_BYTES / bandwidth + _OBSERVE_OPS * call
     for weight in read:

@@ -1,0 +1,41 @@
+"""How far pruning whole neurons can come, and why it cannot come anywhere."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+from dynaprune.pruning.decide.neuron_choice import choose
+from dynaprune.pruning.decide.policy import WholeNeurons
+from dynaprune.pruning.edit.structure import Structure
+
+_NAMED = 4
+
+
+def no_neurons_reason(structure: Structure, reasons: Mapping[str, str]) -> str:
+    """Why nothing can be pruned where whole neurons are all that goes; empty where some can.
+
+    Args:
+        reasons: why the neurons of layers stay.
+    """
+    if structure.layers or structure.weights:
+        return ""
+    told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_NAMED])
+    more = f" and {len(reasons) - _NAMED} more layers" if len(reasons) > _NAMED else ""
+    return f"cannot prune this model, no neuron can go: {told or 'it has no hidden layer'}{more}"
+
+
+def say_what_neurons_keep(whole: WholeNeurons, target: float | None) -> None:
+    """Warn where floors alone put the target out of reach."""
+    if target is None or not whole.units:
+        return
+    going = choose(whole.units, whole.widths, math.inf)
+    most = 1 - (whole.live_weights - going.weights(len(going.units))) / whole.weights
+    if most < target - 1e-9:
+        warnings.warn(
+            f"the target of {target:.1%} is out of reach: each layer keeps an output and its floor, so at "
+            f"most {most:.1%} of the prunable weights can go. Lower the target or the floors",
+            RuntimeWarning,
+            stacklevel=6,
+        )

@@ -1,0 +1,88 @@
+"""The built-in policy for whole neurons: as many as the pace wishes for, what passes the trial first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynaprune.pruning.decide.neuron_choice import Choice, Unit, choose, in_order
+from dynaprune.pruning.decide.pace import PaceWithInterval
+from dynaprune.pruning.decide.policy import Policy, View, WholeNeurons
+from dynaprune.pruning.decide.trial_rules import TrialRules
+from dynaprune.pruning.decide.trials import Trials
+from dynaprune.pruning.edit.edits import FORCED, PASSED, UNTESTED, Cut
+
+_TRIES = 4
+
+
+class GradualNeurons(Policy):
+    """Removes whole neurons until as many weights are gone as the pace wishes for.
+
+    What passes the trial goes; the pace says what goes all the same. Without a trial everything goes
+    untested.
+    """
+
+    def __init__(self, pace: PaceWithInterval, rules: TrialRules, *, allocation: str = "global") -> None:
+        """Decide by these settings; ``allocation`` as for :func:`in_order`."""
+        self.pace, self.trials = pace, Trials(rules)
+        self.interval, self._allocation = pace.interval, allocation
+
+    def due(self, step: int) -> bool:
+        return self.pace.due(step)
+
+    def ended(self, step: int) -> bool:
+        return self.pace.ended(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trials is not None
+        return {"trial_state": self.trials.state.state_dict(), "events": list(self.trials.events)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        assert self.trials is not None
+        self.trials.state.load_state_dict(state["trial_state"])
+        self.trials.events = list(state["events"])
+
+    def decide(self, view: View) -> list[Cut]:
+        whole = view.whole
+        if whole is None:
+            return []
+        wish = self.pace.wish(view.step, whole.weights, whole.live_weights)
+        chosen = self._cuttable(whole, wish)
+        if not chosen.units:
+            return []
+        if whole.losses is None:
+            return _cut(whole, chosen.units, [UNTESTED] * len(chosen.units))
+        return self._tested(view.step, whole, chosen, wish)
+
+    def _cuttable(self, whole: WholeNeurons, wish: int) -> Choice:
+        """What goes, of what can: the cut of all of it was tried on the example inputs."""
+        refused: set[int] = set()
+        chosen = Choice()
+        for _ in range(_TRIES):
+            units = [unit for unit in whole.units if unit.number not in refused]
+            chosen = choose(in_order(units, whole.widths, self._allocation), whole.widths, wish)
+            new = whole.cannot_go(chosen.units)
+            if not new:
+                return chosen
+            refused |= new
+        return choose((unit for unit in chosen.units if unit.number not in refused), whole.widths, wish)
+
+    def _tested(self, step: int, whole: WholeNeurons, chosen: Choice, wish: int) -> list[Cut]:
+        losses, trials, count = whole.losses, self.trials, len(chosen.units)
+        assert losses is not None and trials is not None
+        event = trials.run(step, count, lambda n: losses(chosen.units[:n] if n else []))
+        accepted = event.accepted_size or 0
+        passed = math.floor(chosen.weights(accepted))
+        left = max(0, whole.live_weights - passed)
+        forced = self.pace.forced(step, whole.weights, left, max(0, wish - passed))
+        if not event.usable:
+            forced = 0  # a trial that says nothing is no reason to remove anything
+        going = chosen.reaching(passed + forced) if forced else accepted
+        trials.record(step, count, accepted, going - accepted, event)
+        return _cut(whole, chosen.units[:going], [PASSED] * accepted + [FORCED] * (going - accepted))
+
+
+def _cut(whole: WholeNeurons, units: Sequence[Unit], why: Sequence[str]) -> list[Cut]:
+    cut = whole.cut(units, why) if units else None
+    return [] if cut is None else [cut]

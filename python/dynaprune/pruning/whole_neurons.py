@@ -1,0 +1,150 @@
+"""Whole neurons as a policy sees them: those that may go, what they are worth, and the loss without them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from dynaprune.neurons.cut_plan import CutReport
+from dynaprune.neurons.groups import NeuronGroup, NeuronMap
+from dynaprune.neurons.silence import silenced_outputs, silent_outputs
+from dynaprune.neurons.silent_cut import find_silent_cut
+from dynaprune.neurons.tracer import NeuronTracer
+from dynaprune.nn import BlockSparseLayer
+from dynaprune.nn.calibration_mode import calibration_mode
+from dynaprune.nn.shape import layer_shape, original_widths
+from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.decide.neuron_choice import Unit, Width
+from dynaprune.pruning.decide.policy import WholeNeurons
+from dynaprune.pruning.decide.trial import Losses, Trial
+from dynaprune.pruning.edit.edits import Cut
+from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.observe.score import Score
+
+
+def know_neurons(structure: Structure, tracer: NeuronTracer) -> NeuronMap | None:
+    """Find the neurons that may go, and what they hold; None where the model cannot be traced yet."""
+    neuron_map, model, units = tracer.groups(), structure.model, structure.neurons
+    if neuron_map is None:
+        return None
+    structure.groups.watch(model, neuron_map, structure.optimizers)
+    closed = structure.groups.closed()
+    if not units.known:
+        groups = [g for number, g in enumerate(neuron_map.groups) if number not in closed]
+        groups = [group for group in groups if units.may_go(model, group)]
+        if tracer.example is not None:
+            units.refused.update(find_silent_cut(model, _one_of_each(groups), tracer.example).refused)
+        units.know(model, [group for group in groups if units.may_go(model, group)])
+    unseen = {neuron_map.groups[number].name: reason for number, reason in closed.items()}
+    tracer.refused = {**neuron_map.refused, **unseen, **units.refused}
+    return neuron_map
+
+
+def _one_of_each(groups: Sequence[NeuronGroup]) -> list[NeuronGroup]:
+    """The first group of every layer that has several: what tells whether its neurons can go at all."""
+    by_layer: dict[str, list[NeuronGroup]] = {}
+    for group in groups:
+        by_layer.setdefault(group.name, []).append(group)
+    return [found[0] for found in by_layer.values() if len(found) > 1]
+
+
+def whole_neurons(
+    structure: Structure, score: Score, trial: Trial | None, tracer: NeuronTracer, config: PruningConfig
+) -> WholeNeurons | None:
+    """What a policy may decide of whole neurons; None where the model cannot be traced."""
+    neuron_map, example = know_neurons(structure, tracer), tracer.example
+    if neuron_map is None or example is None:
+        return None
+    groups, model = neuron_map.groups, structure.model
+
+    @cache
+    def tried(numbers: tuple[int, ...]) -> CutReport:
+        return find_silent_cut(model, [groups[number] for number in numbers], example)
+
+    def stay(units: Sequence[Unit]) -> set[int]:
+        return {u.number for u in units if not structure.neurons.may_go(model, groups[u.number])}
+
+    def cannot_go(units: Sequence[Unit]) -> set[int]:
+        refused = tried(tuple(unit.number for unit in units)).refused
+        structure.neurons.refused.update(refused)
+        tracer.refused.update(refused)
+        return stay(units)
+
+    def cut(units: Sequence[Unit], why: Sequence[str]) -> Cut | None:
+        found, kept = tried(tuple(unit.number for unit in units)), stay(units)
+        counts: dict[str, int] = {}
+        for unit, reason in zip(units, why, strict=True):
+            if unit.number not in kept:
+                counts[reason] = counts.get(reason, 0) + unit.neurons
+        return None if found.plan is None else Cut(found, example, counts)
+
+    scores = structure.groups.scores(score)
+    units = [
+        _unit(model, number, group, worth)
+        for number, (group, worth) in enumerate(zip(groups, scores, strict=True))
+        if worth is not None and structure.neurons.may_go(model, group)
+    ]
+    return WholeNeurons(
+        units,
+        _widths(structure, units, config),
+        structure.weights,
+        structure.live_weights,
+        None if trial is None else _losses_without(model, trial, groups),
+        cannot_go,
+        cut,
+    )
+
+
+def _unit(model: nn.Module, number: int, group: NeuronGroup, score: float) -> Unit:
+    sides: dict[str, tuple[int, int]] = {}
+    for member in group.members:
+        shape = layer_shape(model.get_submodule(member.name))
+        if shape is None or not shape.in_:
+            continue
+        outputs, inputs = sides.get(member.name, (0, 0))
+        count = member.index.numel()
+        sides[member.name] = (outputs + count, inputs) if member.outputs else (outputs, inputs + count)
+    return Unit(number, group.name, score, group.neurons.numel(), sides)
+
+
+def _widths(structure: Structure, units: Sequence[Unit], config: PruningConfig) -> dict[str, Width]:
+    found = {}
+    for name in {name for unit in units for name in unit.sides}:
+        layer: Any = structure.model.get_submodule(name)
+        shape = layer_shape(layer)
+        assert shape is not None
+        first, _ = original_widths(layer) or (shape.out, shape.in_)
+        pairs = shape.out * (shape.in_ // shape.groups)
+        held = layer.live_values() if isinstance(layer, BlockSparseLayer) else layer.weight.numel()
+        found[name] = Width(
+            shape.out,
+            shape.in_ // shape.groups,
+            held / pairs,
+            max(structure.tokens.get(name, 1), 1),
+            max(1, math.ceil(config.floor_of(name) * first - 1e-9)),
+        )
+    return found
+
+
+def _losses_without(
+    model: nn.Module, trial: Trial, groups: Sequence[NeuronGroup]
+) -> Callable[[Sequence[Unit]], Losses]:
+    """``losses(units)`` of one event, while these are silent. The first call draws the trial's samples."""
+    drawn = False
+
+    def losses(units: Sequence[Unit]) -> Losses:
+        nonlocal drawn
+        if not drawn:
+            trial.redraw()
+            drawn = True
+        silent = silenced_outputs(model, [groups[unit.number] for unit in units])
+        quiet = nullcontext() if trial.isolates_itself else calibration_mode(model)
+        with silent_outputs(model, silent), quiet:
+            return trial()
+
+    return losses
