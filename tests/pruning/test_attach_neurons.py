@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dynaprune
-from dynaprune import Pruner, PruningConfig
+from dynaprune import BlockSparseLinear, Pruner, PruningConfig
 from dynaprune.pruning.edit.edits import Cut
 from tests.pruning.attached import adam, assert_equal, batch, loss_of, mlp, train
 
@@ -263,11 +263,14 @@ def test_a_copy_that_does_not_follow_is_no_longer_updated_in_silence() -> None:
         train(model, optimizer, STEPS, after=lambda: average.update_parameters(model))
 
 
-def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("units", ["neurons", "both"])
+def test_a_run_resumes_bit_for_bit(units: str, tmp_path: Path) -> None:
+    config = settings(units=units, block_size=8)
+
     def started() -> tuple[Any, torch.optim.Optimizer, Pruner]:
         model = mlp()
         optimizer = adam(model)
-        return model, optimizer, dynaprune.attach(model, optimizer, settings(), trial=trial_of(model, 64))
+        return model, optimizer, dynaprune.attach(model, optimizer, config, trial=trial_of(model, 64))
 
     whole, optimizer, reference = started()
     train(whole, optimizer, STEPS)
@@ -287,6 +290,28 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_equal(list(loaded.parameters()), list(model.parameters()))
     assert [type(layer) for layer in loaded] == [type(layer) for layer in model]
     torch.testing.assert_close(copy.deepcopy(model)(batch(3)[0]), model(batch(3)[0]))
+
+
+def test_blocks_and_neurons_go_by_turns() -> None:
+    model = mlp()
+    optimizer = adam(model)
+    config = settings(units="both", block_size=8, target_sparsity=0.7)
+    pruner = dynaprune.attach(model, optimizer, config, example_inputs=batch(0)[0])
+    train(model, optimizer, 4)
+    layer: Any = model[2]  # whole neurons first: of what is left no block is gone
+    assert pruner.density()["2"] == layer.out_features * layer.in_features / 64**2 < 1
+    assert layer.out_features % 8 == layer.in_features % 8 == 0 and layer.density() == 1
+    blocks = pruner.report()["blocks_removed"]
+    train(model, optimizer, STEPS - 4, start=4)
+    report = pruner.report()
+    assert pruner.target_reached and report["blocks_removed"] > blocks
+    assert [type(layer) for layer in model][::2] == [BlockSparseLinear, BlockSparseLinear, nn.Linear]
+    assert widths(model)[0] == (4, model[2].out_features) < (4, 64)
+    assert report["neurons_removed"] == 128 - model[0].out_features - model[2].out_features > 0
+    expected = model(batch(0)[0])
+    plain = pruner.finalize()
+    torch.testing.assert_close(plain(batch(0)[0]), expected)
+    assert len(widths(plain)) == 3
 
 
 def test_states_that_do_not_belong_together_are_refused() -> None:

@@ -27,11 +27,12 @@ from dynaprune.pruning.prepare import (
     checked,
     find_candidates,
     keep_plain,
+    keep_their_neurons,
     refuse_unknown_floors,
     swap,
 )
 from dynaprune.pruning.pruner import Pruner
-from dynaprune.pruning.settings import NEURONS
+from dynaprune.pruning.settings import BOTH, NEURONS
 
 _FROZEN = "it is frozen"
 _NOT_HELD = "no optimizer given holds its weight"
@@ -170,7 +171,11 @@ def _watch(
         if swapped is not None:
             swapped.to_dense()
     take_off_averaging_(model)
-    pruner = Pruner(prepared, optimizers, layers, exempt, trial)
+    plain: dict[str, Any] = {}
+    if config.units == BOTH:
+        stay = keep_their_neurons(candidates, config)
+        plain = {n: m for n, m in candidates.dense.items() if n not in stay and id(m.weight) in held}
+    pruner = Pruner(prepared, optimizers, layers, exempt, trial, plain)
     say_what_floors_keep(pruner.structure, config)
     untrained = [name for name, reason in exempt.items() if _untrained(model, name, reason)]
     say_what_is_frozen(pruner.structure, config, untrained)

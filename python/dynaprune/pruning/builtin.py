@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 
 from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.decide.by_turns import ByTurns
 from dynaprune.pruning.decide.gradual import Gradual, regrowth_end
 from dynaprune.pruning.decide.gradual_neurons import GradualNeurons
 from dynaprune.pruning.decide.pace import CubicPace, PaceWithInterval, SelfPaced
 from dynaprune.pruning.decide.policy import Policy
 from dynaprune.pruning.decide.trial import Trial
 from dynaprune.pruning.decide.trial_event import minimum_interval
-from dynaprune.pruning.settings import NEURONS, Schedule
+from dynaprune.pruning.settings import BLOCKS, BOTH, Schedule
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
 SELF_PACED_INTERVAL = 50
+NEURONS_OF_BOTH = 0.5
 
 
 def built_in_policy(config: PruningConfig, trial: Trial | None) -> Policy:
-    """Gradual with a target sparsity, self-paced without one."""
-    if config.units == NEURONS:
-        pace = make_pace(config.schedule, config.rungs, None if trial is None else trial.samples)
-        return GradualNeurons(pace, config.trial_rules, allocation=config.allocation)
-    return Gradual(
-        make_pace(config.schedule, config.rungs, None if trial is None else trial.samples),
+    """Gradual with a target sparsity, self-paced without one; of blocks, whole neurons, or both by turns."""
+    pace = make_pace(config.schedule, config.rungs, None if trial is None else trial.samples)
+    blocks = Gradual(
+        pace,
         config.trial_rules,
         allocation=config.allocation,
         per_flop=config.cost == "flops",
@@ -31,11 +31,18 @@ def built_in_policy(config: PruningConfig, trial: Trial | None) -> Policy:
         regrow=config.regrow,
         regrow_until=regrowth_end(config.end, config.total_steps),
     )
+    if config.units == BLOCKS:
+        return blocks
+    share = NEURONS_OF_BOTH if config.units == BOTH else 1.0
+    neurons = GradualNeurons(pace, config.trial_rules, allocation=config.allocation, share=share)
+    return ByTurns(neurons, blocks) if config.units == BOTH else neurons
 
 
 def tries_neurons(config: PruningConfig, trial: Trial | None) -> bool:
-    """Whether the built-in policy puts whole neurons first."""
-    return config.neurons and config.allocation == "global" and trial is not None and config.policy is None
+    """Whether the built-in policy puts whole neurons first, among blocks."""
+    if config.units != BLOCKS or config.policy is not None:
+        return False
+    return config.neurons and config.allocation == "global" and trial is not None
 
 
 def make_pace(schedule: Schedule, rungs: int, samples: int | None) -> PaceWithInterval:

@@ -197,13 +197,18 @@ def keep_plain(
     candidates = find_candidates(model, config)
     exempt = dict(candidates.adapters)
     exempt.update(dict.fromkeys(candidates.sparse, _BLOCKS_STAY))
-    exempt.update({n: why for n, layer in candidates.dense.items() if (why := _stays(n, layer, config))})
+    exempt.update(keep_their_neurons(candidates, config))
     makers = tuple(name for name in candidates.dense if name not in exempt)
     if not makers:
         told = "; ".join(f"{name}: {reason}" for name, reason in exempt.items()) or "no layer of the types"
         raise ValueError(f"expected a layer whose neurons may go, got none: {told}")
     refuse_unknown_floors(config, makers)
     return Prepared(given, model, config, exempt, (), example, True)
+
+
+def keep_their_neurons(candidates: Candidates, config: PruningConfig) -> dict[str, str]:
+    """Plain layers whose neurons may not go, with the reason."""
+    return {name: why for name, layer in candidates.dense.items() if (why := _stays(name, layer, config))}
 
 
 def _stays(name: str, layer: Any, config: PruningConfig) -> str:

@@ -23,10 +23,22 @@ class GradualNeurons(Policy):
     untested.
     """
 
-    def __init__(self, pace: PaceWithInterval, rules: TrialRules, *, allocation: str = "global") -> None:
-        """Decide by these settings; ``allocation`` as for :func:`in_order`."""
+    def __init__(
+        self,
+        pace: PaceWithInterval,
+        rules: TrialRules,
+        *,
+        allocation: str = "global",
+        share: float = 1.0,
+    ) -> None:
+        """Decide by these settings.
+
+        Args:
+            allocation: as for :func:`in_order`.
+            share: of what the pace wishes for; the rest is somebody else's.
+        """
         self.pace, self.trials = pace, Trials(rules)
-        self.interval, self._allocation = pace.interval, allocation
+        self.interval, self._allocation, self._share = pace.interval, allocation, share
 
     def due(self, step: int) -> bool:
         return self.pace.due(step)
@@ -47,7 +59,7 @@ class GradualNeurons(Policy):
         whole = view.whole
         if whole is None:
             return []
-        wish = self.pace.wish(view.step, whole.weights, whole.live_weights)
+        wish = math.ceil(self._share * self.pace.wish(view.step, whole.weights, whole.live_weights))
         chosen = self._cuttable(whole, wish)
         if not chosen.units:
             return []

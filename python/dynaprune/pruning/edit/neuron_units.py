@@ -29,6 +29,7 @@ class NeuronUnits:
         weights: of these, those that belong to a neuron that may go; 0 until the groups are known.
         live_weights: of these, those that are left, as last measured.
         refused: layers whose neurons turned out to stay, with the reason.
+        known: whether it was counted what the neurons hold.
     """
 
     makers: dict[str, nn.Module] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class NeuronUnits:
     weights: int = 0
     live_weights: int = 0
     refused: dict[str, str] = field(default_factory=dict)
+    known: bool = False
 
     def may_go(self, model: nn.Module, group: NeuronGroup) -> bool:
         """Whether all that make ``group`` are layers whose neurons may go, plain or block-sparse."""
@@ -43,11 +45,6 @@ class NeuronUnits:
         return not any(name in self.refused for name in names) and all(
             name in self.makers or isinstance(model.get_submodule(name), BlockSparseLayer) for name in names
         )
-
-    @property
-    def known(self) -> bool:
-        """Whether it was counted what the neurons hold."""
-        return bool(self.sizes)
 
     def know(self, model: nn.Module, groups: Iterable[NeuronGroup]) -> None:
         """Count what ``groups`` hold, the ones that may go, at first."""
@@ -59,6 +56,7 @@ class NeuronUnits:
             stay = (weight.shape[0] - outputs) * (weight.shape[1] - inputs)
             self.sizes[name] = weight.numel()
             self.weights += weight.numel() - stay * math.prod(weight.shape[2:])
+        self.known = True
         self.measure(model)
 
     def measure(self, model: nn.Module) -> None:
@@ -89,13 +87,14 @@ class NeuronUnits:
             "weights": self.weights,
             "live_weights": self.live_weights,
             "refused": dict(self.refused),
+            "known": self.known,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; an empty one starts afresh."""
         self.sizes = {name: int(size) for name, size in state.get("sizes", {}).items()}
         self.weights, self.live_weights = (int(state.get(key, 0)) for key in ("weights", "live_weights"))
-        self.refused = dict(state.get("refused", {}))
+        self.refused, self.known = dict(state.get("refused", {})), bool(state.get("known", False))
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
