@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.block_names import block_named, name_of
 from dynaprune_kernels import _extension, reference
-from dynaprune_kernels.geometry import ConvGeometry, conv_grid
+from dynaprune_kernels.geometry import Block, ConvGeometry, conv_grid
 from dynaprune_kernels.index import column_lists, index_size
 
 
@@ -66,7 +67,7 @@ OPS = ("forward", "dgrad", "wgrad")
 class Sparse(NamedTuple):
     """A layer's random live blocks: `density` is the live share, `dense` the masked weight in float64."""
 
-    block: int
+    block: Block
     density: float
     values: Tensor
     packed: Tensor
@@ -74,8 +75,8 @@ class Sparse(NamedTuple):
     slots: Tensor
 
 
-def make_sparse(layer: Layer, block: int, density: float, dtype: torch.dtype) -> Sparse:
-    rows, columns = conv_grid(layer.outputs, layer.inputs, (block, block), layer.conv)
+def make_sparse(layer: Layer, block: Block, density: float, dtype: torch.dtype) -> Sparse:
+    rows, columns = conv_grid(layer.outputs, layer.inputs, block, layer.conv)
     live = max(1, round(density * rows * columns))
     mask = torch.zeros(rows * columns, dtype=torch.bool)
     mask[torch.randperm(rows * columns)[:live]] = True
@@ -83,19 +84,19 @@ def make_sparse(layer: Layer, block: int, density: float, dtype: torch.dtype) ->
     slots = torch.full((rows, columns), -1, dtype=torch.int32)
     index = torch.zeros(index_size(rows, column_lists(columns, layer.conv), live), dtype=torch.int32)
     reference.layout_update(mask, slots, index, live, layer.conv, release=False)
-    values = torch.randn(live, block, block).to(dtype)
+    values = torch.randn(live, block.inputs, block.outputs).to(dtype)
     dense = reference.dense_weight(values.double(), index, layer.outputs, layer.inputs, layer.conv)
     return Sparse(block, live / (rows * columns), values, index, dense, slots)
 
 
 def sparse_call(layer: Layer, sparse: Sparse, op: str, x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
-    ops, conv, block = torch.ops.dynaprune_cpu, list(layer.conv), sparse.block
+    ops, conv, (bo, bi) = torch.ops.dynaprune_cpu, list(layer.conv), sparse.block
     if op == "forward":
         return lambda: ops.conv2d_forward(x, sparse.values, None, sparse.packed, layer.outputs, conv)
     if op == "dgrad":
         return lambda: ops.conv2d_dgrad(dy, sparse.values, sparse.packed, list(x.shape), conv)
     capacity = sparse.values.shape[0]
-    return lambda: ops.conv2d_wgrad(dy, x, sparse.packed, capacity, block, block, conv)
+    return lambda: ops.conv2d_wgrad(dy, x, sparse.packed, capacity, bi, bo, conv)
 
 
 def dense_call(layer: Layer, op: str, x: Tensor, dy: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -121,12 +122,13 @@ def check(layer: Layer, sparse: Sparse, op: str, x: Tensor, dy: Tensor) -> None:
         order = sparse.slots.flatten()[live].long()
         by_slot = order.argsort()
         exact, scale = (
-            reference.dense_to_blocks(g, (sparse.block, sparse.block), layer.conv)[live][by_slot]
-            for g in (exact, scale)
+            reference.dense_to_blocks(g, sparse.block, layer.conv)[live][by_slot] for g in (exact, scale)
         )
     worst = ((ours - exact).abs() / scale.clamp(min=1e-30)).max().item() / torch.finfo(x.dtype).eps
     if not worst <= 16:
-        raise RuntimeError(f"{layer.name} {op}, block {sparse.block}: wrong by {worst:.1f} eps of |x||W|")
+        raise RuntimeError(
+            f"{layer.name} {op}, block {name_of(sparse.block)}: wrong by {worst:.1f} eps of |x||W|"
+        )
 
 
 def quantile(times: list[float], q: float) -> float:
@@ -140,7 +142,7 @@ def spread(times: list[float]) -> str:
 
 
 def run_layer(
-    layer: Layer, batch: int, blocks: list[int], densities: list[float], dtype: torch.dtype, seconds: float
+    layer: Layer, batch: int, blocks: list[Block], densities: list[float], dtype: torch.dtype, seconds: float
 ) -> None:
     """Prints the times of one layer's three ops; each op is measured for about ``seconds``."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -175,7 +177,7 @@ def run_layer(
         for s, taken in zip(sparse, times[2:], strict=True):
             faster, best = middle / quantile(taken, 0.5), min(dense) / min(taken)
             print(
-                f"{'':21s} block {s.block:3d} density {s.density:4.2f}  {spread(taken)}  "
+                f"{'':21s} block {name_of(s.block):>5s} density {s.density:4.2f}  {spread(taken)}  "
                 f"{faster:5.2f}x dense  {s.density * faster:4.2f} of ideal "
                 f"({s.density * best:4.2f} by best times)",
                 flush=True,
@@ -186,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer layers and densities, shorter")
     parser.add_argument("--layers", default="", help="only layers whose name contains this")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--blocks", type=block_named, nargs="+", default=[Block(16, 16), Block(32, 32)])
     parser.add_argument("--densities", type=float, nargs="+")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -1,10 +1,11 @@
 """Block-sparse linear kernels of the CPU beside the best dense library call, timed in turn in one process.
 
     python -m benchmarks.cpu_linear --quick
-    python -m benchmarks.cpu_linear --shapes 2048x4096x4096 --blocks 32,64 --densities 0.1,0.5 --ops forward
+    python -m benchmarks.cpu_linear --shapes 2048x4096x4096 --blocks 16,32x8 --densities 0.1,0.5 --ops forward
 
-A shape is tokens x inputs x outputs. The dense contestants are ``torch.mm`` (both layouts of the weight),
-``F.linear`` and oneDNN's 1x1 convolution on channels-last memory; the ratio is the fastest of them over ours.
+A shape is tokens x inputs x outputs. A block is outputs x inputs, or the edge of a square one. The dense
+contestants are ``torch.mm`` (both layouts of the weight), ``F.linear`` and oneDNN's 1x1 convolution on
+channels-last memory; the ratio is the fastest of them over ours.
 Every result is compared with float64 before it is timed. Efficiency is density x dense time / our time: 1 is
 a dense kernel that could skip the dead blocks at no cost. With ``--threads 1`` the thread's CPU time is
 counted instead of wall time, which is the way to measure on a machine that others use, too.
@@ -34,6 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dynaprune_kernels._extension as extension
+from benchmarks.block_names import block_named, name_of
+from dynaprune_kernels.geometry import Block
 
 OPS = ("forward", "dgrad", "wgrad")
 SHAPES = "2048x3072x768,2048x4096x4096"
@@ -75,17 +78,17 @@ class Problem:
     """A random block-sparse layer and its dense twin.
 
     Args:
-        tokens, inputs, outputs: sizes; inputs and outputs must be multiples of ``block``.
+        tokens, inputs, outputs: sizes; inputs and outputs must be multiples of ``block`` (outputs, inputs).
         density: expected fraction of live blocks.
     """
 
     def __init__(
-        self, tokens: int, inputs: int, outputs: int, block: int, density: float, dtype: torch.dtype
+        self, tokens: int, inputs: int, outputs: int, block: Block, density: float, dtype: torch.dtype
     ) -> None:
-        if inputs % block or outputs % block:
-            raise ValueError(f"expected sizes divisible by block {block}, got {inputs} x {outputs}")
+        if inputs % block.inputs or outputs % block.outputs:
+            raise ValueError(f"expected sizes divisible by block {name_of(block)}, got {outputs} x {inputs}")
         generator = torch.Generator().manual_seed(0)
-        grid = (outputs // block, inputs // block)
+        grid = (outputs // block.outputs, inputs // block.inputs)
         self.mask = torch.rand(grid, generator=generator) < density
         self.mask[0, 0] = True
         self.block, self.capacity = block, int(self.mask.sum())
@@ -98,7 +101,7 @@ class Problem:
         self.x = torch.randn(tokens, inputs, generator=generator).to(dtype)
         self.dy = torch.randn(tokens, outputs, generator=generator).to(dtype)
         dense = torch.randn(outputs, inputs, generator=generator).to(dtype)
-        self.alive = self.mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        self.alive = self.mask.repeat_interleave(block.outputs, 0).repeat_interleave(block.inputs, 1)
         self.weight = dense * self.alive
         self.values = self.live_blocks(self.weight)
 
@@ -108,8 +111,8 @@ class Problem:
 
     def live_blocks(self, dense: Tensor) -> Tensor:
         """Live blocks of ``[outputs, inputs]`` in slot order, here row-major: ``[capacity, bi, bo]``."""
-        b = self.block
-        blocks = dense.view(self.mask.shape[0], b, self.mask.shape[1], b).permute(0, 2, 3, 1)
+        (bo, bi), (rows, columns) = self.block, self.mask.shape
+        blocks = dense.view(rows, bo, columns, bi).permute(0, 2, 3, 1)
         return blocks[self.mask].contiguous()
 
     def ours(self, op: str) -> Callable[[], Tensor]:
@@ -119,7 +122,8 @@ class Problem:
             return lambda: raw.linear_forward(self.x, self.values, None, self.index, self.weight.shape[0])
         if op == "dgrad":
             return lambda: raw.linear_dgrad(self.dy, self.values, self.index, self.weight.shape[1])
-        return lambda: raw.linear_wgrad(self.dy, self.x, self.index, self.capacity, self.block, self.block)
+        bo, bi = self.block
+        return lambda: raw.linear_wgrad(self.dy, self.x, self.index, self.capacity, bi, bo)
 
     def dense(self, op: str) -> dict[str, Callable[[], Tensor]]:
         """The dense contestants of one op by name."""
@@ -177,7 +181,7 @@ def measure(problem: Problem, op: str, seconds: float) -> dict[str, Any]:
         "op": op,
         "shape": f"{tokens}x{inputs}x{outputs}",
         "dtype": str(problem.x.dtype).removeprefix("torch."),
-        "block": problem.block,
+        "block": name_of(problem.block),
         "density": problem.density,
         "ours_ms": ours.median,
         "ours_ms_20": ours.low,
@@ -196,7 +200,7 @@ def measure(problem: Problem, op: str, seconds: float) -> dict[str, Any]:
 def table_line(line: dict[str, Any]) -> str:
     """One result for the eye."""
     return (
-        "{shape:>15} B{block:<3} d {density:.3f} {op:8}"
+        "{shape:>15} B{block:<5} d {density:.3f} {op:8}"
         "ours {ours_ms:8.3f} ({ours_ms_20:.3f} .. {ours_ms_80:.3f}) {gflops:5.0f} GFLOP/s  "
         "dense {dense_ms:8.3f} ({dense_ms_20:.3f} .. {dense_ms_80:.3f}) {dense_gflops:5.0f} GFLOP/s "
         "{dense:<15}  ratio {ratio:5.2f}  efficiency {efficiency:.2f}"
@@ -234,7 +238,7 @@ def main() -> None:
     for shape in shapes.split(","):
         tokens, inputs, outputs = (int(size) for size in shape.split("x"))
         for density in map(float, densities.split(",")):
-            for block in map(int, arguments.blocks.split(",")):
+            for block in map(block_named, arguments.blocks.split(",")):
                 problem = Problem(tokens, inputs, outputs, block, density, getattr(torch, arguments.dtype))
                 for op in arguments.ops.split(","):
                     line = measure(problem, op, seconds)
