@@ -29,6 +29,14 @@ def test_the_interval_against_a_hand_computation() -> None:
     assert found["low_one_sided"] == pytest.approx(3 - 2.35336 * error, rel=1e-5)
 
 
+def test_the_one_sided_bound_is_on_the_side_of_the_worse() -> None:
+    differences = [1.0, 2.0, 3.0, 6.0]
+    higher = corrected_interval(differences, 20, 80)
+    lower = corrected_interval([-d for d in differences], 20, 80, lower_is_better=True)
+    assert lower["high_one_sided"] == -(higher["low_one_sided"] or 0) and "low_one_sided" not in lower
+    assert corrected_interval([0.5], 1, 4, lower_is_better=True)["high_one_sided"] is None
+
+
 def test_the_interval_is_wider_than_that_of_independent_runs() -> None:
     differences = [0.1, -0.2, 0.3, 0.0, 0.2]
     independent = corrected_interval(differences, 1e-12, 1.0)

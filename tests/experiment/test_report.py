@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynaprune.experiment.report import build_report, ratios
+from dynaprune.experiment.report import build_report, figures_of, ratios
 from dynaprune.experiment.report_text import shown, write_markdown
 from dynaprune.experiment.run_config import RunConfig, resolve
 from dynaprune.experiment.write import write_csv, write_json
@@ -32,7 +32,7 @@ def test_ratios_are_pruned_over_baseline_where_both_have_a_number() -> None:
         "train_seconds": 2,
     }
     pruned |= {"step_seconds_last": 0.3, "step_seconds_dense": 0.6}
-    assert ratios(baseline, pruned) == pytest.approx(
+    assert ratios(baseline, pruned, figures_of("digits")) == pytest.approx(
         {"test_accuracy": 0.75, "flops_total": 0.25, "epochs": 1.5, "step_seconds_last_to_dense": 0.5}
     )
     assert ratios(baseline, None) == {}

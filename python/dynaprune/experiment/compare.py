@@ -73,19 +73,19 @@ def check_unfinished(out: Path, config: RunConfig) -> None:
     check_settings(out, read_json(out / "config.json"), config)
 
 
-def _finished_arm(folder: Path, arm: str, device: str) -> dict[str, Any] | None:
+def _finished_arm(folder: Path, arm: str, config: RunConfig) -> dict[str, Any] | None:
     """The content of ``arm.json`` in ``folder`` if that arm was trained to its end.
 
     ValueError where its files are damaged, or where it was trained on another machine or with other threads
     than this process has: the times of the two arms could not be compared."""
-    found = read_arm(folder, arm)
+    found = read_arm(folder, arm, config.task)
     if found is None:
         return None
     import torch
 
     from dynaprune.experiment.metrics import environment
 
-    here = environment(torch.device(device))
+    here = environment(torch.device(config.device))
     different = [
         f"{key} {found['environment'].get(key)}, now {here[key]}"
         for key in OF_A_MACHINE
@@ -202,7 +202,7 @@ def _compare(
     if continued := config_path.is_file():
         check_settings(out, read_json(config_path), config)
         for arm in ARMS:  # all of them before any is trained
-            kept = _finished_arm(out / arm, arm, config.device)
+            kept = _finished_arm(out / arm, arm, config)
             if kept is not None:
                 arms[arm], environment = kept["result"], kept["environment"]
     write_json(config_path, config.to_json())

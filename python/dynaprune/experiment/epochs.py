@@ -17,6 +17,7 @@ from dynaprune.experiment.progress import EpochProgress
 from dynaprune.experiment.steps import TrainState, evaluate, now
 from dynaprune.experiment.tasks import TaskData
 from dynaprune.experiment.tasks.data import batches_per_epoch, training_batches
+from dynaprune.experiment.tasks.metric import beside_the_loss
 from dynaprune.experiment.write import write_csv
 from dynaprune.nn.to_device import to_device
 from dynaprune.pruning.early_stopping import EarlyStopping
@@ -55,7 +56,8 @@ def train_epochs(
     total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
     measured_version: int | None = None
     begun = now(device)
-    with EpochProgress(arm, config.epochs, total_steps, quiet=quiet) as progress:
+    metric = beside_the_loss(state.task.metrics)
+    with EpochProgress(arm, config.epochs, total_steps, metric, quiet=quiet) as progress:
         for epoch in range(1, config.epochs + 1):
             version_before, loss_sum, seen = network.version(), torch.zeros((), device=device), 0
             for inputs, targets in training_batches(data, config.batch_size, order):

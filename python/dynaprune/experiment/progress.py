@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from dynaprune.experiment.tasks.metric import Metric
+
 __all__ = ["EpochProgress"]
 
 _LINES = 10
@@ -12,10 +14,10 @@ _LINES = 10
 
 class EpochProgress:
     """A context manager that shows steps as a bar (stderr is a terminal) or about ten lines a run (it is
-    not)."""
+    not). ``metric`` stands beside the validation loss."""
 
-    def __init__(self, arm: str, epochs: int, steps: int, *, quiet: bool = False) -> None:
-        self.arm, self.epochs, self.steps = arm, epochs, steps
+    def __init__(self, arm: str, epochs: int, steps: int, metric: Metric, *, quiet: bool = False) -> None:
+        self.arm, self.epochs, self.steps, self.metric = arm, epochs, steps, metric
         self.quiet = quiet
         self._bar: Any = None
         self._task: Any = None
@@ -48,9 +50,10 @@ class EpochProgress:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch is done: ``row`` is its line of ``history.csv``."""
+        form = ".3f" if self.metric.unit == "share" else ".4g"
         note = (
             f"epoch {row['epoch']}/{self.epochs}  validation loss {row['validation_loss']:.4f}, "
-            f"accuracy {row['validation_accuracy']:.3f}"
+            f"{self.metric.label} {row[f'validation_{self.metric.name}']:{form}}"
         )
         if row["sparsity"]:
             note += f"  sparsity {row['sparsity']:.3f} ({row['sparsity_of_model']:.3f} of all parameters)"

@@ -11,13 +11,14 @@ from typing import Any
 from dynaprune.experiment.compare import check_settings, compare
 from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
 from dynaprune.experiment.report import data_of
-from dynaprune.experiment.report_text import on_copy, shown
+from dynaprune.experiment.report_text import difference_kind, on_copy, shown
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.saved_results import read_json, read_report
 from dynaprune.experiment.sole_writer import sole_writer
+from dynaprune.experiment.tasks import get_task
 from dynaprune.experiment.write import write_json, write_text
 
-__all__ = ["corrected_interval", "plan", "repeat", "summarise", "summary_markdown"]
+__all__ = ["corrected_interval", "difference_rows", "plan", "repeat", "summarise", "summary_markdown"]
 
 _PROMISES = (
     ("sparsity", "pruned", "sparsity of the prunable weights", "share", min),
@@ -34,23 +35,29 @@ _PROMISES = (
 
 
 def corrected_interval(
-    differences: list[float], test_rows: float, train_rows: float, level: float = 0.95
+    differences: list[float],
+    test_rows: float,
+    train_rows: float,
+    level: float = 0.95,
+    *,
+    lower_is_better: bool = False,
 ) -> dict[str, float | None]:
     """Mean of paired differences and its corrected-resampled interval (Nadeau and Bengio 2003, section 3).
 
     Runs that share training rows are not independent, so the variance of the mean of J differences with
     sample variance s^2 is taken as ``(1/J + n_test/n_train) s^2``, and Student's t has J - 1 degrees of
     freedom. ``low`` and ``high`` bound the two-sided interval of ``level``; ``low_one_sided`` is the
-    one-sided lower bound of the same level. With a single run the bounds are None. ValueError for no run or
-    no rows."""
+    one-sided lower bound of the same level. Where ``lower_is_better``, ``high_one_sided``, the upper one,
+    takes its place. With a single run the bounds are None. ValueError for no run or no rows."""
     runs = len(differences)
     if runs < 1:
         raise ValueError("expected at least one difference, got none")
     if test_rows <= 0 or train_rows <= 0:
         raise ValueError(f"expected positive row counts, got {test_rows} test and {train_rows} training rows")
     mean = sum(differences) / runs
+    bound = "high_one_sided" if lower_is_better else "low_one_sided"
     if runs == 1:
-        return {"mean": mean, "standard_error": None, "low": None, "high": None, "low_one_sided": None}
+        return {"mean": mean, "standard_error": None, "low": None, "high": None, bound: None}
     from scipy.stats import t
 
     variance = sum((d - mean) ** 2 for d in differences) / (runs - 1)
@@ -61,7 +68,7 @@ def corrected_interval(
         "standard_error": error,
         "low": mean - two_sided * error,
         "high": mean + two_sided * error,
-        "low_one_sided": mean - one_sided * error,
+        bound: mean + one_sided * error if lower_is_better else mean - one_sided * error,
     }
 
 
@@ -99,12 +106,16 @@ def summarise(reports: dict[str, dict[str, Any]], planned: int) -> dict[str, Any
     train_rows = sum(s[0] for s in sizes) / len(sizes)
     test_rows = sum(s[2] for s in sizes) / len(sizes)
     differences: dict[str, Any] = {}
-    for metric in ("test_accuracy", "test_f1"):
-        pairs = [(report["baseline"][metric], report["pruned"][metric]) for report in runs]
-        differences[metric] = {
+    metrics = get_task(runs[0]["task"]).metrics
+    for metric in metrics:
+        pairs = [(report["baseline"][metric.key], report["pruned"][metric.key]) for report in runs]
+        found = corrected_interval(
+            [p - b for b, p in pairs], test_rows, train_rows, lower_is_better=metric.lower_is_better
+        )
+        differences[metric.key] = {
             "baseline_mean": sum(b for b, _ in pairs) / len(pairs),
             "pruned_mean": sum(p for _, p in pairs) / len(pairs),
-            **corrected_interval([p - b for b, p in pairs], test_rows, train_rows),
+            **found,
         }
     promises = {}
     for key, part, label, kind, worst in _PROMISES:
@@ -142,8 +153,7 @@ def summarise(reports: dict[str, dict[str, Any]], planned: int) -> dict[str, Any
         "data": {key: value for key, value in data_of(runs[0]).items() if key in ("copy", "note")},
         "each": {
             name: {
-                "accuracy": [report["baseline"]["test_accuracy"], report["pruned"]["test_accuracy"]],
-                "f1": [report["baseline"]["test_f1"], report["pruned"]["test_f1"]],
+                **{m.name: [report["baseline"][m.key], report["pruned"][m.key]] for m in metrics},
                 "epochs": [report["baseline"]["epochs"], report["pruned"]["epochs"]],
                 "sparsity": report["pruned"]["sparsity"],
                 "target_reached": report["pruned"]["target_reached"],
@@ -154,23 +164,37 @@ def summarise(reports: dict[str, dict[str, Any]], planned: int) -> dict[str, Any
     }
 
 
+def difference_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """``(metric, baseline, pruned, difference, two-sided interval, one-sided bound)`` lines of a summary."""
+    rows = []
+    for metric in get_task(summary["task"]).metrics:
+        found, kind = summary["differences"][metric.key], difference_kind(metric.unit)
+        low, high, bound = (shown(found[k], kind) for k in ("low", "high", metric.one_sided))
+        rows.append(
+            (
+                on_copy(f"test {metric.label}", summary["data"]),
+                shown(found["baseline_mean"], metric.unit),
+                shown(found["pruned_mean"], metric.unit),
+                shown(found["mean"], kind),
+                "-" if found["low"] is None else f"{low} to {high}",
+                bound,
+            )
+        )
+    return rows
+
+
 def summary_markdown(summary: dict[str, Any]) -> str:
     """``summary.md``: differences with their intervals, then each promise with its worst run."""
+    metrics = get_task(summary["task"]).metrics
+    side = "upper" if metrics[0].lower_is_better else "lower"
+    difference = "difference (points)" if metrics[0].unit == "share" else "difference"
     lines = [
         f"# dynaprune compare {summary['task']}: {summary['runs']} of {summary['runs_planned']} runs",
         "",
-        "| | baseline | pruned | difference (points) | 95 % interval, two-sided | one-sided lower bound |",
+        f"| | baseline | pruned | {difference} | 95 % interval, two-sided | one-sided {side} bound |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for metric, label in (("test_accuracy", "test accuracy"), ("test_f1", "test F1")):
-        found, label = summary["differences"][metric], on_copy(label, summary["data"])
-        points = {
-            k: None if found[k] is None else 100 * found[k] for k in ("mean", "low", "high", "low_one_sided")
-        }
-        interval = "-" if points["low"] is None else f"{points['low']:+.2f} to {points['high']:+.2f}"
-        bound = "-" if points["low_one_sided"] is None else f"{points['low_one_sided']:+.2f}"
-        means = f"{shown(found['baseline_mean'], 'share')} | {shown(found['pruned_mean'], 'share')}"
-        lines.append(f"| {label} | {means} | {points['mean']:+.2f} | {interval} | {bound} |")
+    lines += [f"| {' | '.join(row)} |" for row in difference_rows(summary)]
     if note := summary["data"].get("note"):
         lines += ["", f"**{note}**"]
     ratio = summary["test_rows"] / summary["train_rows"]
@@ -180,7 +204,7 @@ def summary_markdown(summary: dict[str, Any]) -> str:
         f"(Nadeau, Bengio 2003): variance factor 1/J + n_test/n_train = 1/{summary['runs']} + {ratio:.3f};",
         "Student's t with J - 1 degrees of freedom; n_train is the part the weights were fitted on (without",
         "the validation part).",
-        "The one-sided lower bound holds with 95 % too.",
+        f"The one-sided {side} bound holds with 95 % too.",
         "",
         "| | mean | least | most | worst | in |",
         "|---|---:|---:|---:|---:|---|",
@@ -244,10 +268,10 @@ def repeat(
 
 
 def _line(number: int, runs: int, name: str, report: dict[str, Any]) -> str:
-    baseline, pruned = report["baseline"], report["pruned"]
+    baseline, pruned, metric = report["baseline"], report["pruned"], get_task(report["task"]).metrics[0]
     return (
         f"{number:>4}/{runs}  {name:<18}"
-        f" accuracy {baseline['test_accuracy']:.4f} -> {pruned['test_accuracy']:.4f}"
+        f" {metric.label} {baseline[metric.key]:.4f} -> {pruned[metric.key]:.4f}"
         f"  sparsity {pruned['sparsity']:.3f} ({pruned['sparsity_of_model']:.3f} of all parameters)"
         f"  step / dense twin {report['ratios'].get('step_seconds_last_to_dense', 0):.2f}"
     )

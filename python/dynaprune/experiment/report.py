@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["METRICS", "OF_A_MACHINE", "PRUNED_METRICS", "REMOVALS", "build_report", "data_of", "ratios"]
+from dynaprune.experiment.tasks import get_task
 
-METRICS = (
-    "test_accuracy",
-    "test_f1",
+__all__ = [
+    "COSTS",
+    "OF_A_MACHINE",
+    "PRUNED_METRICS",
+    "REMOVALS",
+    "build_report",
+    "data_of",
+    "figures_of",
+    "ratios",
+    "scores_of",
+]
+
+COSTS = (
     "train_seconds",
     "epochs",
     "step_seconds_first",
@@ -34,13 +45,25 @@ REMOVALS = (
 PRUNED_METRICS = ("sparsity", "sparsity_of_model", "target_reached", *REMOVALS, "step_seconds_dense")
 
 
-def ratios(baseline: dict[str, Any] | None, pruned: dict[str, Any] | None) -> dict[str, float]:
-    """pruned / baseline for every number of `METRICS` that both have, and ``step_seconds_last_to_dense``."""
+def scores_of(task: str) -> tuple[str, ...]:
+    """Keys of the test scores that both arms of a task have."""
+    return tuple(metric.key for metric in get_task(task).metrics)
+
+
+def figures_of(task: str) -> tuple[str, ...]:
+    """Keys of the figures that both arms of a task have: its test scores, then what they cost."""
+    return (*scores_of(task), *COSTS)
+
+
+def ratios(
+    baseline: dict[str, Any] | None, pruned: dict[str, Any] | None, figures: Sequence[str] = COSTS
+) -> dict[str, float]:
+    """pruned / baseline for every one of ``figures`` that both have, and ``step_seconds_last_to_dense``."""
     if not baseline or not pruned:
         return {}
     found = {
         name: pruned[name] / baseline[name]
-        for name in METRICS
+        for name in figures
         if isinstance(pruned.get(name), (int, float))
         and isinstance(baseline.get(name), (int, float))
         and baseline[name]
@@ -67,7 +90,7 @@ def build_report(
         "environment": environment,
         "baseline": baseline,
         "pruned": pruned,
-        "ratios": ratios(baseline, pruned),
+        "ratios": ratios(baseline, pruned, figures_of(config["task"])),
         "interrupted": any(a is None or a["interrupted"] for a in (baseline, pruned)),
     }
 

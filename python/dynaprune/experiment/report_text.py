@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dynaprune.experiment.report import data_of
+from dynaprune.experiment.tasks.metric import KNOWN
 from dynaprune.experiment.write import write_text
 
-__all__ = ["on_copy", "shown", "table_rows", "what_stays_whole", "write_markdown"]
+__all__ = ["difference_kind", "on_copy", "shown", "table_rows", "what_stays_whole", "write_markdown"]
 
 _LABELS = {
-    "test_accuracy": ("test accuracy", "share"),
-    "test_f1": ("test F1", "share"),
-    "test_wer": ("test word error rate", "share"),
-    "test_cer": ("test character error rate", "share"),
+    **{key: (f"test {metric.label}", metric.unit) for key, metric in KNOWN.items()},
     "train_seconds": ("training time", "seconds"),
     "epochs": ("epochs", "count"),
     "step_seconds_first": ("step time, first 20 steps", "time"),
@@ -52,14 +50,35 @@ def _scaled(value: float, steps: list[tuple[float, str]]) -> str:
     return _three_digits(value)
 
 
+_DIFFERENCES = {"share": "points", "nats": "difference in nats", "number": "difference"}
+
+
+def difference_kind(unit: str) -> str:
+    """The kind, for `shown`, of a difference of two figures of a metric's ``unit``."""
+    return _DIFFERENCES[unit]
+
+
 def shown(value: Any, kind: str) -> str:
-    """``value`` for people: kinds are share, seconds, time, count, bytes, flops, truth."""
+    """``value`` for people.
+
+    Kinds are share, nats, number, seconds, time, count, bytes, flops, truth and ratio, and for differences
+    those of `difference_kind`."""
     if value is None:
         return "-"
     if kind == "truth":
         return "yes" if value else "no"
     if kind == "share":
         return f"{100 * value:.2f} %"
+    if kind == "nats":
+        return f"{value:.4f}"
+    if kind == "number":
+        return f"{value:,.2f}"
+    if kind == "ratio":
+        return f"{value:.3f}"
+    if kind == "points":
+        return f"{100 * value:+.2f}"
+    if kind in _DIFFERENCES.values():
+        return f"{value:+.4f}" if kind == "difference in nats" else f"{value:+.2f}"
     if kind == "seconds":
         return f"{value:.1f} s"
     if kind == "time":
@@ -69,9 +88,6 @@ def shown(value: Any, kind: str) -> str:
     if kind == "flops":
         return _scaled(value, [(1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")])
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
-
-
-_ACCURACIES = ("test_accuracy", "test_f1")
 
 
 def on_copy(label: str, data: dict[str, Any]) -> str:
@@ -89,7 +105,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ratio = report["ratios"].get(name)
         if name == "step_seconds_dense":
             ratio = report["ratios"].get("step_seconds_last_to_dense")
-        if name in _ACCURACIES:
+        if name in KNOWN:
             label = on_copy(label, data_of(report))
         both = [shown(arm[name], kind) if name in arm else "" for arm in (baseline, pruned)]
         rows.append((label, both[0], both[1], f"{ratio:.3f}" if ratio is not None else ""))

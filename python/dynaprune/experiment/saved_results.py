@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from dynaprune.experiment.report import METRICS
+from dynaprune.experiment.report import figures_of, scores_of
 from dynaprune.experiment.tasks import task_names
 from dynaprune.saving.tensor_file import unique_names
 
 __all__ = ["check_report", "is_number", "read_arm", "read_json", "read_report"]
 
-SCORES = ("test_accuracy", "test_f1")
 # Fields of the configuration that tell runs of the same settings apart.
 OF_A_RUN = ("seed", "fold")
 _HISTORY = ("arm", "epoch", "step", "train_loss", "validation_loss", "best")
@@ -46,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_report(path: Path, numbers: Sequence[str] = SCORES) -> dict[str, Any] | None:
+def read_report(path: Path) -> dict[str, Any] | None:
     """The checked report of a comparison that was not cut short; None for one that was."""
     report = read_json(path)
     if type(report.get("interrupted")) is not bool:
@@ -55,7 +54,7 @@ def read_report(path: Path, numbers: Sequence[str] = SCORES) -> dict[str, Any] |
         if not isinstance(report.get("config"), dict):
             raise _wrong(path, "config", "an object", report.get("config"))
         return None
-    check_report(path, report, numbers)
+    check_report(path, report)
     if not isinstance(report.get("ratios"), dict) or not all(map(is_number, report["ratios"].values())):
         raise _wrong(path, "ratios", "an object of numbers", report.get("ratios"))
     if type(report["pruned"].get("target_reached")) is not bool:
@@ -63,9 +62,9 @@ def read_report(path: Path, numbers: Sequence[str] = SCORES) -> dict[str, Any] |
     return report
 
 
-def check_report(path: Path, report: dict[str, Any], numbers: Sequence[str] = SCORES) -> None:
-    """ValueError unless the finished ``report`` of ``path`` has what tables and summaries read; ``numbers``
-    are the figures that both arms must have."""
+def check_report(path: Path, report: dict[str, Any], costs: Sequence[str] = ()) -> None:
+    """ValueError unless the finished ``report`` of ``path`` has what tables and summaries read: both arms
+    must have the task's scores and the figures ``costs``."""
     if report.get("task") not in task_names():
         raise _wrong(path, "task", f"one of {', '.join(task_names())}", report.get("task"))
     for key in ("config", "environment", "baseline", "pruned"):
@@ -77,17 +76,19 @@ def check_report(path: Path, report: dict[str, Any], numbers: Sequence[str] = SC
         if not (type(value) is int or (key == "fold" and value is None)):
             raise _wrong(path, f"config.{key}", "a whole number", value)
     for arm in ("baseline", "pruned"):
-        _check_figures(path, f"{arm}.", report[arm], numbers)
+        _check_figures(path, f"{arm}.", report[arm], (*scores_of(report["task"]), *costs), report["task"])
     if report["baseline"]["data"]["sizes"] != report["pruned"]["data"]["sizes"]:
         sizes = report["pruned"]["data"]["sizes"]
         raise _wrong(path, "pruned.data.sizes", "those of the baseline", sizes)
 
 
-def _check_figures(path: Path, prefix: str, result: dict[str, Any], numbers: Sequence[str]) -> None:
+def _check_figures(
+    path: Path, prefix: str, result: dict[str, Any], numbers: Sequence[str], task: str
+) -> None:
     for key in numbers:
         if not is_number(result.get(key)):
             raise _wrong(path, f"{prefix}{key}", "a number", result.get(key))
-    for key in (*METRICS, "sparsity", "sparsity_of_model", "step_seconds_dense"):
+    for key in (*figures_of(task), "sparsity", "sparsity_of_model", "step_seconds_dense"):
         if result.get(key) is not None and not is_number(result[key]):
             raise _wrong(path, f"{prefix}{key}", "a number or null", result[key])
     data = result.get("data")
@@ -96,8 +97,8 @@ def _check_figures(path: Path, prefix: str, result: dict[str, Any], numbers: Seq
         raise _wrong(path, f"{prefix}data.sizes", "the rows of train, validation and test", sizes)
 
 
-def read_arm(folder: Path, arm: str) -> dict[str, Any] | None:
-    """The checked ``arm.json`` of an arm that was trained to its end, whose history is whole.
+def read_arm(folder: Path, arm: str, task: str) -> dict[str, Any] | None:
+    """The checked ``arm.json`` of an arm of ``task`` that was trained to its end, whose history is whole.
 
     None for an arm that was cut short: ``arm.json`` is the last file that an arm writes."""
     path = folder / "arm.json"
@@ -114,7 +115,8 @@ def read_arm(folder: Path, arm: str) -> dict[str, Any] | None:
         raise _wrong(path, "result.interrupted", "true or false", result.get("interrupted"))
     if result["interrupted"]:
         return None
-    _check_figures(path, "result.", result, [name for name in METRICS if name != "memory_bytes_last"])
+    numbers = [name for name in figures_of(task) if name != "memory_bytes_last"]
+    _check_figures(path, "result.", result, numbers, task)
     if not isinstance(result.get("state"), str):
         raise _wrong(path, "result.state", "text", result.get("state"))
     _check_history(folder / "history.csv", arm, result["epochs"])

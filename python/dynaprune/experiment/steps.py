@@ -135,11 +135,13 @@ def evaluate(
     for inputs, targets in batches(dataset, task.evaluation_batch or _EVALUATION_BATCH, collate=collate):
         outputs = task.forward(model, to_device(inputs, device))
         losses.append(task.losses(outputs, targets.to(device)).double())
-        predictions = task.predict(outputs)
-        truth += targets.tolist()
-        guess += predictions.tolist() if isinstance(predictions, torch.Tensor) else predictions
+        if task.score_of_loss is None:
+            predictions = task.predict(outputs)
+            truth += targets.tolist()
+            guess += predictions.tolist() if isinstance(predictions, torch.Tensor) else predictions
     model.train(training)
-    return float(torch.cat(losses).mean()), task.score(truth, guess)
+    loss = float(torch.cat(losses).mean())
+    return loss, task.score(truth, guess) if task.score_of_loss is None else task.score_of_loss(loss)
 
 
 def full_batches(

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from dynaprune.experiment.report_text import difference_kind
 from dynaprune.experiment.saved_results import is_number
 from dynaprune.experiment.task_results import Figure, TaskResults
 
@@ -80,7 +81,8 @@ def table_markdown(results: Sequence[TaskResults]) -> str:
             found[label, of].text if (label, of) in found else "-"
             for found in (figures[e.task] for e in results)
         ]
-        name = f"{label}, {of}" + (" in points" if of == "difference" else "")
+        kind = next(found[label, of].kind for found in figures.values() if (label, of) in found)
+        name = f"{label}, {of}" + (" in points" if kind == "points" else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_notes(results), ""])
 
@@ -98,7 +100,7 @@ def table_csv(results: Sequence[TaskResults]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["task", "figure", "of", "unit", "runs", "mean", "low", "high"])
-    units = {"time": "seconds", "points": "share"}
+    units = {"time": "seconds", **{difference_kind(unit): unit for unit in ("share", "nats", "number")}}
     for each in results:
         for figure in each.figures():
             bounds = [

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dynaprune.experiment.repeat import corrected_interval
-from dynaprune.experiment.report import OF_A_MACHINE, ratios
-from dynaprune.experiment.report_text import shown
-from dynaprune.experiment.saved_results import OF_A_RUN, SCORES, check_report, is_number, read_json
+from dynaprune.experiment.report import OF_A_MACHINE, ratios, scores_of
+from dynaprune.experiment.report_text import difference_kind, shown
+from dynaprune.experiment.saved_results import OF_A_RUN, check_report, is_number, read_json
+from dynaprune.experiment.tasks.metric import KNOWN, Metric
 
 __all__ = ["Figure", "Run", "TaskResults", "read_results"]
 
@@ -30,12 +31,6 @@ _FIGURES = (
     ("sparsity", "sparsity of the prunable weights", "share", None),
     ("sparsity_of_model", "sparsity of all parameters", "share", None),
 )
-_SCORE_LABELS = {
-    "test_accuracy": "test accuracy",
-    "test_f1": "test F1",
-    "test_wer": "test word error rate",
-    "test_cer": "test character error rate",
-}
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Figure:
     """One line of the table for one task: ``interval`` is that of `corrected_interval`.
 
     ``of`` is baseline, pruned, difference (pruned - baseline), ratio (pruned / baseline) or dense twin;
-    ``kind`` one of the kinds of `report.shown`, or "points" (a difference of shares) or "ratio"."""
+    ``kind`` one of the kinds of `report_text.shown`."""
 
     label: str
     of: str
@@ -88,8 +83,8 @@ class TaskResults:
         """Every figure that all runs of the task have."""
         found: list[Figure] = []
         for key in self._scores():
-            label = _SCORE_LABELS.get(key, key.replace("_", " "))
-            self._add(found, label, "share", key, "difference")
+            metric = KNOWN.get(key) or Metric(key, key.removeprefix("test_").replace("_", " "))
+            self._add(found, f"test {metric.label}", metric.unit, key, "difference")
         for key, label, kind, compared in _FIGURES:
             self._add(found, label, kind, key, compared)
             if key == "step_seconds_last":
@@ -104,16 +99,17 @@ class TaskResults:
         return found
 
     def _scores(self) -> list[str]:
-        """The test scores of both arms, accuracy and F1 first; the loss is no score."""
+        """The test scores of both arms, those of every run of the task first; the loss is no score."""
         keys = {key for key in self.runs[0].report["baseline"] if _SCORE.fullmatch(key)}
-        return [*SCORES, *sorted(keys - {*SCORES, "test_loss"})]
+        always = scores_of(self.task)
+        return [*always, *sorted(keys - {*always, "test_loss"})]
 
     def _add(self, found: list[Figure], label: str, kind: str, key: str, compared: str | None) -> None:
         if compared is not None:
             self._one(found, label, "baseline", kind, lambda r: r["baseline"].get(key))
         self._one(found, label, "pruned", kind, lambda r: r["pruned"].get(key))
         if compared == "difference":
-            self._one(found, label, "difference", "points", lambda r: _difference(r, key))
+            self._one(found, label, "difference", difference_kind(kind), lambda r: _difference(r, key))
         elif compared == "ratio":
             self._one(found, label, "ratio", "ratio", lambda r: ratios(r["baseline"], r["pruned"]).get(key))
 
@@ -133,10 +129,6 @@ def _difference(report: dict[str, Any], key: str) -> float | None:
 
 def _number(value: float | None, kind: str) -> str:
     assert value is not None
-    if kind == "points":
-        return f"{100 * value:+.2f}"
-    if kind == "ratio":
-        return f"{value:.3f}"
     return shown(round(value) if kind == "count" else value, kind)
 
 
@@ -211,7 +203,7 @@ def read_results(folders: Sequence[Path]) -> list[TaskResults]:
     for folder in folders:
         for path in _runs_of(Path(folder)):
             report = read_json(path / "report.json")
-            check_report(path / "report.json", report, (*SCORES, "train_seconds", "parameters_active"))
+            check_report(path / "report.json", report, ("train_seconds", "parameters_active"))
             run = Run(path, report)
             runs = found.setdefault(report["task"], {})
             if runs:

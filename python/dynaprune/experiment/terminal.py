@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dynaprune.experiment.report_text import on_copy, shown, table_rows
+from dynaprune.experiment.repeat import difference_rows
+from dynaprune.experiment.report_text import table_rows
 
 __all__ = ["print_report", "print_summary"]
 
@@ -44,12 +45,8 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
     )
     for name in ("", "baseline", "pruned", "difference", "95 % interval"):
         table.add_column(name, justify="right" if name else "left")
-    for metric, label in (("test_accuracy", "test accuracy"), ("test_f1", "test F1")):
-        found = summary["differences"][metric]
-        interval = "-" if found["low"] is None else f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}"
-        means = [shown(found[k], "share") for k in ("baseline_mean", "pruned_mean")]
-        label = on_copy(label, summary["data"])
-        table.add_row(label, *means, f"{100 * found['mean']:+.2f}", interval)
+    for *row, _ in difference_rows(summary):
+        table.add_row(*row)
     console.print(table)
     promises = Table()
     for name in ("", "mean", "least", "most", "worst in"):

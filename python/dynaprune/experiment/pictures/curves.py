@@ -1,4 +1,4 @@
-"""``curves.png``: loss, accuracy, cost and size of both arms over the epochs."""
+"""``curves.png``: loss, quality, cost and size of both arms over the epochs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from dynaprune.experiment.pictures.style import ACCENT, COLOURS, PAPER, heading
 from dynaprune.experiment.report import data_of
+from dynaprune.experiment.tasks import get_task
+from dynaprune.experiment.tasks.metric import Metric, beside_the_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,11 +70,13 @@ def _lines(
 
 
 def draw_curves(rows: list[dict[str, str]], report: dict[str, Any]) -> Figure:
-    """Loss, accuracy, cost and size over the epochs, both arms; ``rows`` are those of ``history.csv``."""
+    """Loss, quality, cost and size over the epochs, both arms; ``rows`` are those of ``history.csv``."""
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 6.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.18, h_pad=0.14)  # type: ignore[union-attr, call-arg]
     _lines(panels[0, 0], rows, "validation_loss", "validation loss", floor=True)
-    _lines(panels[0, 1], rows, "validation_accuracy", "validation accuracy (%)", 100)
+    metric = beside_the_loss(get_task(report["task"]).metrics)
+    scale, unit = (100, " (%)") if metric.unit == "share" else (1, "")
+    _lines(panels[0, 1], rows, f"validation_{metric.name}", f"validation {metric.label}{unit}", scale)
     _lines(panels[1, 0], rows, "flops_per_step", "MFLOP per training step", 1e-6, floor=True)
     _lines(panels[1, 1], rows, "parameters_active", "live parameters (thousands)", 1e-3, floor=True)
     reached = _first_at_target(rows, report)
@@ -102,18 +106,23 @@ def _first_at_target(rows: list[dict[str, str]], report: dict[str, Any]) -> floa
     return there[0] if there else None
 
 
+def _brief(metric: Metric, arm: dict[str, Any]) -> str:
+    value = arm[metric.key]
+    return f"{100 * value:.1f} %" if metric.unit == "share" else f"{value:.3f}"
+
+
 def _verdict(report: dict[str, Any]) -> str:
-    baseline, pruned = report["baseline"], report["pruned"]
+    baseline, pruned, metric = report["baseline"], report["pruned"], get_task(report["task"]).metrics[0]
     parts = []
     if copy := data_of(report).get("copy"):
         parts.append(copy)
     if baseline:
-        parts.append(f"test accuracy {100 * baseline['test_accuracy']:.1f} % dense")
+        parts.append(f"test {metric.label} {_brief(metric, baseline)} dense")
     if pruned:
         sizes = f"{100 * pruned['sparsity']:.0f} % sparsity"
         if "sparsity_of_model" in pruned:
             sizes += f" ({100 * pruned['sparsity_of_model']:.0f} % of all parameters)"
-        parts.append(f"{100 * pruned['test_accuracy']:.1f} % pruned at {sizes}")
+        parts.append(f"{_brief(metric, pruned)} pruned at {sizes}")
     flops = report["ratios"].get("flops_per_step_last")
     if flops is not None:
         parts.append(f"last step at {100 * flops:.0f} % of the FLOPs")

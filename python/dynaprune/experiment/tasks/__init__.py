@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dynaprune.experiment.tasks.metric import ACCURACY, F1, Metric
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -97,9 +99,10 @@ class Task:
     weights depend on torch's global seed only (not on ``dropout``); ``forward(model, inputs)`` its outputs,
     one row per sample; ``losses(outputs, targets)`` one loss per sample ``[n]``.
 
-    ``predict(outputs)`` turns outputs into one prediction per sample (a tensor ``[n]`` or a list);
-    ``score(truth, predictions)`` turns those of an evaluation, as lists, into the metrics: "accuracy" and
-    "f1", both 0..1, and whatever else the task reports.
+    ``metrics`` are those that every evaluation has, the one that decides first. ``predict(outputs)`` turns
+    outputs into one prediction per sample (a tensor ``[n]`` or a list); ``score(truth, predictions)`` turns
+    those of an evaluation, as lists, into the metrics by name, and whatever else the task reports.
+    ``score_of_loss(loss)`` takes the place of both where the metrics follow from the mean loss.
 
     ``defaults`` are the settings of `RunConfig` in which the task differs from the experiment, ``presets``
     named settings that take their place. ``self_paced`` takes the place of ``defaults["pruning"]`` where
@@ -117,6 +120,7 @@ class Task:
     score: Callable[[Sequence[Any], Sequence[Any]], dict[str, float]] = field(
         default_factory=lambda: accuracy_and_f1("macro")
     )
+    metrics: tuple[Metric, ...] = (ACCURACY, F1)
     defaults: dict[str, Any] = field(default_factory=dict)
     self_paced: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +130,7 @@ class Task:
     forward: Callable[[nn.Module, Any], Any] = _call_model
     losses: Callable[[Any, torch.Tensor], torch.Tensor] = _cross_entropy_per_sample
     predict: Callable[[Any], Any] = _likeliest_class
+    score_of_loss: Callable[[float], dict[str, float]] | None = None
     pretrain: Callable[[nn.Module, TaskData, Any, torch.device], dict[str, Any]] | None = None
 
 
