@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -84,8 +84,9 @@ def whole_neurons(
         return None if found.plan is None else Cut(found, example, counts)
 
     scores = structure.groups.scores(score)
+    weighty = {name for name, (_, inputs) in neuron_map.widths.items() if inputs}
     units = [
-        _unit(model, number, group, worth)
+        _unit(weighty, number, group, worth)
         for number, (group, worth) in enumerate(zip(groups, scores, strict=True))
         if worth is not None and structure.neurons.may_go(model, group)
     ]
@@ -100,11 +101,11 @@ def whole_neurons(
     )
 
 
-def _unit(model: nn.Module, number: int, group: NeuronGroup, score: float) -> Unit:
+def _unit(weighty: Container[str], number: int, group: NeuronGroup, score: float) -> Unit:
+    """The unit that a group is; ``weighty`` are the layers that hold more than a vector."""
     sides: dict[str, tuple[int, int]] = {}
     for member in group.members:
-        shape = layer_shape(model.get_submodule(member.name))
-        if shape is None or not shape.in_:
+        if member.name not in weighty:
             continue
         outputs, inputs = sides.get(member.name, (0, 0))
         count = member.index.numel()

@@ -102,10 +102,11 @@ class GroupScores:
         }
         members: dict[str, list[tuple[int, Tensor]]] = {}
         reasons: dict[int, str] = {}
+        names = {member.name for group in groups for member in group.readers}
+        unreadable = {n: _cannot_see(n, _weight(model.get_submodule(n)), holder) for n in names}
         for number, group in enumerate(groups):
             for member in group.readers:
-                weight = _weight(model.get_submodule(member.name))
-                if reason := _cannot_see(member.name, weight, holder):
+                if reason := unreadable[member.name]:
                     reasons.setdefault(number, reason)
                 members.setdefault(member.name, []).append((number, member.index))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
