@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynaprune.nn.block_sparse import BlockSparseLayer
 from dynaprune.nn.conv import BlockSparseConv1d, BlockSparseConv2d
 from dynaprune.nn.linear import BlockSparseLinear
+from dynaprune_kernels import BlockLayout
 
 ORIGINAL_KEYS = ("original_out", "original_in")
 _SPARSE = (BlockSparseLinear, BlockSparseConv2d, BlockSparseConv1d)
@@ -102,11 +103,28 @@ def note_original_widths_(module: Any, widths: tuple[int, int] | None) -> None:
 
 def block_weights(layer: BlockSparseLayer) -> Tensor:
     """Number of weights that each block holds inside the dense weight: float64 ``[rows, columns]``."""
-    layout = layer.layout
+    return layout_weights(layer.layout)
+
+
+def layout_weights(layout: BlockLayout) -> Tensor:
+    """:func:`block_weights` of a layout."""
     device = layout.mask.device
+    return _row_heights(layout, device).unsqueeze(1) * _column_widths(layout, device)
+
+
+def live_fan_in(layout: BlockLayout) -> Tensor:
+    """Live weights of each output of a block row: float64 ``[rows]``."""
+    return (_column_widths(layout, layout.mask.device) * layout.mask).sum(1)
+
+
+def _row_heights(layout: BlockLayout, device: torch.device) -> Tensor:
     rows = torch.full((layout.rows,), layout.block.outputs, dtype=torch.float64, device=device)
     rows[-1] = layout.out_features - (layout.rows - 1) * layout.block.outputs
+    return rows
+
+
+def _column_widths(layout: BlockLayout, device: torch.device) -> Tensor:
     inputs, channel_blocks = layout.in_features // layout.groups, layout.columns // layout.taps
     columns = torch.full((channel_blocks,), layout.block.inputs, dtype=torch.float64, device=device)
     columns[-1] = inputs - (channel_blocks - 1) * layout.block.inputs
-    return rows.unsqueeze(1) * columns.repeat(layout.taps)
+    return columns.repeat(layout.taps)

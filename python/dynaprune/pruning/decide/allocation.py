@@ -87,7 +87,7 @@ def select(
     else:
         assert original is not None
         weights = [_weight(original[name], allocation) for name in scores]
-        quota = _quotas(flat.live_counts, removable, weights, count)
+        quota = quotas(flat.live_counts, removable, weights, count)
     return Selection(
         flat.order(values, quota, count, by_rank=allocation != "global"), flat.shapes, flat.devices
     )
@@ -180,7 +180,7 @@ def _weight(shape: tuple[int, ...], allocation: str) -> float:
     return float(math.prod(shape) if allocation == "uniform" else sum(shape))
 
 
-def _quotas(live: list[int], removable: list[int], weights: list[float], count: int) -> list[int]:
+def quotas(live: list[int], removable: list[int], weights: list[float], count: int) -> list[int]:
     """How many units each layer loses so that what stays is proportional to ``weights``, ``count`` in all.
 
     A layer cannot hold more than lives now, which is the clipping of ERK at density 1, nor less than its
@@ -198,12 +198,12 @@ def _quotas(live: list[int], removable: list[int], weights: list[float], count: 
         middle = (low + high) / 2
         low, high = (middle, high) if sum(losses(middle)) > count else (low, middle)
     exact = losses(high)
-    quotas = [math.floor(loss) for loss in exact]
-    by_remainder = sorted(range(len(live)), key=lambda i: (quotas[i] - exact[i], i))
-    while (missing := count - sum(quotas)) > 0:
-        for i in [i for i in by_remainder if quotas[i] < removable[i]][:missing]:
-            quotas[i] += 1
-    return quotas
+    found = [math.floor(loss) for loss in exact]
+    by_remainder = sorted(range(len(live)), key=lambda i: (found[i] - exact[i], i))
+    while (missing := count - sum(found)) > 0:
+        for i in [i for i in by_remainder if found[i] < removable[i]][:missing]:
+            found[i] += 1
+    return found
 
 
 def _check(
