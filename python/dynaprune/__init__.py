@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynaprune.pruning.prepare import Prepared, prepare
     from dynaprune.pruning.pruner import Pruner
     from dynaprune.pruning.recalibration import recalibrate_batch_norm
-    from dynaprune.pruning.settings import Ranking, Regrowth, Schedule, Scope
+    from dynaprune.pruning.settings import Ranking, Regrowth, Schedule, Scope, SparseStart
     from dynaprune.saving.checkpoint import load, save
 
 _HOMES = {
@@ -44,6 +44,7 @@ _HOMES = {
     "Schedule": "dynaprune.pruning.settings",
     "Scope": "dynaprune.pruning.settings",
     "Score": "dynaprune.pruning.observe.score",
+    "SparseStart": "dynaprune.pruning.settings",
     "Trial": "dynaprune.pruning.decide.trial",
     "TrialRules": "dynaprune.pruning.decide.trial_rules",
     "View": "dynaprune.pruning.decide.policy",
@@ -76,6 +77,7 @@ __all__ = [
     "Schedule",
     "Scope",
     "Score",
+    "SparseStart",
     "Trial",
     "TrialRules",
     "View",

@@ -71,7 +71,8 @@ def test_the_keys_of_the_json_stay() -> None:
         "target_sparsity", "block_size", "total_steps", "start", "end", "interval", "score", "score_decay",
         "allocation", "cost", "floor", "floors", "threshold", "tolerance", "absolute_tolerance", "allowance",
         "classes", "rungs", "self_paced_share", "regrow", "neurons", "types", "include", "exclude",
-        "observe_every", "batch_size", "compact", "seed", "units",
+        "observe_every", "batch_size", "compact", "seed", "units", "initial_sparsity", "initial_allocation",
+        "mask_pretrained",
     ]  # fmt: skip
 
 

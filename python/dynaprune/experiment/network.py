@@ -14,7 +14,7 @@ from torch import nn
 from dynaprune.experiment.counted_trial import CountedTrial
 from dynaprune.experiment.mask_record import MaskRecord
 from dynaprune.experiment.metrics import median_seconds
-from dynaprune.experiment.report import REMOVALS
+from dynaprune.experiment.report import NEVER_PRESENT, REMOVALS
 from dynaprune.experiment.steps import TrainState, time_in_turn
 from dynaprune.experiment.tasks import TaskData
 from dynaprune.experiment.tasks.data import batches, batches_per_epoch, training_batches
@@ -198,6 +198,7 @@ class PrunedNetwork(DenseNetwork):
             "sparsity_of_model": self.sparsity_of_model(),
             "target_reached": self.target_reached(),
             **{name: said[name] for name in REMOVALS},
+            **{name: said[name] for name in (NEVER_PRESENT,) if said[name]},
             "density_by_layer": self.pruner.density(),
         }
 

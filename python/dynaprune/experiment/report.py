@@ -9,6 +9,7 @@ from dynaprune.experiment.tasks import get_task
 
 __all__ = [
     "COSTS",
+    "NEVER_PRESENT",
     "OF_A_MACHINE",
     "PRUNED_METRICS",
     "REMOVALS",
@@ -33,6 +34,8 @@ COSTS = (
     "flops_per_step_last",
     "flops_total",
 )
+# Blocks that a sparse start left out; only where there was one.
+NEVER_PRESENT = "blocks_never_present"
 # What went, and why it was allowed to.
 REMOVALS = (
     "neurons_removed",

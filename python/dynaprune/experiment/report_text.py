@@ -29,6 +29,7 @@ _LABELS = {
     "sparsity": ("sparsity of the prunable weights", "share"),
     "sparsity_of_model": ("sparsity of all parameters", "share"),
     "target_reached": ("target reached", "truth"),
+    "blocks_never_present": ("blocks that training began without", "count"),
     "blocks_removed": ("blocks removed", "count"),
     "neurons_removed": ("neurons removed", "count"),
     "removed_passed": ("units removed after passing a trial", "count"),

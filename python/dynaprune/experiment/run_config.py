@@ -83,6 +83,9 @@ class RunConfig:
     weight_decay: Annotated[float, Option("L2, or AdamW's decay", literal=True)] = 1e-4
     dropout: Annotated[float, Option("the baseline's dropout", literal=True)] = 0.5
     calibration_samples: Annotated[int, Option("training samples per trial evaluation")] = 1024
+    initial_sparsity: Annotated[
+        float | None, Option("share of weights that the pruned arm leaves out from the first step, 0..1")
+    ] = None
     pruning: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -103,8 +106,12 @@ class RunConfig:
             batch_size=self.batch_size,
             classes=classes,
             seed=self.model_seed,
-            **{"neurons": True, **self.pruning},
+            **{"neurons": True, **self.pruning, **self._sparse_start()},
         )
+
+    def _sparse_start(self) -> dict[str, Any]:
+        given = {"initial_sparsity": self.initial_sparsity}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def model_seed(self) -> int:

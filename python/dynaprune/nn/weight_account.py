@@ -63,11 +63,16 @@ def _entry(owner: str, local: str, layer: nn.Module, parameter: Tensor, known: b
     known = known or isinstance(layer, BlockSparseLayer)
     own_weight = (known or type(layer).__module__.startswith("torch.")) and local.startswith("weight")
     vector = parameter.numel() == max(parameter.shape, default=1) and not own_weight
-    if parameter.dim() < 2 or vector or local == "bias" or _NORM.search(type(layer).__name__):
+    if parameter.dim() < 2 or vector or local == "bias" or is_norm(layer):
         return ""
     if owner and (known or local == "weight"):
         return owner
     return f"{owner}.{local}".lstrip(".")
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether the module is a norm, of torch or of another package: its type's name says so."""
+    return _NORM.search(type(layer).__name__) is not None
 
 
 def kind(layer: nn.Module) -> str:

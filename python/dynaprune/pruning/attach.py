@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,9 +49,9 @@ def attach(
     """Make ``model`` get smaller while ``optimizer`` trains it; the training loop stays as it is.
 
     Dense layers become block-sparse ones in place; their Parameters stay the same objects, and what the
-    optimizer already knows of them moves along, so this may happen before training or in the middle of it.
-    With ``units="neurons"`` they stay plain, and get narrower. A model that has block-sparse layers already
-    (loaded, or detached) goes on with those.
+    optimizer already knows of them moves along, so this may happen before training or (without an
+    ``initial_sparsity``) in the middle of it. With ``units="neurons"`` they stay plain, and get narrower. A
+    model that has block-sparse layers already (loaded, or detached) goes on with those.
 
     Args:
         model: on its device, with its weights; not wrapped for distributed training. In a process group of
@@ -86,11 +86,10 @@ def attach(
         held = _held(candidates, optimizers, config)
         foreign = [n for n, p in candidates.weights if n in candidates.dense and id(p) not in held]
         states = {n: list(sliced_state(optimizers, m.weight)) for n, m in candidates.dense.items()}
+        if config.initial_sparsity and not config.mask_pretrained:
+            _refuse_trained_state(states)
         prepared = swap(model, inner, config, example, candidates, dict.fromkeys(foreign, _NOT_HELD))
-        for name in prepared.swapped:
-            layer: Any = inner.get_submodule(name)
-            for state, key, tensor in states[name]:
-                state[key] = layer.to_slots(tensor)
+        _move_state(prepared, states)
         return _watch(prepared, find_candidates(inner, config), optimizers, tested, held)
     except BaseException:
         before.restore()
@@ -166,6 +165,11 @@ def _watch(
         told = "; ".join(f"{name}: {exempt[name]}" for name in candidates.sparse)
         raise ValueError(f"expected a block-sparse layer that can be pruned on, got none: {told}")
     refuse_unknown_floors(config, tuple(layers))
+    for name in set(prepared.left_out) - set(layers):
+        raise ValueError(
+            f"cannot attach: {name} begins without some of its blocks, and {exempt[name]}. Exclude it "
+            "(PruningConfig(exclude=[...])) before prepare"
+        )
     for name in set(prepared.swapped) - set(layers):
         swapped = candidates.sparse.get(name)
         if swapped is not None:
@@ -180,6 +184,24 @@ def _watch(
     untrained = [name for name, reason in exempt.items() if _untrained(model, name, reason)]
     say_what_is_frozen(pruner.structure, config, untrained)
     return pruner
+
+
+def _move_state(prepared: Prepared, states: Mapping[str, Sequence[Any]]) -> None:
+    """Bring what optimizers know of the dense weights into the form of the blocks."""
+    for name in prepared.swapped:
+        layer: Any = prepared.model.get_submodule(name)
+        for state, key, tensor in states[name]:
+            state[key] = layer.to_slots(tensor)
+
+
+def _refuse_trained_state(states: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ValueError where an optimizer has stepped on weights of which random blocks would go."""
+    for name, found in states.items():
+        if not all(bool((tensor == tensor.flatten()[0]).all()) for _, _, tensor in found):
+            raise ValueError(
+                f"cannot leave out random blocks: the optimizer has stepped on {name} already, and what was "
+                "learned would be lost. Attach before training, or prune gradually (initial_sparsity=0)"
+            )
 
 
 def _refuse_dense_state(prepared: Prepared, optimizers: Sequence[torch.optim.Optimizer]) -> None:

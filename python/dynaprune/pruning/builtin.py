@@ -8,7 +8,7 @@ from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.by_turns import ByTurns
 from dynaprune.pruning.decide.gradual import Gradual, regrowth_end
 from dynaprune.pruning.decide.gradual_neurons import GradualNeurons
-from dynaprune.pruning.decide.pace import CubicPace, PaceWithInterval, SelfPaced
+from dynaprune.pruning.decide.pace import CubicPace, PaceWithInterval, SelfPaced, Standstill
 from dynaprune.pruning.decide.policy import Policy
 from dynaprune.pruning.decide.trial import Trial
 from dynaprune.pruning.decide.trial_event import minimum_interval
@@ -21,7 +21,10 @@ NEURONS_OF_BOTH = 0.5
 
 def built_in_policy(config: PruningConfig, trial: Trial | None) -> Policy:
     """Gradual with a target sparsity, self-paced without one; of blocks, whole neurons, or both by turns."""
-    pace = make_pace(config.schedule, config.rungs, None if trial is None else trial.samples)
+    samples = None if trial is None else trial.samples
+    pace: PaceWithInterval = Standstill(config.initial_sparsity)
+    if not config.stands_still:
+        pace = make_pace(config.schedule, config.rungs, samples, config.initial_sparsity)
     blocks = Gradual(
         pace,
         config.trial_rules,
@@ -45,12 +48,13 @@ def tries_neurons(config: PruningConfig, trial: Trial | None) -> bool:
     return config.neurons and config.allocation == "global" and trial is not None
 
 
-def make_pace(schedule: Schedule, rungs: int, samples: int | None) -> PaceWithInterval:
+def make_pace(schedule: Schedule, rungs: int, samples: int | None, initial: float = 0.0) -> PaceWithInterval:
     """The pace that the schedule asks for, with its default interval.
 
     Args:
         rungs: candidate sets of a trial.
         samples: of a trial's call; None: not known, or there is no trial.
+        initial: sparsity that training begins with.
     """
     affordable, steps = 1, schedule.total_steps
     if samples is not None and schedule.batch_size is not None:
@@ -63,4 +67,4 @@ def make_pace(schedule: Schedule, rungs: int, samples: int | None) -> PaceWithIn
     assert steps is not None
     ramp = max(1, math.floor(schedule.end * steps) - math.floor(schedule.start * steps))
     interval = schedule.interval or max(1, ramp // EVENTS_WANTED, min(affordable, ramp // EVENTS_AT_LEAST))
-    return CubicPace(schedule.target_sparsity, schedule.start, schedule.end, steps, interval)
+    return CubicPace(schedule.target_sparsity, schedule.start, schedule.end, steps, interval, initial=initial)

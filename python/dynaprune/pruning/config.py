@@ -16,7 +16,16 @@ from dynaprune.pruning.decide.setting_checks import count
 from dynaprune.pruning.decide.trial_rules import TrialRules
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.observe.scores import SCORES, make_score
-from dynaprune.pruning.settings import BLOCKS, LAYER_TYPES, NEURONS, Ranking, Regrowth, Schedule, Scope
+from dynaprune.pruning.settings import (
+    BLOCKS,
+    LAYER_TYPES,
+    NEURONS,
+    Ranking,
+    Regrowth,
+    Schedule,
+    Scope,
+    SparseStart,
+)
 
 GROUPS: dict[str, type[Any]] = {
     "schedule": Schedule,
@@ -24,6 +33,7 @@ GROUPS: dict[str, type[Any]] = {
     "regrowth": Regrowth,
     "scope": Scope,
     "ranking": Ranking,
+    "sparse_start": SparseStart,
 }
 _OWN = ("observe_every", "policy")
 
@@ -35,7 +45,8 @@ class PruningConfig:
     Settings come one by one, ``PruningConfig(target_sparsity=0.9, total_steps=1000)``, or by component,
     ``PruningConfig(schedule=Schedule(target_sparsity=0.9, total_steps=1000))``. Each component says what its
     settings mean: :class:`Schedule` (how far and when), :class:`TrialRules` (what a removal has to satisfy),
-    :class:`Regrowth`, :class:`Scope` (which layers, in which blocks), :class:`Ranking` (what goes first).
+    :class:`Regrowth`, :class:`Scope` (which layers, in which blocks), :class:`Ranking` (what goes first),
+    :class:`SparseStart` (what training begins with).
 
     Args:
         policy: a policy of your own in place of the built-in one; schedule, trial rules and regrowth are then
@@ -78,11 +89,15 @@ class PruningConfig:
     policy: Policy | None = None
     families: Sequence[Family] = Scope.families
     units: str = Scope.units
+    initial_sparsity: float = SparseStart.initial_sparsity
+    initial_allocation: str = SparseStart.initial_allocation
+    mask_pretrained: bool = SparseStart.mask_pretrained
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
     regrowth: ClassVar[Regrowth]
     scope: ClassVar[Scope]
     ranking: ClassVar[Ranking]
+    sparse_start: ClassVar[SparseStart]
 
     def __init__(self, *settings: Any, **named: Any) -> None:
         flat = {f.name: f for f in fields(self)}
@@ -115,10 +130,16 @@ class PruningConfig:
             object.__setattr__(self, f"_{name}", given[name])
         if self.units != BLOCKS:
             _check_whole_neurons(self)
+        self.sparse_start.check(self.target_sparsity, self.regrow)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether training begins at the target: then nothing is removed."""
+        return 0 < self.initial_sparsity == self.target_sparsity
 
     def require_total_steps(self) -> None:
         """Raise ValueError where the schedule needs ``total_steps`` and has none."""
-        if self.total_steps is not None or self.policy is not None:
+        if self.total_steps is not None or self.policy is not None or self.stands_still:
             return
         if self.target_sparsity is not None:
             raise ValueError(

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from dynaprune.families.family import note_families
 from dynaprune.neurons.example_inputs import ExampleInputs
+from dynaprune.neurons.norm_behind import norms_behind
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.nn.adapters import find_adapters
 from dynaprune.nn.swap import FROZEN, matches
 from dynaprune.pruning.checks import refusals
+from dynaprune.pruning.checks.pretrained import refuse_trained
 from dynaprune.pruning.checks.same_function import refuse_other_function, run_if_possible, weight_readers
 from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.edit.stale_copies import CopyWatch
 from dynaprune.pruning.settings import NEURONS
+from dynaprune.pruning.sparse_start import keep_blocks, planned_masks, scale_to_live_fan_in
 
 CAME_DENSE = "the model came with block-sparse layers, and this one was dense"
 _BLOCKS_STAY = "it is block-sparse, and only neurons of plain layers go"
@@ -35,6 +38,7 @@ class Prepared:
         swapped: layers that became block-sparse here; one that no optimizer holds becomes dense again.
         example: inputs of the model; None takes a training batch.
         compared: whether the model was seen to compute the same as before.
+        left_out: blocks that training begins without, by layer; empty where it begins dense.
     """
 
     given: nn.Module
@@ -44,6 +48,7 @@ class Prepared:
     swapped: tuple[str, ...]
     example: ExampleInputs | None
     compared: bool
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def for_training(self, total_steps: int, batch_size: int | None) -> Prepared:
         """The same, with these settings where the configuration left them open."""
@@ -56,7 +61,10 @@ def prepare(model: nn.Module, config: PruningConfig | None = None, *, example_in
 
     For training loops that load weights, wrap the model or build the optimizer between the two; ``attach``
     does both. Parameters stay the same objects. A model that has block-sparse layers already (loaded, or
-    detached) keeps those.
+    detached) keeps those, with the blocks that they have.
+
+    With an ``initial_sparsity`` a random subset of the blocks stays, and only that is ever trained: neither
+    gradients nor optimizer state have more. See ``docs/sparse-start.md``.
 
     Args:
         model: on its device, with its weights.
@@ -154,6 +162,8 @@ def swap(
     if candidates.sparse:
         exempt = {**dict.fromkeys(candidates.dense, CAME_DENSE), **candidates.adapters}
         return Prepared(given, model, config, exempt, (), example, True)
+    if config.initial_sparsity and not config.mask_pretrained:
+        refuse_trained(model)
     readers: dict[str, str] = {}
     plain = None if example is None else run_if_possible(model, example)
     if example is not None and plain is not None:
@@ -169,10 +179,24 @@ def swap(
     exempt = {e.name: exclude.get(e.name, e.reason) for e in entries if not e.swapped}
     swapped = tuple(entry.name for entry in entries if entry.swapped)
     refuse_unknown_floors(config, swapped)
+    layers: Any = {name: model.get_submodule(name) for name in swapped}
     if example is not None and plain is not None:
-        layers: Any = {name: model.get_submodule(name) for name in swapped}
         refuse_other_function(model, example, layers, plain)
-    return Prepared(given, model, config, exempt, swapped, example, plain is not None)
+    prepared = Prepared(given, model, config, exempt, swapped, example, plain is not None)
+    return start_sparse(prepared, layers) if config.initial_sparsity else prepared
+
+
+def start_sparse(prepared: Prepared, layers: Mapping[str, BlockSparseLayer]) -> Prepared:
+    """Leave out random blocks of ``layers``, and scale what stays to the inputs that it has."""
+    model, config = prepared.model, prepared.config
+    masks = planned_masks(layers, config)
+    normed = norms_behind(model, layers, prepared.example)
+    left_out = {}
+    for name, layer in layers.items():
+        left_out[name] = keep_blocks(layer, masks[name])
+        if name not in normed:
+            scale_to_live_fan_in(layer)
+    return replace(prepared, left_out=left_out)
 
 
 def refuse_unknown_floors(config: PruningConfig, names: tuple[str, ...]) -> None:

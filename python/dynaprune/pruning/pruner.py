@@ -63,7 +63,8 @@ class Pruner(Standing):
         config, model = prepared.config, prepared.model
         self.prepared, self.exempt = prepared, exempt
         self.trial, self.steps = trial, 0
-        states, units = {n: LayerState.of(n, m) for n, m in layers.items()}, NeuronUnits(dict(plain or {}))
+        left_out, units = prepared.left_out, NeuronUnits(dict(plain or {}))
+        states = {n: LayerState.of(n, m, left_out.get(n, 0)) for n, m in layers.items()}
         self.structure = Structure(model, optimizers, states, units)
         weights = {name: state.weights for name, state in self.structure.layers.items()}
         self.ledger = Ledger(model_size(model, layers, exempt, weights))
@@ -77,7 +78,7 @@ class Pruner(Standing):
         )
         self._consistency = Consistency(self.structure)
         self._others = OtherOptimizers(self.structure, self._where)
-        self._first_batch = None if prepared.compared else FirstBatch(prepared.given)
+        self._first_batch = None if prepared.compared else FirstBatch(prepared.given, compares=not left_out)
         self._said: set[str] = set()
         watch_copies(self.layers)
         add_structure_hooks(model)
@@ -168,6 +169,12 @@ class Pruner(Standing):
 
     def _exempt(self, reasons: Mapping[str, str]) -> None:
         """Prune the layers named no longer; they become dense."""
+        for name, reason in reasons.items():
+            if self.structure.layers[name].left_out:
+                raise ValueError(
+                    f"cannot prune this model: {name} began without some of its blocks, and {reason}. Begin "
+                    "again with the layer excluded (PruningConfig(exclude=[...]))"
+                )
         exempt(self.structure, reasons)
         self.ledger.exempt_later.update(reasons)
         self.exempt.update(reasons)

@@ -9,6 +9,7 @@ from torch import nn
 
 from dynaprune.families.family import Family, check_families
 from dynaprune.pruning.decide.allocation import ALLOCATIONS
+from dynaprune.pruning.decide.initial_masks import INITIAL_ALLOCATIONS
 from dynaprune.pruning.decide.setting_checks import count, fraction, one_of, strings
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.observe.scores import SCORES, make_score
@@ -54,6 +55,45 @@ class Schedule:
         if not self.start < self.end <= 0.6:
             raise ValueError(f"expected 0 <= start < end <= 0.6, got start {self.start} and end {self.end}")
         fraction("self_paced_share", self.self_paced_share)
+
+
+@dataclass(frozen=True)
+class SparseStart:
+    """How much of the network a training begins with, and how fast that learns.
+
+    Args:
+        initial_sparsity: share of the prunable weights that is left out from the first step, in [0, 1):
+            random blocks, of which every block row and block column keeps one. 0: training begins dense.
+        initial_allocation: how what is kept spreads over layers: "uniform", the same density in each, or
+            "erk", in proportion to sum(shape) / prod(shape) (Evci et al. 2020, arXiv:1911.11134), which costs
+            more FLOPs.
+        mask_pretrained: leave out random blocks although the weights look trained.
+    """
+
+    initial_sparsity: float = 0.0
+    initial_allocation: str = "uniform"
+    mask_pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        fraction("initial_sparsity", self.initial_sparsity, zero=True)
+        one_of("initial_allocation", self.initial_allocation, INITIAL_ALLOCATIONS)
+        if not isinstance(self.mask_pretrained, bool):
+            raise TypeError(f"expected mask_pretrained to be True or False, got {self.mask_pretrained!r}")
+
+    def check(self, target: float | None, regrow: float) -> None:
+        """Raise ValueError for a target, or for regrowth, that the start leaves no room for."""
+        if target is None or not self.initial_sparsity:
+            return
+        if target < self.initial_sparsity:
+            raise ValueError(
+                f"expected a target_sparsity of at least the initial_sparsity ({self.initial_sparsity}), got "
+                f"{target}: give both the same value to keep the number of blocks"
+            )
+        if target == self.initial_sparsity and regrow:
+            raise ValueError(
+                f"expected a target_sparsity above the initial_sparsity ({target}) beside regrow: a share of "
+                "what an event removes grows back, and between equal sparsities nothing is removed"
+            )
 
 
 @dataclass(frozen=True)
@@ -133,7 +173,7 @@ class Ranking:
         score_decay: decay per observation of a built-in score's exponential mean, in [0, 1).
         allocation: how removals spread over layers: one of ``ALLOCATIONS``.
         cost: rank by score per parameter or per FLOP saved.
-        seed: of random scores and random ties.
+        seed: of random scores, random ties and the blocks that a sparse start keeps.
     """
 
     score: str | Score = "second_moment"

@@ -24,11 +24,15 @@ class FirstBatch:
 
     Args:
         given: what the training calls: the model, or what ``torch.compile`` made of it.
+        compares: take them, to run the model once more in plain layers. These have the dense weights' size: a
+            training that begins sparse is not to hold those.
     """
 
-    def __init__(self, given: nn.Module) -> None:
+    def __init__(self, given: nn.Module, *, compares: bool = True) -> None:
         self.example: ExampleInputs | None = None
-        self._handle: Any = given.register_forward_pre_hook(self._take, with_kwargs=True)
+        self._handle: Any = None
+        if compares:
+            self._handle = given.register_forward_pre_hook(self._take, with_kwargs=True)
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():

@@ -39,8 +39,8 @@ class PaceWithInterval(Pace, Protocol):
 
 
 class CubicPace:
-    """Sparsity ``s(p) = target * (1 - (1 - p)^3)`` between two points of training (Zhu & Gupta 2017,
-    arXiv:1710.01878, eq. 1 from 0), with the trial as brake.
+    """Sparsity ``s(p) = initial + (target - initial) * (1 - (1 - p)^3)`` between two points of training
+    (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1), with the trial as brake.
 
     What the trial rejects is carried over to the next event. While this backlog exceeds 5% of all units, and
     from ``end`` on while there is any, at most 10% of the live units are forced per event, so that the
@@ -62,6 +62,7 @@ class CubicPace:
         interval: int,
         *,
         minimum_interval: int = 1,
+        initial: float = 0.0,
     ) -> None:
         """Plan the schedule.
 
@@ -71,11 +72,16 @@ class CubicPace:
             total_steps: optimizer steps of the whole training.
             interval: steps between events.
             minimum_interval: what the trial's cost allows.
+            initial: share of units that is not there from the start, in [0, target).
 
         Raises:
             TypeError, ValueError: an argument out of its range, or an interval too long for one event.
         """
         _check_fraction("target", target, low=0, high=1)
+        if not 0 <= initial < target:
+            raise ValueError(
+                f"expected an initial sparsity from 0 to below the target {target}, got {initial}"
+            )
         if not 0 <= start < end <= LATEST_END:
             raise ValueError(
                 f"expected 0 <= start < end <= {LATEST_END} as fractions of training, got {start}, {end}"
@@ -83,7 +89,7 @@ class CubicPace:
         _check_steps("total_steps", total_steps)
         _check_interval(interval, minimum_interval)
         self.target: float | None = float(target)
-        self.total_steps, self.interval = total_steps, interval
+        self.total_steps, self.interval, self._initial = total_steps, interval, float(initial)
         self.start_step = math.floor(start * total_steps)
         self.end_step = max(self.start_step + 1, math.floor(end * total_steps))
         if interval > self.end_step - self.start_step:
@@ -92,18 +98,19 @@ class CubicPace:
                 f"schedule (from step {self.start_step} to {self.end_step} of {total_steps}), got {interval}"
             )
         before = math.ceil((self.end_step - self.start_step) / interval)
-        needed = math.ceil(math.log(1 - target) / math.log(1 - FORCED_SHARE))
+        stays = (1 - target) / (1 - initial)
+        needed = math.ceil(math.log(stays) / math.log(1 - FORCED_SHARE))
         spare = max(1, (total_steps - self.end_step) // 2)
         # The first events may stay below the backlog that forces, and each rounds down.
         self.catch_up_interval = max(1, min(interval, spare // max(needed - before + 4, 1)))
         possible = before + spare // self.catch_up_interval
-        self.forced_share = max(FORCED_SHARE, 1 - (1 - target) ** (1 / max(possible - 4, 1)))
+        self.forced_share = max(FORCED_SHARE, 1 - stays ** (1 / max(possible - 4, 1)))
 
     def sparsity(self, step: int) -> float:
         """The schedule's sparsity after ``step``."""
         progress = (step - self.start_step) / (self.end_step - self.start_step)
         progress = min(max(progress, 0.0), 1.0)
-        return (self.target or 0.0) * (1 - (1 - progress) ** 3)
+        return self._initial + ((self.target or 0.0) - self._initial) * (1 - (1 - progress) ** 3)
 
     def due(self, step: int) -> bool:
         if step <= self.start_step:
@@ -127,6 +134,27 @@ class CubicPace:
 
     def ended(self, step: int) -> bool:
         return step >= self.end_step
+
+
+class Standstill:
+    """Training begins at the target: there are no events."""
+
+    interval = 1
+
+    def __init__(self, target: float) -> None:
+        self.target: float | None = target
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def wish(self, step: int, total: int, live: int) -> int:
+        return 0
+
+    def forced(self, step: int, total: int, live: int, backlog: int) -> int:
+        return 0
+
+    def ended(self, step: int) -> bool:
+        return True
 
 
 class SelfPaced:

@@ -87,6 +87,11 @@ class Structure:
         return sum(state.weights for state in self.layers.values()) + self.neurons.weights
 
     @property
+    def left_out(self) -> int:
+        """Blocks that training began without."""
+        return sum(state.left_out for state in self.layers.values())
+
+    @property
     def live_weights(self) -> int:
         """Prunable weights that live, as last measured."""
         return sum(state.live_weights for state in self.layers.values()) + self.neurons.live_weights

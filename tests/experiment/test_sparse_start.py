@@ -1,0 +1,48 @@
+"""An arm that begins sparse, from the command line's settings to what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dynaprune.cli import app
+from dynaprune.experiment.report_text import table_rows
+from dynaprune.experiment.run_config import RunConfig, resolve
+from dynaprune.experiment.train import run_arm
+
+
+@pytest.mark.filterwarnings("ignore:block-sparse ops:RuntimeWarning")
+def test_an_arm_begins_sparse_and_says_what_was_never_there(tmp_path: Path) -> None:
+    config = resolve("digits", epochs=1, initial_sparsity=0.8, target_sparsity=0.8, calibration_samples=64)
+    result = run_arm(config, "pruned", tmp_path, quiet=True)
+    products = [64 * 1024, 1024 * 1024, 1024 * 1024, 1024 * 10]
+    dense = 2 * 32 * (3 * sum(products) - products[0])
+    assert 0.8 <= result["sparsity"] < 0.801 and result["target_reached"]
+    assert 0.2 * dense < result["flops_per_step_first"] == result["flops_per_step_last"] < 0.22 * dense
+    assert result["flops_trials"] == result["blocks_removed"] == result["neurons_removed"] == 0
+    assert result["blocks_never_present"] == 1690
+    live = result["parameters_active"]
+    assert live < 0.21 * result["parameters_total"]
+    assert result["training_state"]["weights"] == result["training_state"]["gradients"] == 4 * live
+    frames = json.loads((tmp_path / "masks.json").read_text())["frames"]
+    assert [frame["step"] for frame in frames] == [0, result["steps"]]
+    assert RunConfig.read(_written(tmp_path, config)) == config
+    rows = table_rows({"baseline": None, "pruned": result, "ratios": {}})
+    assert ("blocks that training began without", "", "1,690", "") in rows
+
+
+def _written(folder: Path, config: RunConfig) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config.to_json()))
+    return path
+
+
+def test_settings_that_do_not_fit_are_told_by_the_command_line(tmp_path: Path) -> None:
+    told = CliRunner().invoke(
+        app, ["compare", "digits", "--initial-sparsity", "0.95", "--out", str(tmp_path / "run")]
+    )
+    assert told.exit_code == 2
+    assert "at least the initial_sparsity (0.95), got 0.9" in told.output
