@@ -14,10 +14,12 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "sparse-start.md"
 
 def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    block = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)[0]
-    exec(compile(block, DOCUMENT.name, "exec"), names)
+    first, groups = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(first, DOCUMENT.name, "exec"), names)
     assert "80.0% of the prunable weights were never there" in capsys.readouterr().out
     with torch.no_grad():
         right = (names["model"](names["inputs"]).argmax(1) == names["labels"]).float().mean()
     assert right > 0.9
     assert names["pruner"].report()["blocks_never_present"] == 922
+    exec(compile(groups, DOCUMENT.name, "exec"), names)
+    assert [group["sparse_multiplier"] for group in names["optimizer"].param_groups] == [1.0, 4.0, 5.2]

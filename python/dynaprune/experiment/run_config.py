@@ -86,6 +86,9 @@ class RunConfig:
     initial_sparsity: Annotated[
         float | None, Option("share of weights that the pruned arm leaves out from the first step, 0..1")
     ] = None
+    sparse_rate: Annotated[
+        str | None, Option("multiplier of the learning rate of blocks that begin sparse: auto or a number")
+    ] = None
     pruning: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -110,7 +113,13 @@ class RunConfig:
         )
 
     def _sparse_start(self) -> dict[str, Any]:
-        given = {"initial_sparsity": self.initial_sparsity}
+        rate: str | float | None = self.sparse_rate
+        if rate is not None and rate != "auto":
+            try:
+                rate = float(rate)
+            except ValueError:
+                raise ValueError(f"sparse_rate must be 'auto' or a number, got {rate!r}") from None
+        given = {"initial_sparsity": self.initial_sparsity, "sparse_learning_rate": rate}
         return {name: value for name, value in given.items() if value is not None}
 
     @property

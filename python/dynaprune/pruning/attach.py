@@ -19,6 +19,7 @@ from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.calibration import CalibrationTrial
 from dynaprune.pruning.decide.trial import Losses, Trial, as_trial
+from dynaprune.pruning.learning_rate import refuse_without_rate
 from dynaprune.pruning.plain import attach_plain
 from dynaprune.pruning.prepare import (
     CAME_DENSE,
@@ -141,6 +142,8 @@ def _held(
             mine = [p for p in group["params"] if id(p) in ids]
             if mine:
                 refuse_unsliceable(optimizer, group, mine[0], (3, block[1], block[0]))
+                if config.initial_sparsity and config.sparse_learning_rate != 1:
+                    refuse_without_rate(group)
     return held
 
 

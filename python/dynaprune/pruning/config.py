@@ -92,6 +92,7 @@ class PruningConfig:
     initial_sparsity: float = SparseStart.initial_sparsity
     initial_allocation: str = SparseStart.initial_allocation
     mask_pretrained: bool = SparseStart.mask_pretrained
+    sparse_learning_rate: str | float = SparseStart.sparse_learning_rate
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
     regrowth: ClassVar[Regrowth]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from dynaprune.pruning.checks.same_function import refuse_other_function, run_if
 from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.edit.stale_copies import CopyWatch
+from dynaprune.pruning.learning_rate import marked_groups, rate_multiplier
 from dynaprune.pruning.settings import NEURONS
 from dynaprune.pruning.sparse_start import keep_blocks, planned_masks, scale_to_live_fan_in
 
@@ -39,6 +40,7 @@ class Prepared:
         example: inputs of the model; None takes a training batch.
         compared: whether the model was seen to compute the same as before.
         left_out: blocks that training begins without, by layer; empty where it begins dense.
+        rates: by how much the values of a layer learn faster than all else, where they do.
     """
 
     given: nn.Module
@@ -49,10 +51,41 @@ class Prepared:
     example: ExampleInputs | None
     compared: bool
     left_out: Mapping[str, int] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def for_training(self, total_steps: int, batch_size: int | None) -> Prepared:
         """The same, with these settings where the configuration left them open."""
         return replace(self, config=self.config.for_training(total_steps, batch_size))
+
+    def parameter_groups(
+        self,
+        groups: Iterable[Mapping[str, Any]] | None = None,
+        *,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer in which the values of layers that begin sparse have a rate of their own.
+
+        The rate is multiplied (see ``PruningConfig.sparse_learning_rate``) and the weight decay divided
+        alike. Biases, norms, embeddings and whatever stays dense are as they would be.
+
+        Args:
+            groups: the optimizer's own, each with ``params``; by default one of all parameters that are
+                trained. Their ``lr`` and ``weight_decay`` come before those given here.
+            lr: learning rate of everything else.
+            weight_decay: of everything else; the optimizer's own default does not apply.
+
+        Raises:
+            ValueError: a group to split that has no ``lr``, and none is given.
+        """
+        if groups is None:
+            groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        given = {"weight_decay": weight_decay} if lr is None else {"lr": lr, "weight_decay": weight_decay}
+        values = {name: self.model.get_submodule(name).values for name in self.rates}
+        return marked_groups(
+            [{**given, **group} for group in groups],
+            {id(values[name]): rate for name, rate in self.rates.items()},
+        )
 
 
 def prepare(model: nn.Module, config: PruningConfig | None = None, *, example_inputs: Any = None) -> Prepared:
@@ -161,7 +194,8 @@ def swap(
     note_families(model, config.families)
     if candidates.sparse:
         exempt = {**dict.fromkeys(candidates.dense, CAME_DENSE), **candidates.adapters}
-        return Prepared(given, model, config, exempt, (), example, True)
+        rates = {n: _rate(layer, config) for n, layer in candidates.sparse.items()}
+        return Prepared(given, model, config, exempt, (), example, True, rates=_not_one(rates))
     if config.initial_sparsity and not config.mask_pretrained:
         refuse_trained(model)
     readers: dict[str, str] = {}
@@ -196,7 +230,16 @@ def start_sparse(prepared: Prepared, layers: Mapping[str, BlockSparseLayer]) -> 
         left_out[name] = keep_blocks(layer, masks[name])
         if name not in normed:
             scale_to_live_fan_in(layer)
-    return replace(prepared, left_out=left_out)
+    rates = {name: _rate(layer, config) for name, layer in layers.items()}
+    return replace(prepared, left_out=left_out, rates=_not_one(rates))
+
+
+def _rate(layer: BlockSparseLayer, config: PruningConfig) -> float:
+    return rate_multiplier(layer.density() if config.initial_sparsity else 1.0, config.sparse_learning_rate)
+
+
+def _not_one(rates: Mapping[str, float]) -> dict[str, float]:
+    return {name: rate for name, rate in rates.items() if rate != 1}
 
 
 def refuse_unknown_floors(config: PruningConfig, names: tuple[str, ...]) -> None:

@@ -36,6 +36,7 @@ from dynaprune.pruning.observe.scores import make_score
 from dynaprune.pruning.prepare import Prepared
 from dynaprune.pruning.report import report
 from dynaprune.pruning.saved_state import adopt, check_state, state_of
+from dynaprune.pruning.scaled_steps import ScaledSteps
 from dynaprune.pruning.settings import BLOCKS
 from dynaprune.pruning.standing import Standing, say_what_is_missing
 from dynaprune.pruning.whole_model import model_size
@@ -63,9 +64,9 @@ class Pruner(Standing):
         config, model = prepared.config, prepared.model
         self.prepared, self.exempt = prepared, exempt
         self.trial, self.steps = trial, 0
-        left_out, units = prepared.left_out, NeuronUnits(dict(plain or {}))
-        states = {n: LayerState.of(n, m, left_out.get(n, 0)) for n, m in layers.items()}
-        self.structure = Structure(model, optimizers, states, units)
+        left_out, rates = prepared.left_out, prepared.rates
+        states = {n: LayerState.of(n, m, left_out.get(n, 0), rates.get(n, 1.0)) for n, m in layers.items()}
+        self.structure = Structure(model, optimizers, states, NeuronUnits(dict(plain or {})))
         weights = {name: state.weights for name, state in self.structure.layers.items()}
         self.ledger = Ledger(model_size(model, layers, exempt, weights))
         self.policy = config.policy or built_in_policy(config, trial)
@@ -94,6 +95,7 @@ class Pruner(Standing):
         holders, readers = self._holders(), self._readers()
         self._others.watch()
         return [
+            ScaledSteps(self.structure),  # first: groups are whole again before an event
             StepHooks(holders, self._before, completed=self._complete),
             StepHooks(
                 readers if self.observer.watches_groups else [], self._before_reader, refuse_in_backward=False

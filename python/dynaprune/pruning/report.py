@@ -45,6 +45,7 @@ def report(pruner: Standing) -> dict[str, Any]:
             "other": ledger.size.other,
             "live": pruner.live_parameters,
         },
+        "learning_rate_multipliers": {n: s.rate for n, s in structure.layers.items() if s.rate != 1},
         "trials": _trials(pruner.policy.trials, pruner.trial is not None, seconds),
         "observing": {
             "every": pruner.observer.every,

@@ -53,6 +53,7 @@ def state_of(pruner: Standing) -> dict[str, Any]:
         "original_shapes": {name: list(state.original) for name, state in states.items()},
         "units_total": structure.units,
         "left_out": {name: state.left_out for name, state in states.items()},
+        "rates": {name: state.rate for name, state in states.items()},
         "size_at_attach": asdict(ledger.size),
         "exempt_later": dict(ledger.exempt_later),
         "slots": {name: state.layer.layout.slot_of_block.clone() for name, state in states.items()},
@@ -98,6 +99,8 @@ def adopt(pruner: Standing, state: Mapping[str, Any]) -> None:
         each.live_weights = int(state["live_weights"][name])
         each.original = tuple(state["original_shapes"][name])
         each.left_out = int(state.get("left_out", {}).get(name, 0))
+        if each.rate != 1:
+            each.rate = float(state.get("rates", {}).get(name, each.rate))
     pruner.score.load_state_dict(score)
     if state["trial_state"] is not None or state.get("policy"):
         decided = {"trial_state": state["trial_state"], "events": list(removals["events"])}

@@ -10,7 +10,7 @@ from torch import nn
 from dynaprune.families.family import Family, check_families
 from dynaprune.pruning.decide.allocation import ALLOCATIONS
 from dynaprune.pruning.decide.initial_masks import INITIAL_ALLOCATIONS
-from dynaprune.pruning.decide.setting_checks import count, fraction, one_of, strings
+from dynaprune.pruning.decide.setting_checks import count, fraction, number, one_of, strings
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.observe.scores import SCORES, make_score
 from dynaprune_kernels.geometry import check_block
@@ -68,17 +68,28 @@ class SparseStart:
             "erk", in proportion to sum(shape) / prod(shape) (Evci et al. 2020, arXiv:1911.11134), which costs
             more FLOPs.
         mask_pretrained: leave out random blocks although the weights look trained.
+        sparse_learning_rate: by how much block values of layers that begin sparse learn faster than all else:
+            "auto", about 1 / density (see ``learning_rate.rate_multiplier``), or a number; 1 turns it off.
     """
 
     initial_sparsity: float = 0.0
     initial_allocation: str = "uniform"
     mask_pretrained: bool = False
+    sparse_learning_rate: str | float = "auto"
 
     def __post_init__(self) -> None:
         fraction("initial_sparsity", self.initial_sparsity, zero=True)
         one_of("initial_allocation", self.initial_allocation, INITIAL_ALLOCATIONS)
         if not isinstance(self.mask_pretrained, bool):
             raise TypeError(f"expected mask_pretrained to be True or False, got {self.mask_pretrained!r}")
+        if self.sparse_learning_rate != "auto":
+            if isinstance(self.sparse_learning_rate, str):
+                raise ValueError(
+                    f"expected sparse_learning_rate as 'auto' or a number, got {self.sparse_learning_rate!r}"
+                )
+            number("sparse_learning_rate", self.sparse_learning_rate)
+            if self.sparse_learning_rate <= 0:
+                raise ValueError(f"expected a sparse_learning_rate above 0, got {self.sparse_learning_rate}")
 
     def check(self, target: float | None, regrow: float) -> None:
         """Raise ValueError for a target, or for regrowth, that the start leaves no room for."""

@@ -23,6 +23,7 @@ class LayerState:
         original: shape of the dense weight at attach.
         blocks: of the whole weight at attach, live or not.
         left_out: blocks of these that training began without.
+        rate: by how much its values learn faster than all else.
         live_weights: weights of live blocks, as last measured.
         observations: steps whose gradients the score has seen.
         statistics: what the score keeps. Names that begin with "block" hold ``[rows, columns]``, those that
@@ -36,6 +37,7 @@ class LayerState:
     original: tuple[int, ...]
     blocks: int
     left_out: int = 0
+    rate: float = 1.0
     live_weights: int = 0
     observations: int = 0
     statistics: dict[str, Tensor] = field(default_factory=dict)
@@ -43,9 +45,9 @@ class LayerState:
     protected_until: Tensor | None = None
 
     @classmethod
-    def of(cls, name: str, layer: BlockSparseLayer, left_out: int = 0) -> LayerState:
+    def of(cls, name: str, layer: BlockSparseLayer, left_out: int = 0, rate: float = 1.0) -> LayerState:
         """The state of a layer that nothing is known of yet."""
-        return cls(name, layer, tuple(layer.layout.dense_shape), layer.layout.blocks, left_out)
+        return cls(name, layer, tuple(layer.layout.dense_shape), layer.layout.blocks, left_out, rate)
 
     @property
     def weights(self) -> int:
