@@ -192,6 +192,10 @@ def _check_whole_neurons(config: PruningConfig) -> None:
         raise ValueError(f"expected neurons=True {where}, got False: nothing could be cut")
     if config.regrow and config.units == NEURONS:
         raise ValueError(f"expected regrow=0 {where}, got {config.regrow}: what is cut out does not return")
+    if config.initial_sparsity and config.units == NEURONS:
+        raise ValueError(
+            f"expected initial_sparsity=0 {where}, got {config.initial_sparsity}: plain layers begin whole"
+        )
     if config.allocation == "erk":
         raise ValueError(f"expected allocation 'global' or 'uniform' {where}, got 'erk'")
 
