@@ -297,7 +297,7 @@ def test_settings_that_do_not_fit_each_other() -> None:
         dynaprune.SparseStart(1.0)
     with pytest.raises(ValueError, match="initial_allocation to be one of uniform, erk, got 'global'"):
         dynaprune.SparseStart(0.5, "global")
-    with pytest.raises(ValueError, match="expected initial_sparsity=0 with units='neurons', got 0.5"):
+    with pytest.raises(ValueError, match=r"expected initial_sparsity=0 with units='neurons', got 0\.5"):
         settings(units="neurons", neurons=True)
     with pytest.raises(ValueError, match="initial_sparsity of at most"):
         dynaprune.prepare(mlp(), settings(initial_sparsity=0.95, target_sparsity=0.95))
