@@ -179,12 +179,12 @@ def conv2d_forward(
     """
     weight = dense_weight(values, index, out_channels, x.shape[1] // conv.groups, conv)
     x = in_format(x, channels_last)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _a_tap_meets_only_padding(x.shape, conv):
-        # oneDNN's bfloat16 product reads memory that nobody wrote.
-        given = (x.float(), weight.float(), None if bias is None else bias.float())
-        y = F.conv2d(*given, conv[2:4], conv[4:6], conv[6:8], conv.groups).to(x.dtype)
-    else:
-        y = F.conv2d(x, weight, bias, conv[2:4], conv[4:6], conv[6:8], conv.groups)
+    padding = conv[4:6]
+    if x.device.type == "cpu" and _a_tap_meets_only_padding(x.shape, conv):
+        # oneDNN reads outside its memory there: zeros that are written down take the padding's place.
+        x = F.pad(x, (conv.padding_w, conv.padding_w, conv.padding_h, conv.padding_h))
+        padding = (0, 0)
+    y = F.conv2d(x, weight, bias, conv[2:4], padding, conv[6:8], conv.groups)
     return in_format(y, channels_last)
 
 
