@@ -3,6 +3,7 @@
 
 #include "bindings/common.h"
 #include "cpu/capability.h"
+#include "cpu/scratch.h"
 
 STABLE_TORCH_LIBRARY(dynaprune_cpu, m) {
   m.def("linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int out_features) -> Tensor");
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY(dynaprune_cpu, m) {
       "check_index(Tensor index, int rows, int columns, int capacity, int[] conv, bool by_column, int repeats=1) "
       "-> ()");
   m.def("capability() -> str");
+  m.def("scratch_bytes(bool restart=False) -> (int, int)");
 }
 
 namespace dynaprune::bindings {
@@ -34,9 +36,15 @@ namespace {
 
 std::string capability() { return cpu::capability_name(); }
 
+std::tuple<int64_t, int64_t> scratch_bytes(bool restart) {
+  const cpu::ScratchBytes counted = cpu::scratch_bytes(restart);
+  return {counted.held, counted.most};
+}
+
 }  // namespace
 }  // namespace dynaprune::bindings
 
 STABLE_TORCH_LIBRARY_IMPL(dynaprune_cpu, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&dynaprune::bindings::capability));
+  m.impl("scratch_bytes", TORCH_BOX(&dynaprune::bindings::scratch_bytes));
 }

@@ -11,14 +11,15 @@ namespace {
 // Owned scratch memory, see allocate_scratch.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(allocate_scratch(bytes)) {}
-  ~Scratch() { free(data_); }
+  explicit Scratch(int64_t bytes) : data_(allocate_scratch(bytes)), bytes_(bytes) {}
+  ~Scratch() { free_scratch(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   void* data() const { return data_; }
 
  private:
   void* data_;
+  int64_t bytes_;
 };
 
 DYNAPRUNE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -20,6 +20,21 @@ def capability() -> str | None:
     return str(_raw.capability()) if _extension.load().loaded else None
 
 
+def scratch_bytes(*, restart: bool = False) -> tuple[int, int]:
+    """Bytes of the kernels' scratch memory, which belongs to no tensor: those that all threads hold, and the
+    most that they held since the last restart of the count.
+
+    A convolution's scratch memory stays with the thread that calls it, for the next call. Zeros where no
+    kernels are loaded that count it.
+
+    Args:
+        restart: begin the count of the most anew, at what is held.
+    """
+    counter = getattr(_raw, "scratch_bytes", None) if _extension.load().loaded else None
+    held, most = counter(restart) if counter is not None else (0, 0)
+    return held, most
+
+
 def linear_forward(
     x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, out_features: int
 ) -> Tensor:
