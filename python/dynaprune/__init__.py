@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dynaprune.pruning.decide.trial import Trial
     from dynaprune.pruning.decide.trial_rules import TrialRules
     from dynaprune.pruning.edit.edits import Grow, Release
+    from dynaprune.pruning.memory import MemoryByKind, StepMemory, memory_of_step
     from dynaprune.pruning.observe.score import MeanScore, Score
     from dynaprune.pruning.prepare import Prepared, prepare
     from dynaprune.pruning.pruner import Pruner
@@ -34,6 +35,7 @@ _HOMES = {
     "Family": "dynaprune.families.family",
     "Grow": "dynaprune.pruning.edit.edits",
     "MeanScore": "dynaprune.pruning.observe.score",
+    "MemoryByKind": "dynaprune.pruning.memory",
     "Policy": "dynaprune.pruning.decide.policy",
     "Prepared": "dynaprune.pruning.prepare",
     "Pruner": "dynaprune.pruning.pruner",
@@ -45,11 +47,13 @@ _HOMES = {
     "Scope": "dynaprune.pruning.settings",
     "Score": "dynaprune.pruning.observe.score",
     "SparseStart": "dynaprune.pruning.settings",
+    "StepMemory": "dynaprune.pruning.memory",
     "Trial": "dynaprune.pruning.decide.trial",
     "TrialRules": "dynaprune.pruning.decide.trial_rules",
     "View": "dynaprune.pruning.decide.policy",
     "attach": "dynaprune.pruning.attach",
     "load": "dynaprune.saving.checkpoint",
+    "memory_of_step": "dynaprune.pruning.memory",
     "prepare": "dynaprune.pruning.prepare",
     "recalibrate_batch_norm": "dynaprune.pruning.recalibration",
     "save": "dynaprune.saving.checkpoint",
@@ -67,6 +71,7 @@ __all__ = [
     "Family",
     "Grow",
     "MeanScore",
+    "MemoryByKind",
     "Policy",
     "Prepared",
     "Pruner",
@@ -78,11 +83,13 @@ __all__ = [
     "Scope",
     "Score",
     "SparseStart",
+    "StepMemory",
     "Trial",
     "TrialRules",
     "View",
     "attach",
     "load",
+    "memory_of_step",
     "prepare",
     "recalibrate_batch_norm",
     "save",

@@ -12,7 +12,7 @@ optimizer of the pruner; :meth:`GroupScores.unseen` says why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -170,6 +170,15 @@ class GroupScores:
         else:
             watched.value.add_(torch.where(seen, figure - watched.value, 0), alpha=1 - score.decay)
         watched.count.add_(seen)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is kept, by group or by neuron."""
+        for figures in self._saved.values():
+            yield from figures.values()
+        if (watched := self._watched) is not None:
+            yield from (watched.value, watched.count, *watched.parts.values())
+            for reader in watched.readers:
+                yield from (reader.inputs, reader.group)
 
     def scores(self, score: Gates) -> list[float | None]:
         """One figure per group of the map, higher = keep; None of one that was never seen. Syncs."""
