@@ -179,13 +179,17 @@ def conv2d_forward(
     """
     weight = dense_weight(values, index, out_channels, x.shape[1] // conv.groups, conv)
     x = in_format(x, channels_last)
-    padding = conv[4:6]
-    if x.device.type == "cpu" and _a_tap_meets_only_padding(x.shape, conv):
-        # oneDNN reads outside its memory there: zeros that are written down take the padding's place.
-        x = F.pad(x, (conv.padding_w, conv.padding_w, conv.padding_h, conv.padding_h))
-        padding = (0, 0)
+    x, padding = _padded(x, conv)
     y = F.conv2d(x, weight, bias, conv[2:4], padding, conv[6:8], conv.groups)
     return in_format(y, channels_last)
+
+
+def _padded(x: Tensor, conv: ConvGeometry) -> tuple[Tensor, list[int]]:
+    """Input and padding of the vendor's convolution: where that is oneDNN and a tap meets only padding, the
+    input with its padding written down. oneDNN reads outside its memory there."""
+    if x.device.type != "cpu" or not _a_tap_meets_only_padding(x.shape, conv):
+        return x, [conv.padding_h, conv.padding_w]
+    return F.pad(x, (conv.padding_w, conv.padding_w, conv.padding_h, conv.padding_h)), [0, 0]
 
 
 def _a_tap_meets_only_padding(size: torch.Size, conv: ConvGeometry) -> bool:
@@ -259,24 +263,25 @@ def _convolution_backward(
 ) -> Tensor:
     if dy.numel() == 0:  # the vendor's backward rejects an empty batch
         return torch.zeros_like(weight if wgrad else x)
-    if dy.dtype == torch.bfloat16 and dy.device.type == "cpu":
-        # oneDNN's bfloat16 backward reads memory that nobody wrote where a tap meets nothing but padding.
-        grad = _convolution_backward(dy.float(), x.float(), weight.float(), conv, wgrad=wgrad)
-        return grad.to(dy.dtype)
+    height, width = x.shape[2:]
+    x, padding = _padded(x, conv)
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy,
         x,
         weight,
         None,
         conv[2:4],
-        conv[4:6],
+        padding,
         conv[6:8],
         False,
         [0, 0],
         conv.groups,
         [not wgrad, wgrad, False],
     )
-    return dw if wgrad else dx
+    if wgrad:
+        return dw
+    top, left = conv.padding_h - padding[0], conv.padding_w - padding[1]
+    return dx[:, :, top : top + height, left : left + width]
 
 
 def _wgrad_from_dense(

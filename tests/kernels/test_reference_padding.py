@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dynaprune_kernels import BlockLayout, ConvGeometry, reference
 
@@ -23,24 +24,46 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 @pytest.mark.parametrize("conv", GEOMETRIES, ids=lambda conv: ".".join(map(str, conv)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_forward_pass(
+def test_forward_and_gradients(
     conv: ConvGeometry, channels_last: bool, dtype: torch.dtype, poisoned_memory: None
 ) -> None:
-    for (height, width), repeat in itertools.product([(4, 3), (2, 2), (3, 1), (4, 1)], range(4)):
+    for (height, width), repeat in itertools.product([(4, 3), (2, 2), (3, 1), (4, 1)], range(2)):
         generator = torch.Generator().manual_seed(repeat)
         layout = BlockLayout(32 * conv.groups, 23 * conv.groups, (32, 24), conv=conv)
-        values = torch.randn(layout.capacity, 24, 32, generator=generator).to(dtype)
         try:
-            conv.output_size(height, width)
+            size = conv.output_size(height, width)
         except ValueError:
             continue
-        x = torch.randn(2, layout.in_features, height, width, generator=generator).to(dtype)
-        y = reference.conv2d_forward(x, values, None, layout.index, layout.out_features, conv, channels_last)
-        weight = reference.dense_weight(values.double(), layout.index, layout.out_features, 23, conv)
-        options = (None, conv[2:4], conv[4:6], conv[6:8], conv.groups)
-        truth = F.conv2d(x.double(), weight, *options)
-        size = F.conv2d(x.double().abs(), weight.abs(), *options)
-        assert bool(((y.double() - truth).abs() <= 4 * torch.finfo(dtype).eps * size).all())
+        images = (2, layout.in_features, height, width), (2, layout.out_features, *size)
+        shapes = (layout.capacity, 24, 32), *images
+        values, x, dy = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+        if channels_last:
+            x, dy = (image.contiguous(memory_format=torch.channels_last) for image in (x, dy))
+        bias = torch.randn(layout.out_features, generator=generator).to(dtype)
+        index, outputs = layout.index, layout.out_features
+        found = (
+            reference.conv2d_forward(x, values, bias, index, outputs, conv, channels_last),
+            reference.conv2d_dgrad(dy, values, index, list(x.shape), conv, channels_last),
+            reference.conv2d_wgrad(dy, x, index, layout.capacity, layout.block, conv),
+        )
+        truth, sizes = (
+            _in_float64(layout, *(of(tensor.double()) for tensor in (x, values, bias, dy)), conv)
+            for of in (torch.clone, torch.abs)
+        )
+        for got, exact, scale in zip(found, truth, sizes, strict=True):
+            assert bool(((got.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * scale).all())
+
+
+def _in_float64(
+    layout: BlockLayout, x: Tensor, values: Tensor, bias: Tensor, dy: Tensor, conv: ConvGeometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and gradients of input and values, by autograd and without oneDNN."""
+    weight = reference.dense_weight(values, layout.index, layout.out_features, 23, conv)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y = F.conv2d(x, weight, bias, conv[2:4], conv[4:6], conv[6:8], conv.groups)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    blocks = reference.dense_to_blocks(dw, layout.block, conv)
+    return y.detach(), dx, blocks[layout.block_of_slot.long()]
 
 
 def test_a_layer_that_ended_the_process() -> None:
