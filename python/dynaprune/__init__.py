@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dynaprune.pruning.edit.edits import Grow, Release
     from dynaprune.pruning.memory import MemoryByKind, StepMemory, memory_of_step
     from dynaprune.pruning.observe.score import MeanScore, Score
-    from dynaprune.pruning.prepare import Prepared, prepare
+    from dynaprune.pruning.prepare import prepare
+    from dynaprune.pruning.prepared import Prepared
     from dynaprune.pruning.pruner import Pruner
     from dynaprune.pruning.recalibration import recalibrate_batch_norm
     from dynaprune.pruning.settings import Ranking, Regrowth, Schedule, Scope, SparseStart
@@ -37,7 +38,7 @@ _HOMES = {
     "MeanScore": "dynaprune.pruning.observe.score",
     "MemoryByKind": "dynaprune.pruning.memory",
     "Policy": "dynaprune.pruning.decide.policy",
-    "Prepared": "dynaprune.pruning.prepare",
+    "Prepared": "dynaprune.pruning.prepared",
     "Pruner": "dynaprune.pruning.pruner",
     "PruningConfig": "dynaprune.pruning.config",
     "Ranking": "dynaprune.pruning.settings",

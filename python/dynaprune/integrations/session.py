@@ -10,7 +10,7 @@ from torch import nn
 
 from dynaprune.pruning.attach import attach
 from dynaprune.pruning.decide.trial import Losses, Trial
-from dynaprune.pruning.prepare import Prepared
+from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.pruner import Pruner
 
 NO_STATE = (

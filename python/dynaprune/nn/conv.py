@@ -86,14 +86,20 @@ class BlockSparseConv2d(BlockSparseLayer):
         """
         if not isinstance(conv, cls._dense_type):
             raise TypeError(f"expected nn.{cls._dense_type.__name__}, got {type(conv).__name__}")
-        geometry, _ = cls.settings_of(conv)
         weight = cast(nn.Parameter, conv.weight)
-        layout = BlockLayout(
-            conv.out_channels, conv.in_channels, block_size, conv=geometry, mask=mask, device=weight.device
-        )
+        layout = cls.layout_for(conv, block_size, mask, weight.device)
         sparse = cls.in_place_of(conv, layout)
         take_over_weight(weight, layout)
         return sparse
+
+    @classmethod
+    def layout_for(
+        cls, conv: Any, block_size: int | tuple[int, int], mask: Tensor | None, device: torch.device
+    ) -> BlockLayout:
+        """The layout that the dense layer gets on ``device``."""
+        geometry, _ = cls.settings_of(conv)
+        sizes = conv.out_channels, conv.in_channels, block_size
+        return BlockLayout(*sizes, conv=geometry, mask=mask, device=device)
 
     @classmethod
     def settings_of(cls, conv: Any) -> tuple[ConvGeometry, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,16 @@ class BlockSparseLinear(BlockSparseLayer):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"expected nn.Linear, got {type(linear).__name__}")
         weight = cast(nn.Parameter, linear.weight)
-        layout = BlockLayout(
-            linear.out_features, linear.in_features, block_size, mask=mask, device=weight.device
-        )
+        layout = cls.layout_for(linear, block_size, mask, weight.device)
         take_over_weight(weight, layout)
         return cls.in_place_of(linear, layout)
+
+    @classmethod
+    def layout_for(
+        cls, linear: Any, block_size: int | tuple[int, int], mask: Tensor | None, device: torch.device
+    ) -> BlockLayout:
+        """The layout that the dense layer gets on ``device``."""
+        return BlockLayout(linear.out_features, linear.in_features, block_size, mask=mask, device=device)
 
     @property
     def in_features(self) -> int:

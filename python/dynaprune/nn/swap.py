@@ -63,9 +63,43 @@ def swap_layers(
     exclude: Sequence[str] = (),
     exempt: Mapping[str, str] | None = None,
 ) -> list[SwapEntry]:
-    """Turn dense layers of ``model`` into block-sparse ones, all blocks live.
+    """Turn the layers of ``model`` that :func:`choose_layers` finds into block-sparse ones, all blocks live.
 
     Each layer stays the same object, with its hooks and attributes; only its class changes.
+
+    Returns:
+        One entry per candidate, with the reason where it stayed dense.
+
+    Raises:
+        TypeError, ValueError: as :func:`choose_layers`.
+    """
+    entries = choose_layers(model, block_size, types=types, include=include, exclude=exclude, exempt=exempt)
+    for entry in entries:
+        if entry.swapped:
+            swap_layer(model, entry.name, block_size)
+    return entries
+
+
+def swap_layer(
+    model: nn.Module, name: str, block_size: int | tuple[int, int], mask: Tensor | None = None
+) -> BlockSparseLayer:
+    """Turn one dense layer into a block-sparse one, with the live blocks of ``mask`` (all by default)."""
+    module = model.get_submodule(name)
+    layer: BlockSparseLayer = SPARSE_TYPES[type(module)].from_dense(module, block_size, mask=mask)
+    layer.reads.name = name
+    return layer
+
+
+def choose_layers(
+    model: nn.Module,
+    block_size: int | tuple[int, int],
+    *,
+    types: Sequence[type[nn.Module]] = (nn.Linear, nn.Conv2d, nn.Conv1d),
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    exempt: Mapping[str, str] | None = None,
+) -> list[SwapEntry]:
+    """Say which dense layers of ``model`` may become block-sparse; changes nothing.
 
     The first convolution, the classifier (the last Linear) and layers that would store over 25% of padding
     stay dense unless ``include`` names them; weights that something else reads, and adapters
@@ -79,7 +113,7 @@ def swap_layers(
         exempt: further layers that cannot be swapped, by name, with the reason.
 
     Returns:
-        One entry per candidate, with the reason where it stayed dense.
+        One entry per candidate, with the reason where it stays dense.
 
     Raises:
         TypeError, ValueError: a type that has no block-sparse form, a pattern that matches nothing, a layer
@@ -98,7 +132,6 @@ def swap_layers(
     spared = _spared_by_default([item for item in candidates if item[0] not in adapters.layers])
     readers = {**(exempt or {}), **dict(_outside_readers(model))}
     entries: list[SwapEntry] = []
-    chosen: list[tuple[str, nn.Module]] = []
     for name, module in candidates:
         named = include is not None and name in include
         if matches(name, exclude):
@@ -115,8 +148,8 @@ def swap_layers(
             reason = why
         else:
             reason = ""
-            chosen.append((name, module))
         entries.append(SwapEntry(name, reason))
+    chosen = any(entry.swapped for entry in entries)
     if not chosen and adapters:
         raise ValueError(_nothing_but_adapters(model, adapters, dict(candidates), entries))
     if not chosen:
@@ -129,8 +162,6 @@ def swap_layers(
                 ]
             )
         )
-    for name, module in chosen:
-        SPARSE_TYPES[type(module)].from_dense(module, block).reads.name = name
     return entries
 
 

@@ -14,7 +14,7 @@ from dynaprune.nn.optimizer_state import refuse_unsliceable, sliced_state
 from dynaprune.nn.swap import FROZEN
 from dynaprune.pruning.checks import refusals
 from dynaprune.pruning.checks.one_process import take_off_averaging_
-from dynaprune.pruning.checks.reachable import say_what_floors_keep, say_what_is_frozen
+from dynaprune.pruning.checks.reachable import refuse_unknown_floors, say_what_floors_keep, say_what_is_frozen
 from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.calibration import CalibrationTrial
@@ -24,14 +24,13 @@ from dynaprune.pruning.plain import attach_plain
 from dynaprune.pruning.prepare import (
     CAME_DENSE,
     Candidates,
-    Prepared,
     checked,
     find_candidates,
     keep_plain,
     keep_their_neurons,
-    refuse_unknown_floors,
     swap,
 )
+from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.pruner import Pruner
 from dynaprune.pruning.settings import BOTH, NEURONS
 

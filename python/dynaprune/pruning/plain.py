@@ -13,7 +13,7 @@ from dynaprune.pruning.checks import refusals
 from dynaprune.pruning.checks.one_process import take_off_averaging_
 from dynaprune.pruning.checks.reachable_neurons import no_neurons_reason
 from dynaprune.pruning.decide.trial import Trial
-from dynaprune.pruning.prepare import Prepared
+from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.pruner import Pruner
 from dynaprune.pruning.whole_neurons import know_neurons
 

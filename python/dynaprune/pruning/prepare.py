@@ -2,93 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynaprune.families.family import note_families
 from dynaprune.neurons.example_inputs import ExampleInputs
-from dynaprune.neurons.norm_behind import norms_behind
 from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.nn.adapters import find_adapters
 from dynaprune.nn.swap import FROZEN, matches
 from dynaprune.pruning.checks import refusals
 from dynaprune.pruning.checks.pretrained import refuse_trained
+from dynaprune.pruning.checks.reachable import refuse_unknown_floors
 from dynaprune.pruning.checks.same_function import refuse_other_function, run_if_possible, weight_readers
 from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.edit.stale_copies import CopyWatch
-from dynaprune.pruning.learning_rate import marked_groups, rate_multiplier
+from dynaprune.pruning.from_meta import prepare_from_meta, real_device
+from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.settings import NEURONS
-from dynaprune.pruning.sparse_start import keep_blocks, planned_masks, scale_to_live_fan_in
+from dynaprune.pruning.sparse_start import rates_of, start_sparse
 
 CAME_DENSE = "the model came with block-sparse layers, and this one was dense"
 _BLOCKS_STAY = "it is block-sparse, and only neurons of plain layers go"
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A model with block-sparse layers that no pruner watches yet; ``attach`` takes it.
-
-    Attributes:
-        given: what was given to :func:`prepare`: the model, or what is around it.
-        model: the model itself.
-        exempt: layers that stay dense, with the reason.
-        swapped: layers that became block-sparse here; one that no optimizer holds becomes dense again.
-        example: inputs of the model; None takes a training batch.
-        compared: whether the model was seen to compute the same as before.
-        left_out: blocks that training begins without, by layer; empty where it begins dense.
-        rates: by how much the values of a layer learn faster than all else, where they do.
-    """
-
-    given: nn.Module
-    model: nn.Module
-    config: PruningConfig
-    exempt: Mapping[str, str]
-    swapped: tuple[str, ...]
-    example: ExampleInputs | None
-    compared: bool
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-
-    def for_training(self, total_steps: int, batch_size: int | None) -> Prepared:
-        """The same, with these settings where the configuration left them open."""
-        return replace(self, config=self.config.for_training(total_steps, batch_size))
-
-    def parameter_groups(
-        self,
-        groups: Iterable[Mapping[str, Any]] | None = None,
-        *,
-        lr: float | None = None,
-        weight_decay: float = 0.0,
-    ) -> list[dict[str, Any]]:
-        """Groups for an optimizer in which the values of layers that begin sparse have a rate of their own.
-
-        The rate is multiplied (see ``PruningConfig.sparse_learning_rate``) and the weight decay divided
-        alike. Biases, norms, embeddings and whatever stays dense are as they would be.
-
-        Args:
-            groups: the optimizer's own, each with ``params``; by default one of all parameters that are
-                trained. Their ``lr`` and ``weight_decay`` come before those given here.
-            lr: learning rate of everything else.
-            weight_decay: of everything else; the optimizer's own default does not apply.
-
-        Raises:
-            ValueError: a group to split that has no ``lr``, and none is given.
-        """
-        if groups is None:
-            groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
-        given = {"weight_decay": weight_decay} if lr is None else {"lr": lr, "weight_decay": weight_decay}
-        values = {name: self.model.get_submodule(name).values for name in self.rates}
-        return marked_groups(
-            [{**given, **group} for group in groups],
-            {id(values[name]): rate for name, rate in self.rates.items()},
-        )
-
-
-def prepare(model: nn.Module, config: PruningConfig | None = None, *, example_inputs: Any = None) -> Prepared:
+def prepare(
+    model: nn.Module,
+    config: PruningConfig | None = None,
+    *,
+    example_inputs: Any = None,
+    device: torch.device | str | None = None,
+) -> Prepared:
     """Make the layers of ``model`` block-sparse, in place; build the optimizer afterwards, then ``attach``.
     With ``units="neurons"`` they stay what they are.
 
@@ -100,20 +48,29 @@ def prepare(model: nn.Module, config: PruningConfig | None = None, *, example_in
     gradients nor optimizer state have more. See ``docs/sparse-start.md``.
 
     Args:
-        model: on its device, with its weights.
+        model: on its device, with its weights; or, to begin sparse, on the meta device, all of it or in part:
+            it is then materialised, and of layers that begin sparse their blocks only.
         config: default ``PruningConfig()``; ``total_steps`` may be left open until ``attach``.
         example_inputs: what the model takes (a tensor, a tuple of arguments, or a mapping of keywords), to
             compare it with itself before and after, and to trace it when neurons are cut; None takes a
             training batch.
+        device: where a model from the meta device is materialised; by default where its real tensors are,
+            else torch's default device.
 
     Raises:
-        TypeError, ValueError: what cannot be pruned, by name and with the reason; the model is as it was.
+        TypeError, ValueError: what cannot be pruned, by name and with the reason; the model is as it was
+            (one from the meta device: in parts).
     """
     config = checked(config)
-    inner = refusals.unwrap_model(model)
+    inner = refusals.unwrap_model(model, meta=config.initial_sparsity > 0)
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
     if config.units == NEURONS:
         return keep_plain(model, inner, config, example)
+    if any(t.is_meta for group in (inner.parameters(), inner.buffers()) for t in group):
+        place = real_device(inner) if device is None else torch.device(device)
+        return prepare_from_meta(model, inner, config, example, place)
+    if device is not None:
+        raise ValueError(f"expected a device with a model on the meta device only, got {device}")
     candidates = find_candidates(inner, config)
     before = BeforeSwap(list(candidates.dense.values()), [])
     try:
@@ -194,8 +151,8 @@ def swap(
     note_families(model, config.families)
     if candidates.sparse:
         exempt = {**dict.fromkeys(candidates.dense, CAME_DENSE), **candidates.adapters}
-        rates = {n: _rate(layer, config) for n, layer in candidates.sparse.items()}
-        return Prepared(given, model, config, exempt, (), example, True, rates=_not_one(rates))
+        rates = rates_of(candidates.sparse, config)
+        return Prepared(given, model, config, exempt, (), example, True, rates=rates)
     if config.initial_sparsity and not config.mask_pretrained:
         refuse_trained(model)
     readers: dict[str, str] = {}
@@ -218,35 +175,6 @@ def swap(
         refuse_other_function(model, example, layers, plain)
     prepared = Prepared(given, model, config, exempt, swapped, example, plain is not None)
     return start_sparse(prepared, layers) if config.initial_sparsity else prepared
-
-
-def start_sparse(prepared: Prepared, layers: Mapping[str, BlockSparseLayer]) -> Prepared:
-    """Leave out random blocks of ``layers``, and scale what stays to the inputs that it has."""
-    model, config = prepared.model, prepared.config
-    masks = planned_masks(layers, config)
-    normed = norms_behind(model, layers, prepared.example)
-    left_out = {}
-    for name, layer in layers.items():
-        left_out[name] = keep_blocks(layer, masks[name])
-        if name not in normed:
-            scale_to_live_fan_in(layer)
-    rates = {name: _rate(layer, config) for name, layer in layers.items()}
-    return replace(prepared, left_out=left_out, rates=_not_one(rates))
-
-
-def _rate(layer: BlockSparseLayer, config: PruningConfig) -> float:
-    return rate_multiplier(layer.density() if config.initial_sparsity else 1.0, config.sparse_learning_rate)
-
-
-def _not_one(rates: Mapping[str, float]) -> dict[str, float]:
-    return {name: rate for name, rate in rates.items() if rate != 1}
-
-
-def refuse_unknown_floors(config: PruningConfig, names: tuple[str, ...]) -> None:
-    """Raise ValueError where a floor is of a layer that is not pruned."""
-    for name in config.floors:
-        if name not in names:
-            raise ValueError(f"expected floors of pruned layers ({', '.join(names)}), got one of {name!r}")
 
 
 def keep_plain(

@@ -33,7 +33,7 @@ from dynaprune.pruning.observe.gradients import refuse_without_gradients
 from dynaprune.pruning.observe.hooks import StepHooks
 from dynaprune.pruning.observe.observer import Observer, read_probes
 from dynaprune.pruning.observe.scores import make_score
-from dynaprune.pruning.prepare import Prepared
+from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.report import report
 from dynaprune.pruning.saved_state import adopt, check_state, state_of
 from dynaprune.pruning.scaled_steps import ScaledSteps

@@ -18,7 +18,7 @@ from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.ledger import Ledger
 from dynaprune.pruning.observe.observer import Observer
 from dynaprune.pruning.observe.score import Score
-from dynaprune.pruning.prepare import Prepared
+from dynaprune.pruning.prepared import Prepared
 
 
 class Standing:

@@ -30,6 +30,13 @@ def most_sparsity(structure: Structure, config: PruningConfig, whole: Iterable[s
     return 1 - kept / structure.weights
 
 
+def refuse_unknown_floors(config: PruningConfig, names: tuple[str, ...]) -> None:
+    """Raise ValueError where a floor is of a layer that is not pruned."""
+    for name in config.floors:
+        if name not in names:
+            raise ValueError(f"expected floors of pruned layers ({', '.join(names)}), got one of {name!r}")
+
+
 def say_what_floors_keep(structure: Structure, config: PruningConfig) -> None:
     """Warn where the floors alone put the target out of reach."""
     target, most = config.target_sparsity, most_sparsity(structure, config)

@@ -17,9 +17,12 @@ _TRANSPARENT_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightn
 _NEED_MATRICES = ("Muon", "Shampoo", "SOAP", "KFAC")
 
 
-def unwrap_model(model: Any) -> nn.Module:
+def unwrap_model(model: Any, *, meta: bool = False) -> nn.Module:
     """The module behind ``torch.compile`` and, in one process, DistributedDataParallel; refuses wrappers that
     own the parameters.
+
+    Args:
+        meta: allow parameters on the meta device.
 
     Raises:
         TypeError: not a module. ValueError: a wrapper, a lazy model or a process group that cannot be pruned.
@@ -30,9 +33,12 @@ def unwrap_model(model: Any) -> nn.Module:
     for module in model.modules():
         if reason := _wrapper_reason(module):
             raise ValueError(f"cannot attach to {type(module).__name__}: {reason}")
-    meta = [name for name, p in model.named_parameters() if p.is_meta]
-    if meta:
-        raise ValueError(f"cannot attach to a model on the meta device ({meta[0]}): give it weights first")
+    on_meta = [name for name, p in model.named_parameters() if p.is_meta and not meta]
+    if on_meta:
+        raise ValueError(
+            f"cannot attach to a model on the meta device ({on_meta[0]}): give it weights first, or let "
+            "dynaprune.prepare begin it sparse (initial_sparsity)"
+        )
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(

@@ -96,8 +96,8 @@ def _counts(
     least = [max(grids[n].cover, math.ceil(floors.get(n, 0.0) * grids[n].blocks - 1e-9)) for n in names]
     may_go = [whole - few for whole, few in zip(blocks, least, strict=True)]
     wanted = [grids[name].blocks * _share(grids[name].shape, allocation) for name in names]
-    summed = [grids[name].weights.reshape(-1)[orders[name]].cumsum(0).tolist() for name in names]
-    total = sum(weights[-1] for weights in summed)
+    summed = [grids[name].weights.reshape(-1)[orders[name]].cumsum(0) for name in names]
+    total = sum(float(weights[-1]) for weights in summed)
     budget = (1 - sparsity + 1e-9) * total
 
     def kept(gone: int) -> list[int]:
@@ -105,7 +105,7 @@ def _counts(
         return [whole - less for whole, less in zip(blocks, lost, strict=True)]
 
     def left(gone: int) -> float:
-        return sum(weights[count - 1] for weights, count in zip(summed, kept(gone), strict=True))
+        return sum(float(each[count - 1]) for each, count in zip(summed, kept(gone), strict=True))
 
     few, many = 0, sum(may_go)
     if (rest := left(many)) > budget:
