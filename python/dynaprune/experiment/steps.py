@@ -129,18 +129,21 @@ def evaluate(
     """Mean loss and the task's metrics over ``dataset``, with the model in evaluation mode meanwhile."""
     training = model.training
     model.eval()
-    losses: list[torch.Tensor] = []
+    # One tensor filled in place: small ones kept between large ones would hold all of the heap.
+    losses = torch.empty(len(dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
+    done = 0
     truth: list[Any] = []
     guess: list[Any] = []
     for inputs, targets in batches(dataset, task.evaluation_batch or _EVALUATION_BATCH, collate=collate):
         outputs = task.forward(model, to_device(inputs, device))
-        losses.append(task.losses(outputs, targets.to(device)).double())
+        losses[done : done + len(targets)] = task.losses(outputs, targets.to(device))
+        done += len(targets)
         if task.score_of_loss is None:
             predictions = task.predict(outputs)
             truth += targets.tolist()
             guess += predictions.tolist() if isinstance(predictions, torch.Tensor) else predictions
     model.train(training)
-    loss = float(torch.cat(losses).mean())
+    loss = float(losses.mean())
     return loss, task.score(truth, guess) if task.score_of_loss is None else task.score_of_loss(loss)
 
 
