@@ -152,7 +152,7 @@ def _forget(out: Path, config_path: Path, arm: str) -> None:
     with contextlib.suppress(FolderInUse), sole_writer(out / arm):
         shutil.rmtree(out / arm, ignore_errors=True)
     if not any((out / other).exists() for other in ARMS):
-        for left in (config_path, *out.glob("pretrained.*")):
+        for left in (config_path, *out.glob("pretrained.*"), *out.glob("vocabulary.json")):
             left.unlink(missing_ok=True)
 
 

@@ -153,12 +153,14 @@ class TaskOptions(TypedDict, total=False):
 
     train_samples: Annotated[int, Option("train on this many samples, drawn by class; 0: on all")]
     width: Annotated[float, Option("cifar10: channels relative to ResNet-18")]
-    size: Annotated[str, Option("imdb, speech: size of the model")]
+    tokens: Annotated[int, Option("lm: train on this many tokens; 0: on all")]
+    size: Annotated[str, Option("imdb, lm, speech: size of the model")]
     init: Annotated[str, Option("imdb, speech: scratch, pretrained or a folder")]
     pretrain_epochs: Annotated[
         int, Option("imdb: epochs of masked-language modelling on the task's text before")
     ]
     max_length: Annotated[int, Option("imdb: tokens per text")]
+    context: Annotated[int, Option("lm: tokens per sample")]
     max_seconds: Annotated[float, Option("speech: longest clip; 0: the task's own")]
     objective: Annotated[str, Option("common_voice: ctc or language")]
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,10 @@ def _run(
 ) -> dict[str, Any]:
     device = torch.device(config.device)
     task = get_task(config.task)
+    # Alone an arm leaves nothing in ``out`` where it cannot start.
+    kept = None if pretrained_file.parent == out else pretrained_file.parent
     try:
-        data = task.load(config.split(), config.options)
+        data = task.load(replace(config.split(), kept=kept), config.options)
     except (ValueError, OSError, ImportError) as error:
         raise CannotStart(str(error)) from error
     held_before = metrics.held_bytes(device)

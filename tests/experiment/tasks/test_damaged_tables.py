@@ -90,12 +90,14 @@ MADE: dict[str, tuple[str, dict[str, Callable[[], Table]]]] = {
     "titanic": ("titanic", {"train": titanic}),
     "cifar10": ("cifar10", {"train": cifar10, "test": lambda: cifar10(30, 1000)}),
     "imdb": ("imdb", {"train": imdb, "test": lambda: imdb(20, 1000)}),
+    "lm": ("imdb", {"train": imdb, "test": lambda: imdb(20, 1000)}),
     "spoken_digits": ("fsdd", {"train": fsdd, "test": lambda: fsdd(20, 1000)}),
     "common_voice": ("common_voice", {"train": common_voice, "test": lambda: common_voice(20, 1000)}),
 }
 OPTIONS: dict[str, tuple[str, ...]] = {
     "cifar10": ("--width", "0.25"),
     "imdb": ("--size", "tiny"),
+    "lm": ("--size", "tiny", "--context", "8"),
     "spoken_digits": ("--size", "tiny"),
     "common_voice": ("--size", "tiny"),
 }
@@ -211,6 +213,16 @@ OWN: dict[str, dict[str, tuple[Change, str]]] = {
         "invalid text": (invalid_text, "row 7, column text: expected a text, got .*utf-8"),
         "a cut vocabulary": (twice("text"), "has the column text 2 times"),
     },
+    "lm": {
+        "no text": (cell("text", 3, None), "row 3, column text: expected a text, got an empty cell"),
+        "invalid text": (invalid_text, "row 7, column text: expected a text, got .*utf-8"),
+        "one text": (column("text", lambda n: pyarrow.array(["a film"] * n)), "at least two training texts"),
+        "no rows": (lambda t: t.slice(0, 0), "is empty: expected rows"),
+        "short texts": (
+            lambda t: pyarrow.table({"text": list("abcdefghijklmno")}),
+            "expected text of more than 8 tokens for a block, got 3",
+        ),
+    },
     "spoken_digits": {
         "no sound": (file_in(3, b"no sound"), "fsdd/train.parquet, row 3, column audio: expected the bytes"),
         "half a header": (file_in(4, lambda b: b[:20]), "row 4, column audio: expected"),
@@ -250,7 +262,7 @@ def refused(task: str, root: Path, *more: str) -> str:
 @pytest.mark.parametrize("task", list(MADE))
 def test_the_tables_as_they_should_be_load(task: str, tmp_path: Path) -> None:
     chosen = dict(get_task(task).options)
-    chosen.update({k: v for k, v in (("width", 0.25), ("size", "tiny")) if k in chosen})
+    chosen.update({k: v for k, v in (("width", 0.25), ("size", "tiny"), ("context", 8)) if k in chosen})
     data = get_task(task).load(Split(0, source=str(write(tmp_path, task))), chosen)
     assert min(data.description["sizes"]) > 0
 

@@ -27,7 +27,7 @@ def _split(task: str, folder: Path | None = None, **more: Any) -> Split:
 def test_unknown_tasks_are_refused_with_the_known_names() -> None:
     with pytest.raises(ValueError, match=r"'mnist'.*digits.*titanic"):
         get_task("mnist")
-    assert task_names() == ["digits", "titanic", "cifar10", "imdb", "common_voice", "spoken_digits"]
+    assert task_names() == ["digits", "titanic", "cifar10", "imdb", "lm", "common_voice", "spoken_digits"]
 
 
 def test_digits_are_the_real_images_standardised_by_the_training_part() -> None:

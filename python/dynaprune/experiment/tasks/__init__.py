@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaprune.experiment.tasks.metric import ACCURACY, F1, Metric
@@ -24,6 +25,7 @@ _MODULES = {
     "titanic": "dynaprune.experiment.tasks.titanic",
     "cifar10": "dynaprune.experiment.tasks.cifar10",
     "imdb": "dynaprune.experiment.tasks.imdb",
+    "lm": "dynaprune.experiment.tasks.lm",
     "common_voice": "dynaprune.experiment.tasks.common_voice",
     "spoken_digits": "dynaprune.experiment.tasks.spoken_digits",
 }
@@ -36,12 +38,13 @@ class Split:
     ``fold`` of ``folds`` is the test part (stratified k-fold, shuffled by ``seed``); without folds one fifth
     is, drawn by ``seed``. One eighth of the rest is the validation part in both cases. Tasks with an official
     test set keep it. ``source`` is ``None`` (the environment's DYNAPRUNE_DATA, else the hub), ``"hub"``, or a
-    folder."""
+    folder. In the folder ``kept`` a task may keep what it has worked out of the data, for the other arm."""
 
     seed: int
     fold: int | None = None
     folds: int | None = None
     source: str | None = None
+    kept: Path | None = None
 
 
 @dataclass(frozen=True)
