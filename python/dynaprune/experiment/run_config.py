@@ -65,6 +65,9 @@ class RunConfig:
             flag=("paper", "the same as --preset paper"),
         ),
     ] = None
+    units: Annotated[
+        str, Option("what goes: blocks, neurons (of plain layers, which get narrower) or both")
+    ] = "blocks"
     block_size: Annotated[int, Option("edge of a block")] = 32
     threshold: Annotated[
         float, Option("the trial's probability of accepting a harmful removal", literal=True)
@@ -103,6 +106,7 @@ class RunConfig:
 
         return PruningConfig(
             target_sparsity=self.target_sparsity,
+            units=self.units,
             block_size=self.block_size,
             threshold=self.threshold,
             total_steps=total_steps,

@@ -10,16 +10,16 @@ from dynaprune.pruning.checks.one_process import take_off_averaging_
 from dynaprune.pruning.checks.reachable import say_what_gets_no_gradient
 from dynaprune.pruning.checks.reachable_neurons import no_neurons_reason, say_what_neurons_keep
 from dynaprune.pruning.checks.recompilation import say_recompilations
-from dynaprune.pruning.decide.policy import View
 from dynaprune.pruning.edit.apply import apply
 from dynaprune.pruning.edit.consequences import dead_neurons, spare_slots
 from dynaprune.pruning.edit.consistency import Consistency
 from dynaprune.pruning.edit.edits import Cut, Edit
 from dynaprune.pruning.edit.stale_copies import refuse_stale
 from dynaprune.pruning.observe.gradients import LASTING
-from dynaprune.pruning.settings import BLOCKS
+from dynaprune.pruning.settings import BLOCKS, NEURONS
 from dynaprune.pruning.standing import Standing
 from dynaprune.pruning.view import view_of
+from dynaprune.pruning.whole_neurons import know_neurons
 
 
 @torch.no_grad()
@@ -43,9 +43,12 @@ def prune(pruner: Standing, consistency: Consistency, said: set[str]) -> None:
     consistency.check()
     before = structure.version
     with structure.followers.in_step(structure.model, pruner.layers):
-        view = view_of(structure, pruner.score, pruner.trial, pruner.tracer, config, pruner.steps)
         if config.units != BLOCKS and not pruner.nothing_left():
-            _check_neurons(pruner, view, said)
+            _know_neurons(pruner)
+        view = view_of(structure, pruner.score, pruner.trial, pruner.tracer, config, pruner.steps)
+        if config.units == NEURONS and "floors" not in said and (whole := view.whole()) is not None:
+            said.add("floors")
+            say_what_neurons_keep(whole, view.weights, view.live_weights, config.target_sparsity)
         edits = policy.decide(view)
         _apply(pruner, edits)
         if any(isinstance(edit, Cut) for edit in edits):
@@ -62,16 +65,12 @@ def prune(pruner: Standing, consistency: Consistency, said: set[str]) -> None:
         said.add("recompilations")
 
 
-def _check_neurons(pruner: Standing, view: View, said: set[str]) -> None:
-    """Stop where no neuron can go, and say once how far they can."""
-    reasons = pruner.tracer.refused
-    if view.whole is None:
+def _know_neurons(pruner: Standing) -> None:
+    """Raise RuntimeError where nothing is pruned but whole neurons, and none of them can go."""
+    if know_neurons(pruner.structure, pruner.tracer) is None:
         pruner.tracer.say_unseen()
-    elif reason := no_neurons_reason(pruner.structure, reasons):
+    elif reason := no_neurons_reason(pruner.structure, pruner.tracer.refused):
         raise RuntimeError(reason)
-    elif "floors" not in said:
-        said.add("floors")
-        say_what_neurons_keep(view.whole, pruner.config.target_sparsity)
 
 
 def _apply(pruner: Standing, edits: Sequence[Edit]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from dynaprune.neurons.tracer import NeuronTracer
 from dynaprune.nn.calibration_mode import calibration_mode
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.neuron_order import GroupFigures, NeuronFigures
-from dynaprune.pruning.decide.policy import LayerView, View
+from dynaprune.pruning.decide.policy import LayerView, View, WholeNeurons
 from dynaprune.pruning.decide.trial import Losses, Trial
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.structure import Structure
@@ -42,6 +43,11 @@ def view_of(
         figures = GroupFigures(structure.groups.scores(score), None, structure.tokens)
         return NeuronFigures(structure.model, groups, figures)
 
+    def whole() -> WholeNeurons | None:
+        if config.units == BLOCKS:
+            return None
+        return whole_neurons(structure, score, trial, tracer, config)
+
     return View(
         step,
         {
@@ -50,9 +56,11 @@ def view_of(
         },
         structure.units,
         structure.live_units,
+        structure.weights,
+        structure.live_weights,
         None if trial is None else losses_without(structure, trial),
         neurons,
-        None if config.units == BLOCKS else whole_neurons(structure, score, trial, tracer, config),
+        cache(whole),
     )
 
 

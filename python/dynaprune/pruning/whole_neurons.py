@@ -93,8 +93,6 @@ def whole_neurons(
     return WholeNeurons(
         units,
         _widths(structure, units, config),
-        structure.weights,
-        structure.live_weights,
         None if trial is None else _losses_without(model, trial, groups),
         cannot_go,
         cut,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,15 @@ def draw_all(out: Path, report: dict[str, Any]) -> list[str]:
         if densities.is_file() and steps:
             _save(draw_density(densities, steps, report), out / "density.png")
             drawn.append("density.png")
-        if (out / "pruned" / "masks.json").is_file():
+        if _has_masks(out / "pruned" / "masks.json"):
             _save(draw_masks(out / "pruned", report), out / "masks.png")
             drawn.append("masks.png")
     return drawn
+
+
+def _has_masks(path: Path) -> bool:
+    """Whether the arm's layers were block-sparse; whole neurons leave plain layers, which have no masks."""
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["shapes"])
 
 
 def _save(figure: Figure, path: Path) -> None:

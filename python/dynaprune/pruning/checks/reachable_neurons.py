@@ -26,12 +26,13 @@ def no_neurons_reason(structure: Structure, reasons: Mapping[str, str]) -> str:
     return f"cannot prune this model, no neuron can go: {told or 'it has no hidden layer'}{more}"
 
 
-def say_what_neurons_keep(whole: WholeNeurons, target: float | None) -> None:
-    """Warn where floors alone put the target out of reach."""
+def say_what_neurons_keep(whole: WholeNeurons, weights: int, live: int, target: float | None) -> None:
+    """Warn where floors alone put the target, a share of ``weights`` of which ``live`` are left, out of
+    reach."""
     if target is None or not whole.units:
         return
     going = choose(whole.units, whole.widths, math.inf)
-    most = 1 - (whole.live_weights - going.weights(len(going.units))) / whole.weights
+    most = 1 - (live - going.weights(len(going.units))) / weights
     if most < target - 1e-9:
         warnings.warn(
             f"the target of {target:.1%} is out of reach: each layer keeps an output and its floor, so at "

@@ -56,16 +56,16 @@ class GradualNeurons(Policy):
         self.trials.events = list(state["events"])
 
     def decide(self, view: View) -> list[Cut]:
-        whole = view.whole
+        wish = math.ceil(self._share * self.pace.wish(view.step, view.weights, view.live_weights))
+        whole = view.whole() if wish else None
         if whole is None:
             return []
-        wish = math.ceil(self._share * self.pace.wish(view.step, whole.weights, whole.live_weights))
         chosen = self._cuttable(whole, wish)
         if not chosen.units:
             return []
         if whole.losses is None:
             return _cut(whole, chosen.units, [UNTESTED] * len(chosen.units))
-        return self._tested(view.step, whole, chosen, wish)
+        return self._tested(view, whole, chosen, wish)
 
     def _cuttable(self, whole: WholeNeurons, wish: int) -> Choice:
         """What goes, of what can: the cut of all of it was tried on the example inputs."""
@@ -80,18 +80,18 @@ class GradualNeurons(Policy):
             refused |= new
         return choose((unit for unit in chosen.units if unit.number not in refused), whole.widths, wish)
 
-    def _tested(self, step: int, whole: WholeNeurons, chosen: Choice, wish: int) -> list[Cut]:
+    def _tested(self, view: View, whole: WholeNeurons, chosen: Choice, wish: int) -> list[Cut]:
         losses, trials, count = whole.losses, self.trials, len(chosen.units)
         assert losses is not None and trials is not None
-        event = trials.run(step, count, lambda n: losses(chosen.units[:n] if n else []))
+        event = trials.run(view.step, count, lambda n: losses(chosen.units[:n] if n else []))
         accepted = event.accepted_size or 0
         passed = math.floor(chosen.weights(accepted))
-        left = max(0, whole.live_weights - passed)
-        forced = self.pace.forced(step, whole.weights, left, max(0, wish - passed))
+        left = max(0, view.live_weights - passed)
+        forced = self.pace.forced(view.step, view.weights, left, max(0, wish - passed))
         if not event.usable:
             forced = 0  # a trial that says nothing is no reason to remove anything
         going = chosen.reaching(passed + forced) if forced else accepted
-        trials.record(step, count, accepted, going - accepted, event)
+        trials.record(view.step, count, accepted, going - accepted, event)
         return _cut(whole, chosen.units[:going], [PASSED] * accepted + [FORCED] * (going - accepted))
 
 

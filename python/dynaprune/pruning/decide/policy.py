@@ -53,8 +53,6 @@ class WholeNeurons:
     Attributes:
         units: groups of neurons that may go and were seen at work.
         widths: of the layers that they belong to.
-        weights, live_weights: weights that belong to neurons that may go, at first and now; in block-sparse
-            layers too, where there are any.
         losses: ``losses(units)``, per-sample losses while these are silent, ``[]`` for the model as it
             stands. All calls of one event see the same samples. None where nothing is tested.
         cannot_go: ``cannot_go(units)``, numbers of those that the model cannot lose: the cut was tried on the
@@ -65,8 +63,6 @@ class WholeNeurons:
 
     units: Sequence[Unit]
     widths: Mapping[str, Width]
-    weights: int
-    live_weights: int
     losses: Callable[[Sequence[Unit]], Losses] | None
     cannot_go: Callable[[Sequence[Unit]], set[int]]
     cut: Callable[[Sequence[Unit], Sequence[str]], Cut | None]
@@ -80,19 +76,23 @@ class View:
         step: optimizer steps done.
         layers: the pruned layers, by name.
         units, live_units: blocks at attach, and those that live (in blocks of average size).
+        weights, live_weights: prunable weights at attach, and those that live; 0 until they are known.
         losses: ``losses(masks)``, per-sample losses with the blocks of ``masks`` suspended, ``{}`` for the
             model as it stands. All calls of one event see the same samples. None where nothing is tested.
         neurons: what whole neurons are worth; None where the model cannot be traced.
-        whole: whole neurons that may go as units of their own; None where units are blocks only.
+        whole: whole neurons that may go as units of their own; None where units are blocks only, or where
+            the model cannot be traced.
     """
 
     step: int
     layers: Mapping[str, LayerView]
     units: int
     live_units: int
+    weights: int
+    live_weights: int
     losses: Callable[[Mapping[str, Tensor]], Losses] | None
     neurons: Callable[[], NeuronFigures | None]
-    whole: WholeNeurons | None = None
+    whole: Callable[[], WholeNeurons | None]
 
 
 @runtime_checkable
