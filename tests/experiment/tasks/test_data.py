@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from dynaprune.experiment.tasks import Split
+from dynaprune.experiment.tasks import Split, TaskData
 from dynaprune.experiment.tasks.data import (
+    Served,
     batches,
     batches_per_epoch,
     mlp,
     read_table,
     split_rows,
     split_train,
+    training_batches,
 )
 
 LABELS = np.repeat([0, 1, 2], [300, 150, 50])
@@ -176,3 +179,55 @@ def test_every_task_of_the_hub_but_titanic_pins_a_commit() -> None:
 
     for module in (cifar10, imdb, spoken_digits):
         assert len(module.HUB_REVISION) == 40 and int(module.HUB_REVISION, 16)
+
+
+class _Rows(Dataset[Any]):
+    """Not a TensorDataset: served through torch's DataLoader. ``fetched`` are the rows asked for."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.fetched: list[int] = []
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        self.fetched.append(row)
+        return torch.tensor([float(row)]), row
+
+
+@pytest.mark.parametrize("rows", [12, 14, 3])
+@pytest.mark.parametrize("kind", ["tensors", "rows"])
+def test_a_pass_goes_on_after_any_batch_as_if_it_had_never_stopped(rows: int, kind: str) -> None:
+    """The augmentation draws from the same generator between two batches."""
+    tensors = TensorDataset(torch.arange(float(rows)).unsqueeze(1), torch.arange(rows))
+    part = tensors if kind == "tensors" else _Rows(rows)
+    data = TaskData(
+        part, part, part, classes=2, augment=lambda inputs, g: inputs + torch.rand(1, generator=g)
+    )
+    generator = torch.Generator().manual_seed(3)
+    began, whole, states = generator.get_state(), [], []
+    for inputs, targets in training_batches(data, 4, generator):
+        whole.append((inputs, targets))
+        states.append(generator.get_state())
+    end = generator.get_state()
+    for served in range(1, len(whole) + 1):
+        if isinstance(part, _Rows):
+            part.fetched.clear()
+        other = torch.Generator().manual_seed(99)
+        rest = list(training_batches(data, 4, other, Served(served, began, states[served - 1])))
+        assert len(rest) == len(whole) - served and torch.equal(other.get_state(), end)
+        for (inputs, targets), (mine, own) in zip(whole[served:], rest, strict=True):
+            assert torch.equal(inputs, mine) and torch.equal(targets, own)
+        if isinstance(part, _Rows):
+            assert len(part.fetched) == sum(len(targets) for _, targets in rest)
+    assert sorted(torch.cat([targets for _, targets in whole]).tolist()) == list(range(rows))
+
+
+def test_batches_are_drawn_as_torchs_own_loader_draws_them() -> None:
+    mine, torchs = (torch.Generator().manual_seed(3) for _ in range(2))
+    loader = DataLoader(_Rows(14), 4, shuffle=True, generator=torchs)
+    for _ in range(2):
+        for (_, a), (_, b) in zip(batches(_Rows(14), 4, mine), loader, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(mine.get_state(), torchs.get_state())

@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from dynaprune.experiment.tasks import Split, TaskData
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 __all__ = [
+    "Served",
     "batches",
     "batches_per_epoch",
     "data_source",
@@ -188,39 +190,81 @@ def batches_per_epoch(dataset: Dataset[Any], batch_size: int) -> int:
     return -(-len(dataset) // batch_size)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Served:
+    """How far a pass in random order has come: its first ``batches`` were served.
+
+    ``began`` and ``now`` are the states of its generator before the pass and after those batches."""
+
+    batches: int
+    began: torch.Tensor
+    now: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """The row numbers of each batch that is left of a pass; what was served is drawn and left out."""
+
+    every: BatchSampler
+    generator: torch.Generator
+    served: Served | None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        left = iter(self.every)
+        if self.served is not None:
+            for _ in itertools.islice(left, self.served.batches):
+                pass
+            self.generator.set_state(self.served.now)
+        yield from left
+
+
 def batches(
     dataset: Dataset[Any],
     batch_size: int,
     generator: torch.Generator | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    served: Served | None = None,
 ) -> Iterator[tuple[Any, torch.Tensor]]:
     """``(inputs, targets)`` batches of one pass: in random order by ``generator``, in the data's order
     without one.
 
     The order depends on the generator's state alone, so that two arms with the same seed see the same
-    batches."""
-    rows = len(dataset)  # type: ignore[arg-type]
-    if isinstance(dataset, TensorDataset):
-        order = torch.randperm(rows, generator=generator) if generator is not None else None
-        for start in range(0, rows, batch_size):
-            stop = min(start + batch_size, rows)
-            if order is None:
-                yield tuple(t[start:stop] for t in dataset.tensors)  # type: ignore[misc]
-            else:
-                chosen = order[start:stop]
-                yield tuple(t[chosen] for t in dataset.tensors)  # type: ignore[misc]
+    batches. With ``served`` the pass goes on after that many batches, which are not fetched again, and the
+    generator's states before and after each further batch are those of the whole pass."""
+    if generator is None:
+        yield from _in_order(dataset, batch_size, collate)
         return
-    yield from DataLoader(
-        dataset, batch_size, shuffle=generator is not None, generator=generator, collate_fn=collate
-    )
+    if served is not None:
+        generator.set_state(served.began)
+    if isinstance(dataset, TensorDataset):
+        order = torch.randperm(len(dataset), generator=generator)
+        if served is not None:
+            generator.set_state(served.now)
+        for start in range(served.batches * batch_size if served is not None else 0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            yield tuple(t[chosen] for t in dataset.tensors)  # type: ignore[misc]
+        return
+    sampler = RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
+    rest = _Rest(BatchSampler(sampler, batch_size, drop_last=False), generator, served)
+    yield from DataLoader(dataset, batch_sampler=rest, generator=generator, collate_fn=collate)
+
+
+def _in_order(
+    dataset: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any] | None
+) -> Iterator[tuple[Any, torch.Tensor]]:
+    if isinstance(dataset, TensorDataset):
+        for start in range(0, len(dataset), batch_size):
+            yield tuple(t[start : start + batch_size] for t in dataset.tensors)  # type: ignore[misc]
+        return
+    yield from DataLoader(dataset, batch_size, collate_fn=collate)
 
 
 def training_batches(
-    data: TaskData, batch_size: int, generator: torch.Generator
+    data: TaskData, batch_size: int, generator: torch.Generator, served: Served | None = None
 ) -> Iterator[tuple[Any, torch.Tensor]]:
     """One pass over the training part in random order, augmented; order and augmentation depend on
-    ``generator`` alone."""
-    for inputs, targets in batches(data.train, batch_size, generator, data.collate):
+    ``generator`` alone. With ``served`` what is left of a pass, see `batches`."""
+    for inputs, targets in batches(data.train, batch_size, generator, data.collate, served):
         yield (data.augment(inputs, generator) if data.augment else inputs), targets
 
 
