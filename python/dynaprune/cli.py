@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dynaprune.experiment.run_config import RunConfig, Setting, TaskOptions, resolve, settings
+from dynaprune.experiment.run_config import Resuming, RunConfig, Setting, TaskOptions, resolve, settings
 from dynaprune.experiment.tasks import get_task, task_names
 from dynaprune.saving.durable import cannot_write
 
@@ -26,7 +27,9 @@ app = typer.Typer(
 )
 
 TaskName = Annotated[str, typer.Argument(help=", ".join(task_names()), metavar="TASK")]
-Out = Annotated[Path, typer.Option("--out", help="new or empty folder for the results")]
+Out = Annotated[
+    Path, typer.Option("--out", help="folder for the results: new, empty, or of the same run cut short")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
 
@@ -79,6 +82,14 @@ def _resolved(task: str, given: dict[str, Any]) -> RunConfig:
         _fail(error)
 
 
+def _resuming(given: dict[str, Any]) -> Resuming:
+    """Takes the settings that no result depends on out of ``given``."""
+    try:
+        return Resuming.given(**{each.name: given.pop(each.name) for each in dataclasses.fields(Resuming)})
+    except ValueError as error:
+        _fail(error)
+
+
 def _seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in text.split(",")]
@@ -104,9 +115,12 @@ def compare_command(
     """Train TASK twice on the same data, dense with dropout and pruned while it trains, and report on both.
 
     With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started
-    again with the same settings, what has finished is kept."""
+    again with the same settings, what has finished is kept, and an arm that was cut short goes on from its
+    last checkpoint."""
+    resuming = _resuming(given)
     config = _resolved(task, given)
     from dynaprune.experiment import compare as comparison
+    from dynaprune.experiment.out_folder import check_unfinished
     from dynaprune.experiment.terminal import print_report, print_summary
 
     try:
@@ -120,13 +134,18 @@ def compare_command(
             if out.exists() and not out.is_dir():
                 _fail(f"--out must be a folder, and {out} is a file")
             summary, interrupted = repeat(
-                config, out, _seeds(seeds) if seeds else [config.seed], folds, quiet=quiet
+                config,
+                out,
+                _seeds(seeds) if seeds else [config.seed],
+                folds,
+                quiet=quiet,
+                resuming=resuming,
             )
             if summary is not None:
                 print_summary(summary, out)
         else:
-            comparison.check_unfinished(out, config)
-            report = comparison.compare(config, out, quiet=quiet)
+            check_unfinished(out, config)
+            report = comparison.compare(config, out, quiet=quiet, resuming=resuming)
             interrupted = report["interrupted"]
             print_report(report, out)
     except ValueError as error:
@@ -152,18 +171,23 @@ def train_command(
     given: Any = None,
 ) -> None:
     """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its
-    structure."""
+    structure.
+
+    Started again with the same settings, an arm that was cut short goes on from its last checkpoint."""
+    resuming = _resuming(given)
     config = _resolved(task, given)
-    from dynaprune.experiment.compare import check_empty
+    from dynaprune.experiment.out_folder import arm_is_finished
     from dynaprune.experiment.train import ARMS, exit_code, run_arm
 
     if arm not in ARMS:
         _fail(f"--arm must be one of {', '.join(ARMS)}, got {arm!r}")
     try:
-        check_empty(out)
+        if arm_is_finished(out, arm, config):
+            typer.echo(f"{out / 'arm.json'} is there already: the {arm} arm has finished")
+            return
     except ValueError as error:
         _fail(error)
-    code = exit_code(lambda: run_arm(config, arm, out, quiet=quiet))
+    code = exit_code(lambda: run_arm(config, arm, out, quiet=quiet, resuming=resuming))
     if code in (0, 130):
         typer.echo(f"wrote {out / 'arm.json'}")
     if code:

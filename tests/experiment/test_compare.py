@@ -20,7 +20,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from dynaprune.cli import app
-from dynaprune.experiment import compare
+from dynaprune.experiment.compare import _forget
+from dynaprune.experiment.out_folder import check_empty
 from dynaprune.experiment.report import PRUNED_METRICS, figures_of
 from dynaprune.experiment.steps import evaluate
 from dynaprune.experiment.tasks import Split, get_task
@@ -327,5 +328,5 @@ def test_an_arm_that_could_not_start_leaves_nothing_in_the_way(tmp_path: Path) -
     (tmp_path / "baseline").mkdir()
     for name in ("config.json", "pretrained.safetensors", "pretrained.json"):
         (tmp_path / name).touch()
-    compare._forget(tmp_path, tmp_path / "config.json", "baseline")
-    compare.check_empty(tmp_path)
+    _forget(tmp_path, tmp_path / "config.json", "baseline", tmp_path / "baseline" / "checkpoint")
+    check_empty(tmp_path)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from dynaprune.cli import app
 from dynaprune.experiment import train
-from dynaprune.experiment.compare import check_empty
+from dynaprune.experiment.out_folder import check_empty
 from dynaprune.experiment.run_config import resolve
 from dynaprune.experiment.sole_writer import LOCK_NAME, FolderInUse, sole_writer
 
@@ -164,14 +164,14 @@ def limited() -> None:
 
 @pytest.mark.parametrize("command", ["compare", "train"])
 def test_a_full_disk_ends_in_one_line(command: str, tmp_path: Path) -> None:
-    """No file may pass 1,500 bytes: settings and histories fit, ``arm.json`` does not."""
+    """No file may pass 1,500 bytes: settings and histories fit, the best model does not."""
     own = ("--arm", "baseline") if command == "train" else ("--seeds", "0,1")
     out = tmp_path / "out"
     process = start(command, "digits", "--epochs", 1, "--quiet", "--out", out, *own, preexec_fn=limited)
     said, complained = process.communicate(timeout=200)
     assert process.returncode == (3 if command == "train" else 1)
     assert complained.startswith("error: cannot write ") and complained.count("\n") == 1, complained
-    assert "arm.json: File too large" in complained and not said
+    assert "checkpoint/best-000001.safetensors: File too large" in complained and not said
     assert not list(out.rglob("*.tmp")) and not list(out.rglob(LOCK_NAME))
 
 

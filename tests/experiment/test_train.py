@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dynaprune.experiment.epochs import Outcome, train_epochs
+from dynaprune.experiment.arm import Arm, Outcome
+from dynaprune.experiment.epochs import train_epochs
 from dynaprune.experiment.interrupts import StopRequest, signals_taken
 from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.run_config import RunConfig
@@ -26,6 +27,7 @@ from dynaprune.experiment.steps import (
 )
 from dynaprune.experiment.tasks import Task, TaskData
 from dynaprune.experiment.tasks.data import mlp
+from dynaprune.pruning.early_stopping import EarlyStopping
 
 CPU = torch.device("cpu")
 
@@ -85,8 +87,9 @@ def _trained(
     assert isinstance(model, nn.Sequential)
     state = TrainState(config, TASK, model, torch.optim.SGD(model.parameters(), 0.05), CPU)
     shrinking = _Shrinking(model, **structure)
-    order = torch.Generator().manual_seed(0)
-    return train_epochs(state, "pruned", data, shrinking, order, StopRequest(), tmp_path, True), state, data
+    stopping = EarlyStopping(config.patience)
+    arm = Arm("pruned", state, data, shrinking, torch.Generator().manual_seed(0), stopping)
+    return train_epochs(arm, StopRequest(), tmp_path, quiet=True), state, data
 
 
 def test_the_best_weights_are_kept_with_their_structure(tmp_path: Path) -> None:
@@ -137,7 +140,8 @@ def test_a_request_to_stop_ends_the_epoch_after_its_step_and_handlers_come_back(
 
     stop = StopRequest()
     with signals_taken(stop.take):
-        done = train_epochs(state, "baseline", data, _Raising(model), torch.Generator(), stop, tmp_path, True)
+        arm = Arm("baseline", state, data, _Raising(model), torch.Generator(), EarlyStopping(5))
+        done = train_epochs(arm, stop, tmp_path, quiet=True)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (done.steps, done.ended, len(done.history)) == (7, "interrupted", 2)

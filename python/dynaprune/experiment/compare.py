@@ -1,12 +1,11 @@
 """Both arms of a comparison, each in its own process, and the report of the two.
 
 A comparison that was cut short goes on where it is started again with the same settings: an arm that has
-finished is kept."""
+finished is kept, and one that has a checkpoint goes on from there."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -16,15 +15,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dynaprune.experiment.arm_checkpoint import remove_checkpoints, saved_steps
 from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
+from dynaprune.experiment.out_folder import CONFIG, check_settings
 from dynaprune.experiment.report import OF_A_MACHINE, build_report
 from dynaprune.experiment.report_text import write_markdown
-from dynaprune.experiment.run_config import RunConfig
-from dynaprune.experiment.saved_results import read_arm, read_json, read_report
+from dynaprune.experiment.run_config import Resuming, RunConfig
+from dynaprune.experiment.saved_results import read_arm, read_json
 from dynaprune.experiment.sole_writer import LOCK_NAME, FolderInUse, note_writer, sole_writer
 from dynaprune.experiment.write import write_csv_lines, write_json
 
-__all__ = ["ArmFailed", "check_empty", "check_settings", "check_unfinished", "compare"]
+__all__ = ["ArmFailed", "compare"]
 
 ARMS = ("baseline", "pruned")
 CANNOT_START, CANNOT_WRITE = 2, 3
@@ -42,42 +43,12 @@ class ArmFailed(RuntimeError):
         self.explained = code in (CANNOT_START, CANNOT_WRITE)
 
 
-def check_empty(out: Path) -> None:
-    """ValueError unless ``out`` is a folder with nothing in it or does not exist."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, and {out} is a file")
-    if out.is_dir() and any(each.name != LOCK_NAME for each in out.iterdir()):
-        raise ValueError(
-            f"--out must be new or empty, and {out} holds files: choose another folder or remove it"
-        )
-
-
-def check_settings(folder: Path, found: dict[str, Any], config: RunConfig) -> None:
-    """ValueError, with their names, unless the settings ``found`` in ``folder`` are those of ``config``."""
-    wanted = json.loads(json.dumps(config.to_json()))
-    if found != wanted:
-        other = sorted(k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k))
-        raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(other)}): choose another --out"
-        )
-
-
-def check_unfinished(out: Path, config: RunConfig) -> None:
-    """ValueError unless ``out`` is new, empty, or holds a comparison of these settings that was cut short."""
-    if not (out / "config.json").is_file():
-        check_empty(out)
-        return
-    report = out / "report.json"
-    if report.is_file() and read_report(report) is not None:
-        check_empty(out)
-    check_settings(out, read_json(out / "config.json"), config)
-
-
 def _finished_arm(folder: Path, arm: str, config: RunConfig) -> dict[str, Any] | None:
     """The content of ``arm.json`` in ``folder`` if that arm was trained to its end.
 
-    ValueError where its files are damaged, or where it was trained on another machine or with other threads
-    than this process has: the times of the two arms could not be compared."""
+    ValueError where its files are damaged, or where it was trained on another device or with other threads
+    than this process has: the two arms could not be compared. Another processor is allowed, and the report
+    says so."""
     found = read_arm(folder, arm, config.task)
     if found is None:
         return None
@@ -100,7 +71,13 @@ def _finished_arm(folder: Path, arm: str, config: RunConfig) -> dict[str, Any] |
 
 
 def _run_arm(
-    config_path: Path, arm: str, out: Path, interrupts: ArmInterrupts, quiet: bool, lock: int
+    config_path: Path,
+    arm: str,
+    out: Path,
+    resuming: Resuming,
+    interrupts: ArmInterrupts,
+    quiet: bool,
+    lock: int,
 ) -> dict[str, Any] | None:
     """The content of the arm's ``arm.json``; None where an interrupt ended it before it could write one."""
     command = [
@@ -114,13 +91,18 @@ def _run_arm(
         str(out / arm),
         "--pretrained",
         str(out / "pretrained.safetensors"),
+        "--checkpoint-minutes",
+        str(resuming.checkpoint_minutes),
         "--parent",
         str(os.getpid()),
+        *([] if resuming.checkpoints is None else ["--checkpoints", resuming.checkpoints]),
+        *(["--restart"] if resuming.restart else []),
+        *(["--quiet"] if quiet else []),
     ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()
     process = subprocess.Popen(
-        command + (["--quiet"] if quiet else []),
+        command,
         env=environment,
         start_new_session=True,
         pass_fds=(lock,),
@@ -139,7 +121,8 @@ def _run_arm(
     result = out / arm / "arm.json"
     if result.is_file() and code in (0, 130):
         found = read_json(result)
-        found["result"]["process_seconds"] = time.perf_counter() - started
+        earlier = sum(part["process_seconds"] for part in found["result"]["parts"][:-1])
+        found["result"]["process_seconds"] = earlier + time.perf_counter() - started
         write_json(result, found)
         return found
     if interrupts.seen:
@@ -147,13 +130,24 @@ def _run_arm(
     raise ArmFailed(arm, code)
 
 
-def _forget(out: Path, config_path: Path, arm: str) -> None:
-    """Remove what an arm that could not start has left, so that the same command can be given again."""
+def _forget(out: Path, config_path: Path, arm: str, checkpoints: Path) -> None:
+    """Remove what an arm that could not start has left, so that the same command can be given again; not its
+    checkpoints."""
     with contextlib.suppress(FolderInUse), sole_writer(out / arm):
-        shutil.rmtree(out / arm, ignore_errors=True)
+        _clear(out / arm, checkpoints)
     if not any((out / other).exists() for other in ARMS):
         for left in (config_path, *out.glob("pretrained.*"), *out.glob("vocabulary.json")):
             left.unlink(missing_ok=True)
+
+
+def _clear(folder: Path, checkpoints: Path) -> None:
+    """Remove what an arm has left in ``folder``, but for its checkpoints."""
+    if not saved_steps(checkpoints):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for each in folder.iterdir():
+        if each.is_file() and each.name != LOCK_NAME:
+            each.unlink()
 
 
 def _check_same_data(out: Path, arms: dict[str, dict[str, Any] | None]) -> None:
@@ -173,12 +167,14 @@ def compare(
     quiet: bool = False,
     pictures: bool = True,
     interrupts: ArmInterrupts | None = None,
+    resuming: Resuming | None = None,
 ) -> dict[str, Any]:
     """Train both arms on the same data and write ``out``: the report, histories and pictures. Returns the
     report.
 
     After an interrupt the report holds what was done (``interrupted`` true, an arm that never finished an
-    epoch null). Started again, it keeps the arms in ``out`` that have finished.
+    epoch null). Started again, it keeps the arms in ``out`` that have finished, and goes on with the one that
+    has a checkpoint.
 
     Raises:
         ValueError: another process writes ``out``; it holds other settings, damaged files, or an arm of
@@ -188,15 +184,23 @@ def compare(
     if interrupts is None:
         interrupts = ArmInterrupts()
         with signals_taken(interrupts.take):
-            return compare(config, out, quiet=quiet, pictures=pictures, interrupts=interrupts)
+            return compare(
+                config, out, quiet=quiet, pictures=pictures, interrupts=interrupts, resuming=resuming
+            )
     with sole_writer(out) as lock:
-        return _compare(config, out, quiet, pictures, interrupts, lock)
+        return _compare(config, out, resuming or Resuming(), quiet, pictures, interrupts, lock)
 
 
 def _compare(
-    config: RunConfig, out: Path, quiet: bool, pictures: bool, interrupts: ArmInterrupts, lock: int
+    config: RunConfig,
+    out: Path,
+    resuming: Resuming,
+    quiet: bool,
+    pictures: bool,
+    interrupts: ArmInterrupts,
+    lock: int,
 ) -> dict[str, Any]:
-    config_path = out / "config.json"
+    config_path = out / CONFIG
     arms: dict[str, dict[str, Any] | None] = dict.fromkeys(ARMS)
     environment: dict[str, Any] = {}
     if continued := config_path.is_file():
@@ -205,20 +209,22 @@ def _compare(
             kept = _finished_arm(out / arm, arm, config)
             if kept is not None:
                 arms[arm], environment = kept["result"], kept["environment"]
+                remove_checkpoints(resuming.folder(arm, out / arm))
     write_json(config_path, config.to_json())
     for arm in ARMS:
         if interrupts.seen:
             break
         if arms[arm] is not None:
             continue
+        checkpoints = resuming.folder(arm, out / arm)
         if continued:
             with sole_writer(out / arm):  # `dynaprune train` may be writing there
-                shutil.rmtree(out / arm, ignore_errors=True)
+                _clear(out / arm, checkpoints)
         try:
-            found = _run_arm(config_path, arm, out, interrupts, quiet, lock)
+            found = _run_arm(config_path, arm, out, resuming, interrupts, quiet, lock)
         except ArmFailed as error:
             if error.code == CANNOT_START:
-                _forget(out, config_path, arm)
+                _forget(out, config_path, arm, checkpoints)
             raise
         if found is not None:
             arms[arm], environment = found["result"], found["environment"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from dynaprune.experiment.metrics import flops_of
@@ -26,6 +27,14 @@ class CountedTrial:
         self.flops += flops
         self.seconds += time.perf_counter() - started
         return losses
+
+    def costs(self) -> dict[str, float]:
+        """What was counted so far."""
+        return {"calls": self.calls, "flops": self.flops, "seconds": self.seconds}
+
+    def resume(self, costs: Mapping[str, float]) -> None:
+        """Go on counting from `costs`."""
+        self.calls, self.flops, self.seconds = int(costs["calls"]), costs["flops"], costs["seconds"]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_trial"], name)

@@ -3,111 +3,116 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from dynaprune.experiment import metrics
+from dynaprune.experiment.arm import Arm, Epoch, Outcome
+from dynaprune.experiment.arm_checkpoint import Checkpoints
 from dynaprune.experiment.interrupts import StopRequest
-from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.progress import EpochProgress
-from dynaprune.experiment.steps import TrainState, evaluate, now
-from dynaprune.experiment.tasks import TaskData
-from dynaprune.experiment.tasks.data import batches_per_epoch, training_batches
+from dynaprune.experiment.steps import evaluate, now
+from dynaprune.experiment.tasks.data import Served, training_batches
 from dynaprune.experiment.tasks.metric import beside_the_loss
 from dynaprune.experiment.write import write_csv
 from dynaprune.nn.to_device import to_device
-from dynaprune.pruning.early_stopping import EarlyStopping
 
-__all__ = ["Outcome", "train_epochs"]
-
-
-@dataclass
-class Outcome:
-    """What an arm's training left behind. ``kept`` is the best model with its structure, and what was said of
-    it."""
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    kept: tuple[nn.Module, dict[str, Any]] | None = None
-    best_epoch: int | None = None
-    first_steps: list[float] = field(default_factory=list)
-    steps: int = 0
-    seconds: float = 0.0
-    ended: str = "ran all epochs"
+__all__ = ["train_epochs"]
 
 
 def train_epochs(
-    state: TrainState,
-    arm: str,
-    data: TaskData,
-    network: DenseNetwork,
-    order: torch.Generator,
-    stop: StopRequest,
-    out: Path,
-    quiet: bool,
+    arm: Arm, stop: StopRequest, out: Path, *, checkpoints: Checkpoints | None = None, quiet: bool = False
 ) -> Outcome:
-    """All epochs, or until early stopping or an interrupt; ``history.csv`` is written after every epoch."""
-    config, device = state.config, state.device
-    done = Outcome()
-    stopping = EarlyStopping(config.patience)
-    total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
-    measured_version: int | None = None
-    begun = now(device)
-    metric = beside_the_loss(state.task.metrics)
-    with EpochProgress(arm, config.epochs, total_steps, metric, quiet=quiet) as progress:
-        for epoch in range(1, config.epochs + 1):
-            version_before, loss_sum, seen = network.version(), torch.zeros((), device=device), 0
-            for inputs, targets in training_batches(data, config.batch_size, order):
-                inputs, targets = to_device(inputs, device), targets.to(device)
-                changed = network.version() != measured_version
-                measured_version = network.version()
-                loss_sum += state.step(inputs, targets, count_flops=changed) * len(targets)
-                seen += len(targets)
-                done.steps += 1
-                network.after_step(done.steps)
-                progress.advance()
-                if stop.requested:
-                    break
-            if len(done.first_steps) < metrics.STEPS_TIMED:
-                done.first_steps = state.step_seconds[: metrics.STEPS_TIMED]
-            network.before_evaluation()
-            validation_loss, scores = evaluate(state.task, state.model, data.validation, device, data.collate)
-            best = stopping.update(
-                epoch,
-                validation_loss,
-                standing=network.final_standing(),
-                structure_changed=network.version() != version_before,
-            )
-            if best:
-                done.kept = (copy.deepcopy(state.model), network.facts())
-            done.history.append(
-                {
-                    "arm": arm,
-                    "epoch": epoch,
-                    "step": done.steps,
-                    "seconds": now(device) - begun,
-                    "train_loss": float(loss_sum) / seen,
-                    "validation_loss": validation_loss,
-                    **{f"validation_{name}": value for name, value in scores.items()},
-                    "sparsity": network.sparsity(),
-                    "parameters_active": network.parameters_active(),
-                    "flops_per_step": state.flops_per_step(-1),
-                    "step_seconds": metrics.median_seconds(state.step_seconds[-metrics.STEPS_TIMED :]),
-                    "target_reached": network.target_reached(),
-                    "best": best,
-                    "sparsity_of_model": network.sparsity_of_model(),
-                }
-            )
+    """What is left of all epochs, or until early stopping or an interrupt.
+
+    ``history.csv`` is written after every epoch, and a checkpoint too; an interrupt leaves one of the step
+    before it."""
+    done = arm.done
+    if done.history:
+        write_csv(out / "history.csv", done.history)
+    arm.begun = now(arm.state.device) - done.seconds
+    epochs, metric = arm.state.config.epochs, beside_the_loss(arm.state.task.metrics)
+    with EpochProgress(arm.name, epochs, arm.total_steps, metric, quiet=quiet) as progress:
+        progress.advance(done.steps)
+        interrupted = False
+        while not (arm.over or interrupted):
+            whole = _train(arm, stop, checkpoints, progress)
+            _evaluate(arm)
             write_csv(out / "history.csv", done.history)
             progress.epoch(done.history[-1])
-            if stop.requested or stopping.should_stop:
-                done.ended = "interrupted" if stop.requested else "stopped early"
-                break
-    done.seconds = now(device) - begun
-    done.best_epoch = stopping.best_epoch
+            if whole and checkpoints is not None:
+                checkpoints.write(arm)
+            interrupted = stop.requested
+    if interrupted:
+        done.ended = "interrupted"
+    elif arm.stopping.should_stop:
+        done.ended = "stopped early"
+    done.seconds = now(arm.state.device) - arm.begun
     if done.kept is None:
-        done.kept = (copy.deepcopy(state.model), network.facts())
+        done.kept = (copy.deepcopy(arm.state.model), arm.network.facts())
     return done
+
+
+def _train(arm: Arm, stop: StopRequest, checkpoints: Checkpoints | None, progress: EpochProgress) -> bool:
+    """What is left of the epoch under way, or a new one; False where a request to stop has cut it short."""
+    state, network, done, device = arm.state, arm.network, arm.done, arm.state.device
+    if arm.epoch is None:
+        arm.epoch = Epoch(arm.order.get_state(), network.version(), torch.zeros((), device=device))
+    epoch = arm.epoch
+    served = Served(epoch.batches, epoch.began, arm.order.get_state())
+    for inputs, targets in training_batches(arm.data, state.config.batch_size, arm.order, served):
+        inputs, targets = to_device(inputs, device), targets.to(device)
+        changed = network.version() != arm.measured_version
+        arm.measured_version = network.version()
+        epoch.loss_sum += state.step(inputs, targets, count_flops=changed) * len(targets)
+        epoch.seen += len(targets)
+        epoch.batches += 1
+        done.steps += 1
+        network.after_step(done.steps)
+        progress.advance()
+        if checkpoints is not None and (stop.requested or checkpoints.due()):
+            checkpoints.write(arm)
+        if stop.requested:
+            return False
+    return True
+
+
+def _evaluate(arm: Arm) -> None:
+    """Close the epoch under way: its row of the history, and the model where it is the best so far."""
+    state, network, done, epoch = arm.state, arm.network, arm.done, arm.epoch
+    assert epoch is not None
+    if len(done.first_steps) < metrics.STEPS_TIMED:
+        done.first_steps = state.step_seconds[: metrics.STEPS_TIMED]
+    network.before_evaluation()
+    validation_loss, scores = evaluate(
+        state.task, state.model, arm.data.validation, state.device, arm.data.collate
+    )
+    number = len(done.history) + 1
+    best = arm.stopping.update(
+        number,
+        validation_loss,
+        standing=network.final_standing(),
+        structure_changed=network.version() != epoch.version,
+    )
+    if best:
+        done.kept, done.best_epoch = (copy.deepcopy(state.model), network.facts()), number
+    done.history.append(
+        {
+            "arm": arm.name,
+            "epoch": number,
+            "step": done.steps,
+            "seconds": now(state.device) - arm.begun,
+            "train_loss": float(epoch.loss_sum) / epoch.seen,
+            "validation_loss": validation_loss,
+            **{f"validation_{name}": value for name, value in scores.items()},
+            "sparsity": network.sparsity(),
+            "parameters_active": network.parameters_active(),
+            "flops_per_step": state.flops_per_step(-1),
+            "step_seconds": metrics.median_seconds(state.step_seconds[-metrics.STEPS_TIMED :]),
+            "target_reached": network.target_reached(),
+            "best": best,
+            "sparsity_of_model": network.sparsity_of_model(),
+        }
+    )
+    arm.epoch = None

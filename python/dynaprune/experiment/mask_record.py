@@ -55,6 +55,34 @@ class MaskRecord:
         if not self._frames or sparsity - self._frames[-1].sparsity >= FRAME_EVERY:
             self._frames.append(_frame(step, sparsity, layers))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that was taken so far: plain values, and the masks as tensors."""
+        return {
+            "densities": self._densities,
+            "frames": [
+                {
+                    "step": frame.step,
+                    "sparsity": frame.sparsity,
+                    "layers": {name: torch.from_numpy(image) for name, image in frame.layers.items()},
+                    "shapes": frame.shapes,
+                }
+                for frame in self._frames
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what an earlier part of the training took."""
+        self._densities = [dict(row) for row in state["densities"]]
+        self._frames = [
+            _Frame(
+                frame["step"],
+                frame["sparsity"],
+                {name: image.clone().numpy() for name, image in frame["layers"].items()},
+                {name: (rows, columns) for name, (rows, columns) in frame["shapes"].items()},
+            )
+            for frame in state["frames"]
+        ]
+
     def write(self, out: Path, step: int, sparsity: float, layers: Mapping[str, BlockSparseLayer]) -> None:
         """Write ``density.csv`` (layer by step), ``masks.json`` and ``masks.npz`` (the masks) into ``out``;
         the last masks are those of now, after ``step`` steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,16 @@ class DenseNetwork:
         """What the report says of step times beside those of the closing steps; ``batches`` None: no further
         steps."""
         return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs of the network beside its model: tensors and plain values."""
+        return {}
+
+    def leave_out(self, seconds: float) -> None:
+        """Count ``seconds`` that have just passed as no time of the training."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved `state_dict`; the model's structure and weights are loaded afterwards."""
 
     def write(self, out: Path, tested: nn.Module) -> None:
         """Write what the pictures need, and the model that was tested, into ``out``."""
@@ -219,6 +229,28 @@ class PrunedNetwork(DenseNetwork):
             return {"step_seconds_dense": None}
         alone = median_seconds(self._state.step_seconds)
         return {"step_seconds_last_alone": alone, **time_in_turn(self._state, self._data, batches)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pruner's state, the masks so far, and the costs of trials and recalibrations."""
+        return {
+            "pruner": self.pruner.state_dict(),
+            "record": self._record.state_dict(),
+            "trial": self.trial.costs(),
+            "steps": [self._step, self._recorded, self._changed_at],
+            "recalibrations": [self.recalibrations, self.recalibration_seconds],
+        }
+
+    def leave_out(self, seconds: float) -> None:
+        """Count ``seconds`` that have just passed as no time of the training."""
+        self.pruner.ledger.leave_out(seconds)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved `state_dict`; ValueError for that of another model, score or trial."""
+        self.pruner.load_state_dict(state["pruner"])
+        self._record.load_state_dict(state["record"])
+        self.trial.resume(state["trial"])
+        self._step, self._recorded, self._changed_at = state["steps"]
+        self.recalibrations, self.recalibration_seconds = state["recalibrations"]
 
     def write(self, out: Path, tested: nn.Module) -> None:
         """The record of the masks, and the tested model as ``model.safetensors`` for `dynaprune.load`."""

@@ -43,10 +43,10 @@ class EpochProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self) -> None:
-        """One step is done."""
+    def advance(self, steps: int = 1) -> None:
+        """So many further steps are done."""
         if self._bar is not None:
-            self._bar.advance(self._task)
+            self._bar.advance(self._task, steps)
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch is done: ``row`` is its line of ``history.csv``."""

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynaprune.experiment.compare import check_settings, compare
+from dynaprune.experiment.compare import compare
 from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
+from dynaprune.experiment.out_folder import check_settings
 from dynaprune.experiment.report import data_of
 from dynaprune.experiment.report_text import difference_kind, on_copy, shown
-from dynaprune.experiment.run_config import RunConfig
+from dynaprune.experiment.run_config import Resuming, RunConfig
 from dynaprune.experiment.saved_results import read_json, read_report
 from dynaprune.experiment.sole_writer import sole_writer
 from dynaprune.experiment.tasks import get_task
@@ -233,9 +234,10 @@ def repeat(
     *,
     pictures: bool = False,
     quiet: bool = False,
+    resuming: Resuming | None = None,
 ) -> tuple[dict[str, Any] | None, bool]:
     """Run the plan, each run in its folder under ``out``; runs finished before with the same settings are
-    kept.
+    kept, and one that was cut short goes on.
 
     Writes ``summary.json`` and ``summary.md`` after every run. Returns (the summary or None, interrupted).
 
@@ -255,7 +257,14 @@ def repeat(
     with sole_writer(out), signals_taken(interrupts.take):
         for number, (name, each) in enumerate(runs, 1):
             if name not in reports:
-                report = compare(each, out / name, quiet=True, pictures=pictures, interrupts=interrupts)
+                report = compare(
+                    each,
+                    out / name,
+                    quiet=True,
+                    pictures=pictures,
+                    interrupts=interrupts,
+                    resuming=(resuming or Resuming()).within(name),
+                )
                 if interrupts.seen:
                     break
                 reports[name] = report

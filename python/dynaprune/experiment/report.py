@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dynaprune.experiment.parts import marks
 from dynaprune.experiment.tasks import get_task
 
 __all__ = [
@@ -76,15 +77,16 @@ def ratios(
     return found
 
 
-# Where these differ between environments, times and memory cannot be compared.
-OF_A_MACHINE = ("cpu", "cpu_kernels", "threads", "device", "cuda")
+# Where these differ between environments, runs cannot be set beside each other. With another processor they
+# can, but for their times: the report says so.
+OF_A_MACHINE = ("threads", "device", "cuda")
 
 
 def build_report(
     config: dict[str, Any], environment: dict[str, Any], arms: dict[str, dict[str, Any] | None]
 ) -> dict[str, Any]:
-    """The content of ``report.json``: an arm that did not run is null, and ``interrupted`` says whether one
-    was cut."""
+    """The content of ``report.json``: an arm that did not run is null, ``interrupted`` says whether one was
+    cut, and ``marks`` what makes figures less than exact or comparable."""
     baseline, pruned = arms.get("baseline"), arms.get("pruned")
     return {
         "task": config["task"],
@@ -95,6 +97,7 @@ def build_report(
         "pruned": pruned,
         "ratios": ratios(baseline, pruned, figures_of(config["task"])),
         "interrupted": any(a is None or a["interrupted"] for a in (baseline, pruned)),
+        "marks": marks({"baseline": baseline, "pruned": pruned}),
     }
 
 

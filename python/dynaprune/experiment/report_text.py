@@ -162,6 +162,8 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
     lines += [f"| {' | '.join(row)} |" for row in table_rows(report)]
     if note := data_of(report).get("note"):
         lines += ["", f"**{note}**"]
+    for mark in report["marks"]:
+        lines += ["", f"**{mark}**"]
     lines += ["", *[f"![{name.removesuffix('.png')}]({name})" for name in pictures], ""]
     lines += what_stays_whole(report)
     lines += ["## How this was measured", "", _NOTES]
@@ -170,11 +172,13 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
             done = report[arm]
             best = f"weights of epoch {done['best_epoch']}" if done["best_epoch"] else "the last weights"
             lines.append(f"- {arm}: {done['state']} after {done['epochs']} epochs; tested with {best}.")
+            if len(parts := done.get("parts") or []) > 1:
+                lines.append(f"  It was trained in {len(parts)} parts; seconds are those of all of them.")
             if "process_seconds" in done:
                 around = done["process_seconds"] - done["train_seconds"]
                 lines.append(
                     f"  Its process took {done['process_seconds']:.1f} s, {around:.1f} s of it around "
-                    "the training: imports, data, test, timing."
+                    "the training: imports, data, checkpoints, test, timing."
                 )
     pruned = report["pruned"]
     if pruned and pruned.get("trial_seconds") is not None:

@@ -4,6 +4,7 @@ The command line is made of what stands here, and is not to wait for torch: this
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +16,15 @@ from dynaprune.experiment.tasks import Split, Task, get_task
 if TYPE_CHECKING:
     from dynaprune.pruning.config import PruningConfig
 
-__all__ = ["RunConfig", "Setting", "TaskOptions", "resolve", "settings"]
+__all__ = [
+    "Resuming",
+    "RunConfig",
+    "Setting",
+    "TaskOptions",
+    "differing_settings",
+    "resolve",
+    "settings",
+]
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -169,6 +178,40 @@ class TaskOptions(TypedDict, total=False):
     objective: Annotated[str, Option("common_voice: ctc or language")]
 
 
+@dataclass(frozen=True)
+class Resuming:
+    """Where arms keep their checkpoints, and how often they write one: no result depends on it."""
+
+    checkpoints: Annotated[
+        str | None, Option("folder for the arms' checkpoints [default: in the arm's own folder]")
+    ] = None
+    checkpoint_minutes: Annotated[
+        float, Option("write one so often, and after every epoch [default: 10]")
+    ] = 10.0
+    restart: Annotated[bool, Option("train unfinished arms from their start, not from a checkpoint")] = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.checkpoint_minutes) and self.checkpoint_minutes >= 0):
+            raise ValueError(f"checkpoint_minutes must be at least 0, got {self.checkpoint_minutes}")
+        if self.checkpoints is not None and Path(self.checkpoints).expanduser().is_file():
+            raise ValueError(f"--checkpoints must be a folder, and {self.checkpoints} is a file")
+
+    @classmethod
+    def given(cls, **given: Any) -> Resuming:
+        """The defaults, and what was given: None means not given."""
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def within(self, name: str) -> Resuming:
+        """For one run of several: its checkpoints lie in a folder ``name`` of their own."""
+        if self.checkpoints is None:
+            return self
+        return replace(self, checkpoints=str(Path(self.checkpoints, name)))
+
+    def folder(self, arm: str, out: Path) -> Path:
+        """Where the checkpoints of an arm lie that writes into ``out``."""
+        return out / "checkpoint" if self.checkpoints is None else Path(self.checkpoints).expanduser() / arm
+
+
 class Setting(NamedTuple):
     """A setting as an option of the command line; a ``kind`` of bool is a flag."""
 
@@ -186,7 +229,7 @@ def _options_of(declared: type) -> Iterator[tuple[str, Any, Option]]:
 
 def settings() -> Iterator[Setting]:
     """Every setting that a user may give, in the order of the command line's help."""
-    for declared in (RunConfig, TaskOptions):
+    for declared in (RunConfig, TaskOptions, Resuming):
         for name, kind, option in _options_of(declared):
             yield Setting(name, kind, option.help)
             if option.flag is not None:
@@ -248,6 +291,16 @@ def check(config: RunConfig) -> RunConfig:
         raise ValueError(f"data must be 'hub', 'hub@COMMIT' or a folder, and {config.data} is not a folder")
     config.pruning_config(total_steps=1000)
     return config
+
+
+def differing_settings(found: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings in which ``found``, read from JSON, differs from ``config``: both values by name.
+
+    A setting that an earlier version did not know counts there as its default."""
+    theirs = {**RunConfig(task=config.task).to_json(), **found}
+    theirs, mine = (json.loads(json.dumps(each)) for each in (theirs, config.to_json()))
+    names = sorted(theirs.keys() | mine.keys())
+    return {n: (theirs.get(n), mine.get(n)) for n in names if theirs.get(n) != mine.get(n)}
 
 
 def _options(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,10 +119,23 @@ def read_arm(folder: Path, arm: str, task: str) -> dict[str, Any] | None:
     _check_figures(path, "result.", result, numbers, task)
     if not isinstance(result.get("state"), str):
         raise _wrong(path, "result.state", "text", result.get("state"))
+    _check_parts(path, result.get("parts", []))
     _check_history(folder / "history.csv", arm, result["epochs"])
     if arm == "pruned":
         _check_structure(folder)
     return found
+
+
+def _check_parts(path: Path, parts: Any) -> None:
+    """Arms of earlier versions have none."""
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict)
+        and type(part.get("steps_before")) is int
+        and is_number(part.get("process_seconds"))
+        and isinstance(part.get("environment"), dict)
+        for part in parts
+    ):
+        raise _wrong(path, "result.parts", "steps_before, process_seconds and environment of each", parts)
 
 
 def _read_rows(path: Path) -> list[list[str]]:

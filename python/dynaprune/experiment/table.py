@@ -47,6 +47,13 @@ def _notes(results: Sequence[TaskResults]) -> list[str]:
         commits = sorted({str(e["commit"]) for e in environments if e.get("commit")})
         built = f", commit {', '.join(commits)}" if commits else ""
         notes.append(f"{each.task}: {where}, torch {', '.join(torch)}{built}.")
+        if len(processors := sorted({str(e.get("cpu")) for e in environments})) > 1:
+            notes.append(f"{each.task}: the runs are of {', '.join(processors)}; their times scatter more.")
+        for run in each.runs:
+            marks = run.report.get("marks")
+            notes += [
+                f"{each.task}, {run.path.name}: {m}" for m in (marks if isinstance(marks, list) else [])
+            ]
         if note := _said_of_data(each, "note"):
             notes.append(f"{each.task}: {note}")
     return [f"- {_cell(note)}" for note in notes]

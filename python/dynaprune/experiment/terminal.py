@@ -31,6 +31,8 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     for row in table_rows(report):
         table.add_row(*row)
     console.print(table)
+    for mark in report["marks"]:
+        console.print(mark, style="bold")
     for name in ("report.md", "report.json", "history.csv", "curves.png", "density.png", "masks.png"):
         if (out / name).is_file():
             console.print(f"  {out / name}", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +20,19 @@ import torch
 from torch import nn
 
 from dynaprune.experiment import metrics
-from dynaprune.experiment.epochs import Outcome, train_epochs
+from dynaprune.experiment.arm import Arm
+from dynaprune.experiment.arm_checkpoint import (
+    Checkpoints,
+    Identity,
+    open_checkpoints,
+    remove_checkpoints,
+)
+from dynaprune.experiment.data_fingerprint import data_fingerprint
+from dynaprune.experiment.epochs import train_epochs
 from dynaprune.experiment.interrupts import StopRequest, signals_taken
 from dynaprune.experiment.network import DenseNetwork, PrunedNetwork
-from dynaprune.experiment.run_config import RunConfig
+from dynaprune.experiment.out_folder import CONFIG
+from dynaprune.experiment.run_config import Resuming, RunConfig
 from dynaprune.experiment.sole_writer import FolderInUse, end_with_parent, sole_writer
 from dynaprune.experiment.steps import (
     TrainState,
@@ -36,6 +46,7 @@ from dynaprune.experiment.steps import (
 from dynaprune.experiment.tasks import Task, TaskData, get_task
 from dynaprune.experiment.tasks.data import batches_per_epoch
 from dynaprune.experiment.write import write_json
+from dynaprune.pruning.early_stopping import EarlyStopping
 from dynaprune.saving.durable import cannot_write
 from dynaprune.saving.tensor_file import read_tensors, write_tensors
 
@@ -49,10 +60,9 @@ class CannotStart(Exception):
     what was expected and what came."""
 
 
-def _costs(
-    state: TrainState, done: Outcome, network: DenseNetwork, data: TaskData, order: torch.Generator
-) -> dict[str, Any]:
+def _costs(arm: Arm) -> dict[str, Any]:
     """Time, memory and FLOPs of the arm; after an interrupt without the closing steps."""
+    state, done, network = arm.state, arm.done, arm.network
     found: dict[str, Any] = {
         "train_seconds": done.seconds,
         "epochs": len(done.history),
@@ -62,7 +72,7 @@ def _costs(
         "best_epoch": done.best_epoch,
         "step_seconds_first": metrics.median_seconds(done.first_steps),
         "step_seconds_last": metrics.median_seconds(state.step_seconds[-metrics.STEPS_TIMED :]),
-        "peak_memory_bytes": metrics.peak_memory_bytes(state.device),
+        "peak_memory_bytes": max(arm.peak_before, metrics.peak_memory_bytes(state.device)),
         "flops_per_step_first": state.flops_per_step(0),
         "flops_per_step_last": state.flops_per_step(-1),
         "flops_total": round(state.flops_total + network.trial_flops()),
@@ -70,7 +80,7 @@ def _costs(
         **network.end_of_training(),
     }
     interrupted = found["interrupted"]
-    source = full_batches(data, state.config, state.device, order)
+    source = full_batches(arm.data, state.config, state.device, arm.order)
     if interrupted:
         with metrics.memory_peak_from_now(state.device) as held:
             found["memory_bytes_last"] = held()
@@ -109,25 +119,45 @@ def _pretrained(
 
 
 def run_arm(
-    config: RunConfig, arm: str, out: Path, *, quiet: bool = False, pretrained: Path | None = None
+    config: RunConfig,
+    arm: str,
+    out: Path,
+    *,
+    quiet: bool = False,
+    pretrained: Path | None = None,
+    resuming: Resuming | None = None,
 ) -> dict[str, Any]:
-    """Train and test one arm; write ``arm.json``, ``history.csv`` and what the network became into ``out``.
+    """Train and test one arm; write ``config.json``, ``history.csv``, what the network became and, last,
+    ``arm.json`` into ``out``.
 
-    ``pretrained`` is where the weights of a pretraining are kept or taken from (``out`` where not given).
+    It goes on from the arm's newest checkpoint where there is one, and removes its checkpoints when it is
+    done. ``pretrained`` is where the weights of a pretraining are kept or taken from (``out`` where not
+    given).
 
     A SIGINT ends training after the current step; what was trained is then tested and written,
-    ``interrupted`` true.
+    ``interrupted`` true, and a checkpoint stays.
 
     Raises:
-        ValueError: an unknown arm, or another process writes ``out``.
-        OSError: ``out`` cannot be written.
-        CannotStart: data that cannot be read, settings that the pruner refuses for this model."""
+        ValueError: an unknown arm, or another process writes ``out`` or the checkpoints.
+        OSError: ``out`` or the checkpoints cannot be written.
+        CannotStart: data that cannot be read, settings that the pruner refuses for this model, checkpoints
+            of another training or none that is whole."""
     if arm not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
+    resuming = resuming if resuming is not None else Resuming()
     stop = StopRequest()
     with sole_writer(out), signals_taken(stop.take), _denormals_flushed():
         file = pretrained if pretrained is not None else out / "pretrained.safetensors"
-        return _run(config, arm, out, quiet, stop, file)
+        data = _data(config, out, file)
+        with open_checkpoints(
+            resuming.folder(arm, out),
+            Identity(arm, config, data_fingerprint(data)),
+            metrics.environment(torch.device(config.device)),
+            every_seconds=60 * resuming.checkpoint_minutes,
+            restart=resuming.restart,
+        ) as checkpoints:
+            begin = functools.partial(_new_arm, config, arm, data, file)
+            return _run(begin, checkpoints, out, stop, quiet)
 
 
 @contextlib.contextmanager
@@ -145,52 +175,82 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _run(
-    config: RunConfig, arm: str, out: Path, quiet: bool, stop: StopRequest, pretrained_file: Path
-) -> dict[str, Any]:
-    device = torch.device(config.device)
-    task = get_task(config.task)
+def _data(config: RunConfig, out: Path, pretrained: Path) -> TaskData:
     # Alone an arm leaves nothing in ``out`` where it cannot start.
-    kept = None if pretrained_file.parent == out else pretrained_file.parent
+    kept = None if pretrained.parent == out else pretrained.parent
     try:
-        data = task.load(replace(config.split(), kept=kept), config.options)
+        return get_task(config.task).load(replace(config.split(), kept=kept), config.options)
     except (ValueError, OSError, ImportError) as error:
         raise CannotStart(str(error)) from error
-    held_before = metrics.held_bytes(device)
 
-    pruned = arm == "pruned"
+
+def _new_arm(config: RunConfig, name: str, data: TaskData, pretrained: Path, *, goes_on: bool) -> Arm:
+    """An arm before its first step. One that goes on from a checkpoint gets its weights from there."""
+    device, task, pruned = torch.device(config.device), get_task(config.task), name == "pruned"
     torch.manual_seed(config.model_seed)
     try:
         model = task.build_model(data, 0.0 if pruned else config.dropout).to(device).train()
     except (ValueError, OSError, ImportError) as error:
         raise CannotStart(str(error)) from error
-    pretrained = _pretrained(task, model, data, config, device, pretrained_file)
+    notes = {} if goes_on else _pretrained(task, model, data, config, device, pretrained)
     optimizer, implementation = make_optimizer(model, config)
     total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
     schedule = make_schedule(optimizer, config, total_steps)
     state = TrainState(config, task, model, optimizer, device, schedule)
-    order = torch.Generator().manual_seed(config.model_seed)
     try:
         network = PrunedNetwork(state, data) if pruned else DenseNetwork(model)
     except (ValueError, TypeError) as error:
         raise CannotStart(str(error)) from error
+    order = torch.Generator().manual_seed(config.model_seed)
+    notes["optimizer"] = implementation
+    return Arm(name, state, data, network, order, EarlyStopping(config.patience), notes=notes)
 
-    done = train_epochs(state, arm, data, network, order, stop, out, quiet)
+
+def _begun(begin: Callable[..., Arm], checkpoints: Checkpoints, quiet: bool) -> Arm:
+    """A new arm, or one that goes on from the newest checkpoint."""
+    try:
+        saved = checkpoints.newest()
+        arm = begin(goes_on=saved is not None)
+        if saved is None:
+            return arm
+        checkpoints.resume(arm, saved)
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
+    metrics.prepare_memory_reading(arm.state.device)  # what reading took is none of the training's
+    if not quiet:
+        said = f"goes on from {saved.path}, after step {arm.done.steps:,} of {arm.total_steps:,}"
+        print(f"{arm.name:>9}  {said}", file=sys.stderr, flush=True)
+    return arm
+
+
+def _run(
+    begin: Callable[..., Arm], checkpoints: Checkpoints, out: Path, stop: StopRequest, quiet: bool
+) -> dict[str, Any]:
+    device = torch.device(checkpoints.identity.config.device)
+    held_before = metrics.held_bytes(device)
+    arm = _begun(begin, checkpoints, quiet)
+    (out / "arm.json").unlink(missing_ok=True)
+    write_json(out / CONFIG, arm.state.config.to_json())
+    done = train_epochs(arm, stop, out, checkpoints=checkpoints, quiet=quiet)
     assert done.kept is not None
     tested, facts = done.kept
-    test_loss, scores = evaluate(task, tested, data.test, device, data.collate)
-    network.write(out, tested)
+    test_loss, scores = evaluate(arm.state.task, tested, arm.data.test, device, arm.data.collate)
+    arm.network.write(out, tested)
     result = {
         **{f"test_{name}": value for name, value in scores.items()},
         "test_loss": test_loss,
-        **pretrained,
-        **_costs(state, done, network, data, order),
+        **_costs(arm),
         **facts,
         "memory_bytes_before_model": held_before,
-        "optimizer": implementation,
-        "data": data.description,
+        **arm.notes,
+        "data": arm.data.description,
+        "checkpoints": {"written": checkpoints.written, "seconds": checkpoints.seconds},
+        "parts": checkpoints.parts,
     }
-    write_json(out / "arm.json", {"arm": arm, "environment": metrics.environment(device), "result": result})
+    said = {"arm": arm.name, "environment": checkpoints.environment, "result": result}
+    write_json(out / "arm.json", said)
+    if not result["interrupted"]:
+        remove_checkpoints(checkpoints.folder)
     return result
 
 
@@ -218,6 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--pretrained", type=Path, help="weights of a pretraining: kept or taken here")
+    parser.add_argument("--checkpoints", help="folder for the arm's checkpoints")
+    parser.add_argument("--checkpoint-minutes", type=float)
+    parser.add_argument("--restart", action="store_true")
     parser.add_argument("--parent", type=int, help="end with this process, the parent")
     given = parser.parse_args(arguments)
     if given.parent is not None:
@@ -227,8 +290,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    resuming = Resuming.given(
+        checkpoints=given.checkpoints, checkpoint_minutes=given.checkpoint_minutes, restart=given.restart
+    )
     return exit_code(
-        lambda: run_arm(config, given.arm, given.out, quiet=given.quiet, pretrained=given.pretrained)
+        lambda: run_arm(
+            config, given.arm, given.out, quiet=given.quiet, pretrained=given.pretrained, resuming=resuming
+        )
     )
 
 

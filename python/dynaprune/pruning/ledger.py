@@ -64,6 +64,10 @@ class Ledger:
         """Since attach, over all runs of a resumed training."""
         return time.perf_counter() - self.started
 
+    def leave_out(self, seconds: float) -> None:
+        """Count ``seconds`` that have just passed as no time of the training."""
+        self.started += seconds
+
     def removals(self) -> dict[str, int]:
         """The counts, by name."""
         names = ("passed", "forced", "untested", "grown", "neurons", "with_neurons")

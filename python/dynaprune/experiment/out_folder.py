@@ -1,0 +1,57 @@
+"""What a folder for results may hold when a run begins: nothing, or the same run cut short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dynaprune.experiment.run_config import RunConfig, differing_settings
+from dynaprune.experiment.saved_results import read_arm, read_json, read_report
+from dynaprune.experiment.sole_writer import LOCK_NAME
+
+__all__ = ["CONFIG", "arm_is_finished", "check_empty", "check_settings", "check_unfinished"]
+
+CONFIG = "config.json"
+
+
+def check_empty(out: Path) -> None:
+    """ValueError unless ``out`` is a folder with nothing in it or does not exist."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file")
+    if out.is_dir() and any(each.name != LOCK_NAME for each in out.iterdir()):
+        raise ValueError(
+            f"--out must be new or empty, and {out} holds files: choose another folder or remove it"
+        )
+
+
+def check_settings(folder: Path, found: dict[str, Any], config: RunConfig) -> None:
+    """ValueError, with names and values, unless the settings ``found`` in ``folder`` are those of
+    ``config``."""
+    if other := differing_settings(found, config):
+        values = "; ".join(f"{name} {theirs!r}, here {mine!r}" for name, (theirs, mine) in other.items())
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(other)}): choose another --out ({values})"
+        )
+
+
+def check_unfinished(out: Path, config: RunConfig) -> None:
+    """ValueError unless ``out`` is new, empty, or holds a comparison of these settings that was cut short."""
+    if not (out / CONFIG).is_file():
+        check_empty(out)
+        return
+    report = out / "report.json"
+    if report.is_file() and read_report(report) is not None:
+        check_empty(out)
+    check_settings(out, read_json(out / CONFIG), config)
+
+
+def arm_is_finished(out: Path, arm: str, config: RunConfig) -> bool:
+    """Whether ``out`` holds this ``arm`` of these settings, trained to its end.
+
+    ValueError unless ``out`` is new, empty, or holds an arm of these settings, finished or cut short, whose
+    files are whole."""
+    if not (out / CONFIG).is_file():
+        check_empty(out)
+        return False
+    check_settings(out, read_json(out / CONFIG), config)
+    return read_arm(out, arm, config.task) is not None
