@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from dynaprune.cli import app
 from dynaprune.experiment import epochs
 from dynaprune.experiment.metrics import flops_of
+from dynaprune.experiment.progress import EpochProgress
 from dynaprune.experiment.repeat import corrected_interval, summarise, summary_markdown
 from dynaprune.experiment.report import build_report
 from dynaprune.experiment.run_config import RunConfig, resolve
@@ -29,6 +30,7 @@ from dynaprune.experiment.task_results import read_results
 from dynaprune.experiment.tasks import Split, get_task
 from dynaprune.experiment.tasks.llama import SIZES, Size, build, llama_config, logits
 from dynaprune.experiment.tasks.lm import blocks_of, losses, score_of_loss, split_texts
+from dynaprune.experiment.tasks.metric import ACCURACY, F1, NATS, PERPLEXITY, beside_the_loss
 from dynaprune.experiment.train import run_arm
 from dynaprune.experiment.write import write_json
 from dynaprune.integrations.losses import per_sample_losses
@@ -273,6 +275,18 @@ def test_the_epoch_of_the_lowest_loss_is_kept_and_patience_counts_from_it(
     rows = (tmp_path / "out" / "history.csv").read_text().splitlines()
     column = rows[0].split(",").index("validation_nats")
     assert [float(row.split(",")[column]) for row in rows[1:]] == [3.0, 2.0, 2.5, 2.6]
+
+
+def test_progress_shows_a_metric_that_is_not_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"epoch": 1, "validation_loss": 5.0, "validation_perplexity": 148.413, "sparsity": 0.0}
+    row |= {"validation_accuracy": 0.5, "validation_nats": 5.0}
+    for metrics, said in (
+        ((NATS, PERPLEXITY), "validation loss 5.0000, perplexity 148.4"),
+        ((ACCURACY, F1), "validation loss 5.0000, accuracy 0.500"),
+        ((NATS,), "validation loss 5.0000, nats per token 5"),
+    ):
+        EpochProgress("baseline", 1, 10, beside_the_loss(metrics)).epoch(row)
+        assert capsys.readouterr().err == f" baseline  epoch 1/1  {said}\n"
 
 
 def _report(config: RunConfig, baseline: float, pruned: float) -> dict[str, Any]:
