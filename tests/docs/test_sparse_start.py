@@ -14,7 +14,9 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "sparse-start.md"
 
 def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    first, groups, meta = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    first, groups, meta, trained = re.findall(
+        r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL
+    )
     exec(compile(first, DOCUMENT.name, "exec"), names)
     assert "80.0% of the prunable weights were never there" in capsys.readouterr().out
     with torch.no_grad():
@@ -28,3 +30,5 @@ def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
     names["model"](tokens, labels=tokens).loss.backward()
     names["optimizer"].step()
     assert names["pruner"].sparsity >= 0.8
+    exec(compile(trained, DOCUMENT.name, "exec"), names)
+    assert names["prepared"].pretrained is not None and set(names["prepared"].left_out) == {"0", "2"}

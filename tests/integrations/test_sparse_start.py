@@ -78,6 +78,54 @@ def test_the_trainers_optimizer_sees_the_rates_and_resumes(tmp_path: Path) -> No
     assert pruning.pruner.report()["blocks_never_present"] == report["blocks_never_present"]
 
 
+def test_the_trainer_takes_a_trained_model_that_prepare_has_begun_sparse(tmp_path: Path) -> None:
+    hf.bert().save_pretrained(tmp_path / "whole")
+    model = hf.loaded_model(tmp_path / "whole")
+    old = {name: module.weight.detach().clone() for name, module in _linears(model)}
+    with pytest.raises(ValueError, match=r"config.name_or_path is .*Give dynaprune.prepare a calibration"):
+        DynaPruneCallback(model, hf.settings(initial_sparsity=0.5))
+
+    def losses(model: nn.Module) -> Any:
+        for row in range(0, 32, 4):
+            parts = hf.TRAIN.tokens[row : row + 4], hf.TRAIN.labels[row : row + 4]
+            yield model(input_ids=parts[0], labels=parts[1]).loss
+
+    config = hf.settings(initial_sparsity=0.5, target_sparsity=0.6, interval=2, regrow=0.8)
+    prepared = dynaprune.prepare(model, config, calibration=losses)
+    assert prepared.pretrained is not None, "read from the folder that the model was loaded from"
+    for name, layer in _linears(model):
+        kept = layer.weight != 0
+        assert torch.equal(layer.weight[kept], old[name][kept])
+    pruning = DynaPruneCallback(prepared, trial=False)
+    hf.transformers.Trainer(
+        model,
+        hf.arguments(tmp_path / "out", max_steps=STEPS, eval_strategy="no"),
+        train_dataset=hf.TRAIN,
+        callbacks=[pruning],
+    ).train()
+    assert pruning.pruner is not None
+    report = pruning.pruner.report()
+    assert report["target_reached"] and report["blocks_regrown"] > 0 and report["blocks_never_present"] > 0
+    with pytest.raises(ValueError, match="expected config and example_inputs in prepare"):
+        DynaPruneCallback(prepared, config)
+
+
+def _linears(model: nn.Module) -> list[tuple[str, Any]]:
+    kinds = (nn.Linear, dynaprune.BlockSparseLinear)
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+
+
+def test_lightning_takes_what_prepare_made(tmp_path: Path) -> None:
+    config = dynaprune.PruningConfig(initial_sparsity=0.75, target_sparsity=0.75, block_size=8)
+    module = Module()
+    pruning = DynaPruneLightningCallback(dynaprune.prepare(module, config))
+    trainer(tmp_path, pruning, max_epochs=1).fit(module, loader())
+    assert pruning.pruner is not None and pruning.pruner.steps == BATCHES
+    assert pruning.pruner.report()["blocks_never_present"] == 72
+    with pytest.raises(ValueError, match="expected a Trainer of the Module that this callback was made with"):
+        trainer(tmp_path, pruning, max_epochs=1).fit(Module(), loader())
+
+
 class Scheduled(Module):
     """With a schedule that gives all groups one number."""
 

@@ -295,8 +295,10 @@ def test_settings_that_do_not_fit_each_other() -> None:
         settings(regrow=0.2)
     with pytest.raises(ValueError, match=r"initial_sparsity in \[0, 1\), got 1.0"):
         dynaprune.SparseStart(1.0)
-    with pytest.raises(ValueError, match="initial_allocation to be one of uniform, erk, got 'global'"):
-        dynaprune.SparseStart(0.5, "global")
+    with pytest.raises(ValueError, match="initial_allocation to be one of uniform, erk, global, got 'best'"):
+        dynaprune.SparseStart(0.5, "best")
+    with pytest.raises(ValueError, match="'uniform' or 'erk' for random blocks, got 'global'"):
+        dynaprune.prepare(mlp(), settings(initial_allocation="global"))
     with pytest.raises(ValueError, match=r"expected initial_sparsity=0 with units='neurons', got 0\.5"):
         settings(units="neurons", neurons=True)
     with pytest.raises(ValueError, match="initial_sparsity of at most"):

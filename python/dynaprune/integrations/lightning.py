@@ -11,13 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
-from dynaprune.integrations.session import NO_STATE, Session
+from dynaprune.integrations.session import NO_STATE, Session, check_model
 from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.calibration import CalibrationTrial
 from dynaprune.pruning.decide.trial import Losses, Trial
 from dynaprune.pruning.edit.followers import swapped_copies
 from dynaprune.pruning.prepare import checked, prepare
+from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.pruner import Pruner
 from dynaprune.saving.carried import carry_structure
 from dynaprune.saving.checksum import checksum_of, verify
@@ -57,7 +58,8 @@ class DynaPruneLightningCallback(Callback):
     Logs get ``density``, ``sparsity``, ``sparsity_of_model``, ``live_parameters`` and ``flops_saving``.
 
     Args:
-        config: default ``PruningConfig()``; ``total_steps`` may be left open.
+        config: default ``PruningConfig()``; ``total_steps`` may be left open. Or what ``dynaprune.prepare``
+            made of the module.
         loss: ``loss(module, batch)`` returns one loss per sample ``[b]``, or (losses, classes ``[b]``): makes
             the trial. Without it and without ``trial`` removals are untested, and the report says so.
         calibration: map-style data set for the trial; None: that of the training loader.
@@ -71,7 +73,7 @@ class DynaPruneLightningCallback(Callback):
 
     def __init__(
         self,
-        config: PruningConfig | None = None,
+        config: PruningConfig | Prepared | None = None,
         *,
         loss: Callable[[nn.Module, Any], Losses] | None = None,
         calibration: Any = None,
@@ -83,10 +85,13 @@ class DynaPruneLightningCallback(Callback):
             raise ValueError("expected a loss or a trial, got both: the loss makes a trial")
         if calibration is not None and loss is None:
             raise ValueError("expected a loss beside calibration, got None: nothing else reads it")
-        self.config = checked(config)
+        if isinstance(config, Prepared) and example_inputs is not None:
+            raise ValueError("expected example_inputs in prepare, got them in the callback")
+        self.config = config.config if isinstance(config, Prepared) else checked(config)
         self._loss, self._calibration, self._samples = loss, calibration, samples
         self._trial, self._example = trial, example_inputs
-        self._session: Session | None = None
+        self._prepared = isinstance(config, Prepared)
+        self._session = Session(config) if isinstance(config, Prepared) else None
         self._saved: dict[str, Any] | None = None
 
     @property
@@ -99,6 +104,8 @@ class DynaPruneLightningCallback(Callback):
         add_structure_hooks(pl_module)
         if any(hasattr(callback, _AVERAGE) for callback in getattr(trainer, "callbacks", ())):
             carry_structure(pl_module)  # callbacks that average drop the metadata of state dicts
+        if self._prepared and self._session is not None:
+            check_model(self._session.prepared.given, pl_module, "Trainer")
         if stage == "fit" and (self._session is None or self._session.prepared.given is not pl_module):
             sparse = any(isinstance(module, BlockSparseLayer) for module in pl_module.modules())
             self._session = Session(prepare(pl_module, self.config, example_inputs=self._example))

@@ -17,6 +17,7 @@ from dynaprune.pruning.decide.calibration import CalibrationTrial
 from dynaprune.pruning.decide.trial import Losses, Trial
 from dynaprune.pruning.early_stopping import EarlyStopping
 from dynaprune.pruning.prepare import checked, prepare
+from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.pruner import Pruner
 from dynaprune.saving.carried import carry_structure
 from dynaprune.saving.pretrained import describe_structure
@@ -61,7 +62,8 @@ class DynaPruneCallback(TrainerCallback):
     and do not see them.
 
     Args:
-        model: the Trainer's, on any device; no ``model_init``.
+        model: the Trainer's, on any device; no ``model_init``. Or what ``dynaprune.prepare`` made of it, with
+            its configuration.
         config: default ``PruningConfig()``; ``total_steps`` may be left open.
         trial: True: per-sample losses on ``calibration``. False: removals are untested. Or a trial of your
             own, as for ``dynaprune.attach``.
@@ -80,7 +82,7 @@ class DynaPruneCallback(TrainerCallback):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Prepared,
         config: PruningConfig | None = None,
         *,
         trial: Trial | Callable[[], Losses] | bool = True,
@@ -97,7 +99,10 @@ class DynaPruneCallback(TrainerCallback):
             )
         if trial is not True and (calibration is not None or loss is not None):
             raise ValueError("expected calibration and loss with trial=True only: nothing else reads them")
-        self.config = checked(config)
+        prepared = model if isinstance(model, Prepared) else None
+        if prepared is not None and (config is not None or example_inputs is not None):
+            raise ValueError("expected config and example_inputs in prepare, got them in the callback")
+        self.config = checked(config) if prepared is None else prepared.config
         self._trial, self._calibration, self._loss = trial, calibration, loss
         self._samples = samples
         self._early_stopping = None if patience is None else EarlyStopping(patience)
@@ -105,8 +110,11 @@ class DynaPruneCallback(TrainerCallback):
         self._training = False
         self._resumed: dict[str, Any] | None = None
         self._version = 0
-        plain = describe_structure(model) if isinstance(model, PreTrainedModel) else None
-        self._session = Session(prepare(model, self.config, example_inputs=example_inputs))
+        inner = model.model if isinstance(model, Prepared) else model
+        plain = describe_structure(inner) if isinstance(inner, PreTrainedModel) else None
+        if prepared is None:
+            prepared = prepare(inner, self.config, example_inputs=example_inputs)
+        self._session = Session(prepared)
         carry_structure(self.model, state=self._carried, loaded=self._loaded, plain=plain)
 
     @property

@@ -33,6 +33,7 @@ from dynaprune.pruning.prepare import (
 from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.pruner import Pruner
 from dynaprune.pruning.settings import BOTH, NEURONS
+from dynaprune.pruning.sparse_start import start_sparse
 
 _FROZEN = "it is frozen"
 _NOT_HELD = "no optimizer given holds its weight"
@@ -88,7 +89,8 @@ def attach(
         states = {n: list(sliced_state(optimizers, m.weight)) for n, m in candidates.dense.items()}
         if config.initial_sparsity and not config.mask_pretrained:
             _refuse_trained_state(states)
-        prepared = swap(model, inner, config, example, candidates, dict.fromkeys(foreign, _NOT_HELD))
+        swapped = swap(model, inner, config, example, candidates, dict.fromkeys(foreign, _NOT_HELD))
+        prepared = start_sparse(swapped)
         _move_state(prepared, states)
         return _watch(prepared, find_candidates(inner, config), optimizers, tested, held)
     except BaseException:

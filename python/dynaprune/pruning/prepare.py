@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ from dynaprune.nn import BlockSparseLayer, swap_layers
 from dynaprune.nn.adapters import find_adapters
 from dynaprune.nn.swap import FROZEN, matches
 from dynaprune.pruning.checks import refusals
-from dynaprune.pruning.checks.pretrained import refuse_trained
 from dynaprune.pruning.checks.reachable import refuse_unknown_floors
 from dynaprune.pruning.checks.same_function import refuse_other_function, run_if_possible, weight_readers
 from dynaprune.pruning.checks.undo_swap import BeforeSwap
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.edit.stale_copies import CopyWatch
 from dynaprune.pruning.from_meta import prepare_from_meta, real_device
+from dynaprune.pruning.observe.block_fisher import Calibration
 from dynaprune.pruning.prepared import Prepared
 from dynaprune.pruning.settings import NEURONS
-from dynaprune.pruning.sparse_start import rates_of, start_sparse
+from dynaprune.pruning.sparse_start import rates_of, start_pretrained, start_sparse
 
 CAME_DENSE = "the model came with block-sparse layers, and this one was dense"
 _BLOCKS_STAY = "it is block-sparse, and only neurons of plain layers go"
@@ -36,6 +37,8 @@ def prepare(
     *,
     example_inputs: Any = None,
     device: torch.device | str | None = None,
+    calibration: Calibration | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Prepared:
     """Make the layers of ``model`` block-sparse, in place; build the optimizer afterwards, then ``attach``.
     With ``units="neurons"`` they stay what they are.
@@ -56,6 +59,11 @@ def prepare(
             training batch.
         device: where a model from the meta device is materialised; by default where its real tensors are,
             else torch's default device.
+        calibration: to begin sparse with trained weights: ``calibration(model)`` yields scalar losses, from
+            which the blocks that stay are chosen (see :func:`block_fisher`).
+        checkpoint: safetensors file or folder that the trained weights come from: blocks that were left out
+            then grow back as they are there, read when they do. By default the folder that
+            ``config.name_or_path`` names.
 
     Raises:
         TypeError, ValueError: what cannot be pruned, by name and with the reason; the model is as it was
@@ -64,20 +72,39 @@ def prepare(
     config = checked(config)
     inner = refusals.unwrap_model(model, meta=config.initial_sparsity > 0)
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+    on_meta = any(t.is_meta for group in (inner.parameters(), inner.buffers()) for t in group)
+    _check_start(config, calibration, checkpoint, None if on_meta else device, on_meta)
     if config.units == NEURONS:
         return keep_plain(model, inner, config, example)
-    if any(t.is_meta for group in (inner.parameters(), inner.buffers()) for t in group):
+    if on_meta and config.initial_sparsity:
         place = real_device(inner) if device is None else torch.device(device)
         return prepare_from_meta(model, inner, config, example, place)
-    if device is not None:
-        raise ValueError(f"expected a device with a model on the meta device only, got {device}")
     candidates = find_candidates(inner, config)
     before = BeforeSwap(list(candidates.dense.values()), [])
     try:
-        return swap(model, inner, config, example, candidates, {})
+        prepared = swap(model, inner, config, example, candidates, {})
+        if calibration is not None:
+            return start_pretrained(prepared, calibration, None if checkpoint is None else Path(checkpoint))
+        return start_sparse(prepared)
     except BaseException:
         before.restore()
         raise
+
+
+def _check_start(
+    config: PruningConfig, calibration: Any, checkpoint: Any, device: Any, on_meta: bool
+) -> None:
+    """Refuse what the start that is asked for does not read."""
+    if device is not None:
+        raise ValueError(f"expected a device with a model on the meta device only, got {device}")
+    if checkpoint is not None and calibration is None:
+        raise ValueError("expected a checkpoint with a calibration only: nothing else reads it")
+    if calibration is not None and not callable(calibration):
+        raise TypeError(f"expected calibration as a function of the model, got {type(calibration).__name__}")
+    if calibration is not None and not config.initial_sparsity:
+        raise ValueError("expected a calibration with an initial_sparsity only, got one with none")
+    if calibration is not None and on_meta:
+        raise ValueError("expected a calibration with trained weights, got a model on the meta device")
 
 
 def checked(config: PruningConfig | None) -> PruningConfig:
@@ -153,8 +180,6 @@ def swap(
         exempt = {**dict.fromkeys(candidates.dense, CAME_DENSE), **candidates.adapters}
         rates = rates_of(candidates.sparse, config)
         return Prepared(given, model, config, exempt, (), example, True, rates=rates)
-    if config.initial_sparsity and not config.mask_pretrained:
-        refuse_trained(model)
     readers: dict[str, str] = {}
     plain = None if example is None else run_if_possible(model, example)
     if example is not None and plain is not None:
@@ -173,8 +198,7 @@ def swap(
     layers: Any = {name: model.get_submodule(name) for name in swapped}
     if example is not None and plain is not None:
         refuse_other_function(model, example, layers, plain)
-    prepared = Prepared(given, model, config, exempt, swapped, example, plain is not None)
-    return start_sparse(prepared, layers) if config.initial_sparsity else prepared
+    return Prepared(given, model, config, exempt, swapped, example, plain is not None)
 
 
 def keep_plain(

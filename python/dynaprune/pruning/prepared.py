@@ -10,6 +10,7 @@ from torch import nn
 
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.pruning.config import PruningConfig
+from dynaprune.pruning.edit.pretrained_blocks import PretrainedBlocks
 from dynaprune.pruning.learning_rate import marked_groups
 
 
@@ -26,6 +27,7 @@ class Prepared:
         compared: whether the model was seen to compute the same as before.
         left_out: blocks that training begins without, by layer; empty where it begins dense.
         rates: by how much the values of a layer learn faster than all else, where they do.
+        pretrained: where the values of the left-out blocks of a trained network are; None: they are zeros.
     """
 
     given: nn.Module
@@ -37,6 +39,7 @@ class Prepared:
     compared: bool
     left_out: Mapping[str, int] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
+    pretrained: PretrainedBlocks | None = None
 
     def for_training(self, total_steps: int, batch_size: int | None) -> Prepared:
         """The same, with these settings where the configuration left them open."""

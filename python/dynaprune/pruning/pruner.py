@@ -66,7 +66,11 @@ class Pruner(Standing):
         self.trial, self.steps = trial, 0
         left_out, rates = prepared.left_out, prepared.rates
         states = {n: LayerState.of(n, m, left_out.get(n, 0), rates.get(n, 1.0)) for n, m in layers.items()}
-        self.structure = Structure(model, optimizers, states, NeuronUnits(dict(plain or {})))
+        self.structure = Structure(
+            model, optimizers, states, NeuronUnits(dict(plain or {})), pretrained=prepared.pretrained
+        )
+        for state in states.values() if prepared.pretrained is not None else ():
+            state.wait()
         weights = {name: state.weights for name, state in self.structure.layers.items()}
         self.ledger = Ledger(model_size(model, layers, exempt, weights))
         self.policy = config.policy or built_in_policy(config, trial)

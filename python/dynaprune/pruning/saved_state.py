@@ -54,6 +54,8 @@ def state_of(pruner: Standing) -> dict[str, Any]:
         "units_total": structure.units,
         "left_out": {name: state.left_out for name, state in states.items()},
         "rates": {name: state.rate for name, state in states.items()},
+        "waiting": {n: s.waiting.clone() for n, s in states.items() if s.waiting is not None},
+        "pretrained": None if structure.pretrained is None else structure.pretrained.checksums(),
         "size_at_attach": asdict(ledger.size),
         "exempt_later": dict(ledger.exempt_later),
         "slots": {name: state.layer.layout.slot_of_block.clone() for name, state in states.items()},
@@ -78,6 +80,12 @@ def check_state(pruner: Standing, state: Mapping[str, Any]) -> None:
     found = state["score"].get("name")
     if found != pruner.score.name:
         raise ValueError(f"expected the state of the score {pruner.score.name!r}, got that of {found!r}")
+    pretrained = pruner.structure.pretrained
+    if state.get("pretrained") != (None if pretrained is None else pretrained.checksums()):
+        raise ValueError(
+            "expected the checkpoint whose blocks grow back in the saved training, got another one, or none "
+            "where it had one: prepare the model as then"
+        )
     if state["trial"] is not None and pruner.trial is None:
         raise ValueError("expected a trial that can continue the saved one (load_state_dict), got none")
 
@@ -98,6 +106,8 @@ def adopt(pruner: Standing, state: Mapping[str, Any]) -> None:
         each.protected_until = None if until is None else until.to(device, copy=True)
         each.live_weights = int(state["live_weights"][name])
         each.original = tuple(state["original_shapes"][name])
+        waiting = state.get("waiting", {}).get(name)
+        each.waiting = None if waiting is None else waiting.to(device, copy=True)
         each.left_out = int(state.get("left_out", {}).get(name, 0))
         if each.rate != 1:
             each.rate = float(state.get("rates", {}).get(name, each.rate))

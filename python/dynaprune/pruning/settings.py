@@ -64,9 +64,9 @@ class SparseStart:
     Args:
         initial_sparsity: share of the prunable weights that is left out from the first step, in [0, 1):
             random blocks, of which every block row and block column keeps one. 0: training begins dense.
-        initial_allocation: how what is kept spreads over layers: "uniform", the same density in each, or
-            "erk", in proportion to sum(shape) / prod(shape) (Evci et al. 2020, arXiv:1911.11134), which costs
-            more FLOPs.
+        initial_allocation: how what is kept spreads over layers: "uniform", the same density in each, "erk",
+            in proportion to sum(shape) / prod(shape) (Evci et al. 2020, arXiv:1911.11134), which costs more
+            FLOPs, or, with a calibration, "global": the best blocks of all layers together.
         mask_pretrained: leave out random blocks although the weights look trained.
         sparse_learning_rate: by how much block values of layers that begin sparse learn faster than all else:
             "auto", about 1 / density (see ``learning_rate.rate_multiplier``), or a number; 1 turns it off.

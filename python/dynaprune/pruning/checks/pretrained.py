@@ -17,8 +17,9 @@ def refuse_trained(model: nn.Module) -> None:
     if signs:
         raise ValueError(
             f"cannot leave out random blocks of weights that look trained ({'; '.join(signs)}): what was "
-            "learned would be lost. Prune gradually (initial_sparsity=0), or, where the weights are new in "
-            "spite of this, set mask_pretrained=True"
+            "learned would be lost. Give dynaprune.prepare a calibration, which chooses the blocks that "
+            "matter, or prune gradually (initial_sparsity=0). Where the weights are new in spite of this, "
+            "set mask_pretrained=True"
         )
 
 

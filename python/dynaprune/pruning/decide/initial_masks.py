@@ -1,4 +1,5 @@
-"""Which blocks a training that starts sparse begins with: how many in each layer, and which, at random."""
+"""Which blocks a training that starts sparse begins with: how many in each layer, and which, at random or by
+their scores."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from dynaprune.nn.shape import layout_weights
 from dynaprune.pruning.decide.allocation import quotas
 from dynaprune_kernels import BlockLayout
 
-INITIAL_ALLOCATIONS = ("uniform", "erk")
+INITIAL_ALLOCATIONS = ("uniform", "erk", "global")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +43,22 @@ class Grid:
         """Number of blocks."""
         return self.weights.numel()
 
-    @property
-    def cover(self) -> int:
-        """Least number of blocks with one in every block row and in every block of input channels."""
-        rows, columns = self.weights.shape
-        return self.groups * max(rows // self.groups, columns // self.taps)
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order in which a layer keeps its blocks.
+
+    Attributes:
+        blocks: int64 ``[blocks]``, all block numbers, the most wanted first.
+        cover: so many of them come first because they cover every block row, and every block of input
+            channels.
+        scores: float64 ``[blocks]`` in that order, what blocks of several layers are compared by; None where
+            the order is random.
+    """
+
+    blocks: Tensor
+    cover: int
+    scores: Tensor | None = None
 
 
 def initial_masks(
@@ -56,7 +68,7 @@ def initial_masks(
     allocation: str = "uniform",
     floors: Mapping[str, float] | None = None,
     seed: int = 0,
-    orders: Mapping[str, Tensor] | None = None,
+    orders: Mapping[str, Order] | None = None,
 ) -> dict[str, Tensor]:
     """Masks that leave out ``sparsity`` of all weights, and as little more as whole blocks allow.
 
@@ -66,16 +78,17 @@ def initial_masks(
 
     Args:
         allocation: "uniform": the same share of the blocks of every layer. "erk": a share in proportion to
-            sum(shape) / prod(shape), at most 1 (Evci et al. 2020, arXiv:1911.11134, section 3 (1)).
+            sum(shape) / prod(shape), at most 1 (Evci et al. 2020, arXiv:1911.11134, section 3 (1)). "global":
+            the blocks of the highest scores, of all layers together.
         floors: least share of a layer's blocks that it begins with, by layer.
-        orders: by layer, int64 ``[blocks]``, all block numbers in the order in which a layer keeps them; at
-            random by default (see :func:`random_order`). The first ``cover`` of each have to cover it.
+        orders: by layer; at random by default (see :func:`random_order`).
 
     Returns:
         Bool ``[rows, columns]`` on the host by layer, in the order of ``grids``.
 
     Raises:
         ValueError: a sparsity that leaves no layer its rows, columns and floors; it says what is possible.
+            Or "global" without scores.
     """
     if orders is None:
         orders = {name: random_order(grid, f"{seed}:{name}") for name, grid in grids.items()}
@@ -88,20 +101,27 @@ def _counts(
     sparsity: float,
     allocation: str,
     floors: Mapping[str, float],
-    orders: Mapping[str, Tensor],
+    orders: Mapping[str, Order],
 ) -> dict[str, int]:
     """How many blocks each layer keeps: the most that leave out ``sparsity`` of all weights."""
     names = sorted(grids)
     blocks = [grids[name].blocks for name in names]
-    least = [max(grids[n].cover, math.ceil(floors.get(n, 0.0) * grids[n].blocks - 1e-9)) for n in names]
+    least = [max(orders[n].cover, math.ceil(floors.get(n, 0.0) * grids[n].blocks - 1e-9)) for n in names]
     may_go = [whole - few for whole, few in zip(blocks, least, strict=True)]
-    wanted = [grids[name].blocks * _share(grids[name].shape, allocation) for name in names]
-    summed = [grids[name].weights.reshape(-1)[orders[name]].cumsum(0) for name in names]
+    summed = [grids[name].weights.reshape(-1)[orders[name].blocks].cumsum(0) for name in names]
     total = sum(float(weights[-1]) for weights in summed)
     budget = (1 - sparsity + 1e-9) * total
 
+    if allocation == "global":
+        first_to_go = _lowest([orders[name] for name in names], least)
+    else:
+        wanted = [grids[name].blocks * _share(grids[name].shape, allocation) for name in names]
+
     def kept(gone: int) -> list[int]:
-        lost = quotas(blocks, may_go, wanted, gone)
+        if allocation == "global":
+            lost = torch.bincount(first_to_go[:gone], minlength=len(names)).tolist()
+        else:
+            lost = quotas(blocks, may_go, wanted, gone)
         return [whole - less for whole, less in zip(blocks, lost, strict=True)]
 
     def left(gone: int) -> float:
@@ -120,8 +140,22 @@ def _counts(
     return dict(zip(names, kept(many), strict=True))
 
 
-def random_order(grid: Grid, seed: str) -> Tensor:
-    """All block numbers: first a random cover of rows and channel blocks, then the rest in random order."""
+def _lowest(orders: list[Order], least: list[int]) -> Tensor:
+    """Of all blocks that may go the numbers of their layers, the lowest score first: int64."""
+    scores, layers = [], []
+    for number, (order, few) in enumerate(zip(orders, least, strict=True)):
+        if order.scores is None:
+            raise ValueError(
+                "expected an initial_allocation of 'uniform' or 'erk' for random blocks, got 'global': it "
+                "compares the scores of a calibration"
+            )
+        scores.append(order.scores[few:])
+        layers.append(torch.full((len(scores[-1]),), number))
+    return torch.cat(layers)[torch.cat(scores).argsort(stable=True)]
+
+
+def random_order(grid: Grid, seed: str) -> Order:
+    """First a random cover of rows and channel blocks, as small as can be, then the rest in random order."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     rows, columns = grid.weights.shape
@@ -133,14 +167,37 @@ def random_order(grid: Grid, seed: str) -> Tensor:
         column = torch.randperm(width, generator=generator)[count % width]
         tap = torch.randint(grid.taps, (len(count),), generator=generator)
         keys[row, tap * width + column] -= 1
-    return keys.reshape(-1).argsort(stable=True)
+    return Order(keys.reshape(-1).argsort(stable=True), grid.groups * max(height, width))
+
+
+def scored_order(grid: Grid, scores: Tensor) -> Order:
+    """First the best block of each row, then that of each block of input channels without one, then the rest
+    by score.
+
+    Args:
+        scores: float64 ``[rows, columns]``, higher = keep.
+    """
+    rows, columns = grid.weights.shape
+    height, width = rows // grid.groups, columns // grid.taps
+    first = torch.zeros(rows, columns, dtype=torch.bool)
+    first[torch.arange(rows), scores.argmax(1)] = True
+    # [groups, channel blocks, rows of a group and taps]: what reads one block of input channels
+    by_input = scores.view(grid.groups, height, grid.taps, width).permute(0, 3, 1, 2).flatten(2)
+    covered = first.view(grid.groups, height, grid.taps, width).permute(0, 3, 1, 2).flatten(2).any(2)
+    for group, column in (~covered).nonzero().tolist():
+        row, tap = divmod(int(by_input[group, column].argmax()), grid.taps)
+        first[group * height + row, tap * width + column] = True
+    flat, ahead = scores.reshape(-1), first.reshape(-1)
+    by_score = flat.argsort(descending=True, stable=True)
+    blocks = by_score[(~ahead[by_score]).to(torch.uint8).argsort(stable=True)]
+    return Order(blocks, int(first.sum()), flat[blocks])
 
 
 def _share(shape: tuple[int, ...], allocation: str) -> float:
     return 1.0 if allocation == "uniform" else sum(shape) / math.prod(shape)
 
 
-def _mask(grid: Grid, order: Tensor, count: int) -> Tensor:
+def _mask(grid: Grid, order: Order, count: int) -> Tensor:
     mask = torch.zeros(grid.blocks, dtype=torch.bool)
-    mask[order[:count]] = True
+    mask[order.blocks[:count]] = True
     return mask.view(grid.weights.shape)

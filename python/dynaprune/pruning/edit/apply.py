@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dynaprune.neurons.carry_out import carry_out
 from dynaprune.neurons.cut_copy import cut_copy
@@ -52,7 +53,10 @@ def _release(structure: Structure, edit: Release) -> None:
 
 
 def _grow(structure: Structure, edit: Grow) -> None:
-    """Let dead blocks live: zero weights, and second moments at the mean of the layer's live ones."""
+    """Let dead blocks live, with zero weights or those that wait for them.
+
+    Second moments start at the mean of the layer's live ones.
+    """
     for name, blocks in edit.masks.items():
         if not bool(blocks.any()):
             continue
@@ -64,9 +68,23 @@ def _grow(structure: Structure, edit: Grow) -> None:
             each.layout.check()
             new = each.layout.slots_of(where)
             seed_slots(_optimizers(structure, state, each), each.values, live.to(new.device), new)
+        _fill_waiting(structure, state, blocks)
         state.forget(blocks)
         state.protect(blocks, edit.protected_until)
         structure.version += 1
+
+
+def _fill_waiting(structure: Structure, state: LayerState, blocks: Tensor) -> None:
+    """Give new blocks that have not lived before the values that they have in the trained network."""
+    if state.waiting is None or structure.pretrained is None:
+        return
+    returning = blocks.to(state.waiting.device) & (state.waiting >= 0)
+    if bool(returning.any()):
+        found = structure.pretrained.values(state.name, state.layer, state.waiting[returning])
+        for each in [state.layer, *structure.followers.of(state.name)]:
+            slots = each.layout.slot_of_block[returning.to(each.layout.mask.device)].long()
+            each.values[slots] = found.to(each.values.device, each.values.dtype)
+    state.waiting = torch.where(blocks.to(state.waiting.device), -1, state.waiting)
 
 
 def _cut(structure: Structure, edit: Cut) -> None:

@@ -30,6 +30,8 @@ class LayerState:
             begin with "neuron" ``[out]``. Both are sliced with the layer; a block that dies loses its own.
         probe: squared norms of the dense gradient at dead blocks, ``[rows, columns]``; None but at an event.
         protected_until: int64 ``[rows, columns]``, first step at which a block may be removed; None: any.
+        waiting: int64 ``[rows, columns]``, of a block that has not lived yet its number in the trained weight
+            that its values are in, else -1; None where no values wait.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerState:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     probe: Tensor | None = None
     protected_until: Tensor | None = None
+    waiting: Tensor | None = None
 
     @classmethod
     def of(cls, name: str, layer: BlockSparseLayer, left_out: int = 0, rate: float = 1.0) -> LayerState:
@@ -99,3 +102,10 @@ class LayerState:
             self.statistics[key] = tensor
         if (until := self.protected_until) is not None:
             self.protected_until = until[kept.rows.to(until.device)][:, kept.columns.to(until.device)]
+        if (numbers := self.waiting) is not None:
+            self.waiting = numbers[kept.rows.to(numbers.device)][:, kept.columns.to(numbers.device)]
+
+    def wait(self) -> None:
+        """Let the blocks that are dead now wait for their values."""
+        numbers = torch.arange(self.mask.numel(), device=self.mask.device).view(self.mask.shape)
+        self.waiting = torch.where(self.mask, -1, numbers)

@@ -14,6 +14,7 @@ from dynaprune.pruning.edit.followers import Followers
 from dynaprune.pruning.edit.group_scores import GroupScores
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.neuron_units import NeuronUnits
+from dynaprune.pruning.edit.pretrained_blocks import PretrainedBlocks
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class Structure:
         neurons: whole neurons that may go, where they are units of their own.
         followers: copies of the model that are kept in step.
         groups: figures of whole neurons.
+        pretrained: where the values of blocks are that have not lived yet; None: they are zeros.
         tokens: tokens (for a convolution output positions) that linear layers and convolutions, block-sparse
             or plain, see in a step; empty until they are counted.
         units: blocks of all layers at attach.
@@ -39,6 +41,7 @@ class Structure:
     neurons: NeuronUnits = field(default_factory=NeuronUnits)
     followers: Followers = field(default_factory=Followers)
     groups: GroupScores = field(default_factory=GroupScores)
+    pretrained: PretrainedBlocks | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     units: int = field(init=False)
     version: int = 0
