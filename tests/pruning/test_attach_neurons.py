@@ -369,6 +369,7 @@ def test_what_cannot_be_pruned_is_refused_with_the_reason() -> None:
         ({"score": "magnitude"}, "expected a score that is made of gates .second_moment, taylor, movement."),
         ({"neurons": False}, "expected neurons=True with units='neurons', got False"),
         ({"regrow": 0.1}, "expected regrow=0 with units='neurons', got 0.1"),
+        ({"initial_sparsity": 0.2}, "expected initial_sparsity=0 with units='neurons', got 0.2"),
         ({"allocation": "erk"}, "expected allocation 'global' or 'uniform' with units='neurons', got 'erk'"),
     ],
 )

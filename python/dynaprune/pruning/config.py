@@ -196,6 +196,10 @@ def _check_whole_neurons(config: PruningConfig) -> None:
         raise ValueError(
             f"expected initial_sparsity=0 {where}, got {config.initial_sparsity}: plain layers begin whole"
         )
+    if config.initial_sparsity and config.units == NEURONS:
+        raise ValueError(
+            f"expected initial_sparsity=0 {where}, got {config.initial_sparsity}: no block is left out"
+        )
     if config.allocation == "erk":
         raise ValueError(f"expected allocation 'global' or 'uniform' {where}, got 'erk'")
 
