@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from dynaprune import load
@@ -15,8 +18,9 @@ from dynaprune.experiment.report import build_report
 from dynaprune.experiment.run_config import RunConfig, resolve, settings
 from dynaprune.experiment.saved_results import read_arm
 from dynaprune.experiment.tasks import get_task
-from dynaprune.experiment.train import run_arm
 from dynaprune.nn import BlockSparseLayer
+from tests.experiment.killed import run, small_arms, small_digits
+from tests.experiment.same_course import differences
 
 
 def test_the_setting_reaches_the_pruner() -> None:
@@ -30,25 +34,65 @@ def test_the_setting_reaches_the_pruner() -> None:
         resolve("digits", units="heads")
 
 
-def test_an_arm_of_whole_neurons_leaves_plain_layers(tmp_path: Path) -> None:
-    config = resolve("digits", units="neurons", epochs=1, target_sparsity=0.8, calibration_samples=64)
-    result = run_arm(config, "pruned", tmp_path / "pruned", quiet=True)
-    found = read_arm(tmp_path / "pruned", "pruned", "digits")
-    assert found is not None and result["target_reached"] and result["blocks_removed"] == 0
-    assert result["neurons_removed"] == result["removed_passed"] + result["removed_forced"] > 1000
-    assert result["flops_per_step_last"] < 0.25 * result["flops_per_step_first"]
-    assert result["parameters_active"] < 0.22 * result["parameters_total"]
-    data = get_task("digits").load(config.split(), {})
-    model = load(lambda: get_task("digits").build_model(data, 0.0), tmp_path / "pruned" / "model.safetensors")
+def small(units: str) -> RunConfig:
+    config = small_digits(units=units, target_sparsity=0.7)
+    return replace(config, pruning={"end": 0.5, "interval": 4})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network() -> Iterator[None]:
+    with small_arms():
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("undisturbed") / "pruned"
+    result = run(small("neurons"), "pruned", out)
+    assert result is not None
+    return out, result
+
+
+def test_an_arm_of_whole_neurons_leaves_plain_layers(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    out, result = undisturbed
+    assert result["target_reached"] and result["blocks_removed"] == 0
+    assert result["neurons_removed"] == result["removed_passed"] + result["removed_forced"] > 50
+    assert result["flops_per_step_last"] < 0.35 * result["flops_per_step_first"]
+    assert result["parameters_active"] < 0.32 * result["parameters_total"]
+    task, config = get_task("digits"), small("neurons")
+    data = task.load(config.split(), config.options)
+    model = load(lambda: task.build_model(data, 0.0), out / "model.safetensors")
     assert not any(isinstance(module, BlockSparseLayer) for module in model.modules())
     assert sum(p.numel() for p in model.parameters()) == result["parameters_active"]
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     widths = result["pruner"]["widths"]
     assert [w["outputs"] for w in widths.values()] == [layer.out_features for layer in layers]
-    assert torch.isfinite(model(torch.randn(3, 64))).all()
-    with (tmp_path / "pruned" / "density.csv").open(newline="") as file:
+
+
+def test_its_pictures_show_densities_and_no_masks(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = undisturbed[0]
+    with (out / "density.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["step", "sparsity", "0", "2", "4", "6"] and float(rows[-1]["sparsity"]) >= 0.8
-    (tmp_path / "pruned" / "history.csv").rename(tmp_path / "history.csv")
-    report = build_report(config.to_json(), found["environment"], {"pruned": found["result"]})
+    assert list(rows[0]) == ["step", "sparsity", "0", "2", "4"] and float(rows[-1]["sparsity"]) >= 0.7
+    found = read_arm(out, "pruned", "digits")
+    assert found is not None
+    shutil.copytree(out, tmp_path / "pruned")
+    shutil.copy(out / "history.csv", tmp_path / "history.csv")
+    report = build_report(small("neurons").to_json(), found["environment"], {"pruned": found["result"]})
     assert draw_all(tmp_path, report) == ["curves.png", "density.png"]
+
+
+@pytest.mark.parametrize("units", ["neurons", "both"])
+def test_a_killed_arm_ends_as_the_undisturbed_one(
+    units: str, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = undisturbed[0]
+    if units == "both":
+        out = tmp_path / "whole"
+        assert run(small(units), "pruned", out) is not None
+    for number in (13, 14, 40):
+        assert run(small(units), "pruned", tmp_path / "killed", kill=number, minutes=0) is None
+    assert run(small(units), "pruned", tmp_path / "killed") is not None
+    assert differences(out, tmp_path / "killed") == []

@@ -97,6 +97,7 @@ def test_the_report_tells_neurons_widths_and_reasons(trained: Any) -> None:
     density = {name: report["layers"][name]["density"] for name in ("0", "2", "4")}
     assert density == pruner.density() == pruner.history[-1]["density"]
     assert report["parameters"]["prunable"] == pruner.structure.weights
+    assert pruner.history[0] == {"step": 0, "sparsity": 0.0, "density": {"0": 1.0, "2": 1.0, "4": 1.0}}
     assert report["trials"]["count"] > 0
     assert 0 < pruner.figures()["flops_saving"] == pytest.approx(pruner.sparsity)
 

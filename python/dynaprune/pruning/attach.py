@@ -20,7 +20,7 @@ from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.calibration import CalibrationTrial
 from dynaprune.pruning.decide.trial import Losses, Trial, as_trial
 from dynaprune.pruning.learning_rate import refuse_without_rate
-from dynaprune.pruning.plain import attach_plain
+from dynaprune.pruning.plain import attach_plain, know_neurons_at_attach
 from dynaprune.pruning.prepare import (
     CAME_DENSE,
     Candidates,
@@ -184,6 +184,8 @@ def _watch(
         stay = keep_their_neurons(candidates, config)
         plain = {n: m for n, m in candidates.dense.items() if n not in stay and id(m.weight) in held}
     pruner = Pruner(prepared, optimizers, layers, exempt, trial, plain)
+    if config.units == BOTH:
+        know_neurons_at_attach(pruner)
     say_what_floors_keep(pruner.structure, config)
     untrained = [name for name, reason in exempt.items() if _untrained(model, name, reason)]
     say_what_is_frozen(pruner.structure, config, untrained)

@@ -42,12 +42,20 @@ def attach_plain(prepared: Prepared, optimizers: list[torch.optim.Optimizer], tr
     take_off_averaging_(model)
     plain = {name: layer for name, layer in makers.items() if name not in exempt}
     pruner = Pruner(prepared, optimizers, {}, exempt, trial, plain)
-    if prepared.example is not None:
-        know_neurons(pruner.structure, pruner.tracer)
-        if reason := no_neurons_reason(pruner.structure, pruner.tracer.refused):
-            pruner.detach()
-            raise ValueError(reason)
+    known = know_neurons_at_attach(pruner)
+    if known and (reason := no_neurons_reason(pruner.structure, pruner.tracer.refused)):
+        pruner.detach()
+        raise ValueError(reason)
     return pruner
+
+
+def know_neurons_at_attach(pruner: Pruner) -> bool:
+    """Find the neurons that may go before training, and say whether: not without example inputs."""
+    if pruner.tracer.example is None or know_neurons(pruner.structure, pruner.tracer) is None:
+        return False
+    pruner.ledger.history.clear()
+    pruner.ledger.note_sizes(0, pruner.structure)
+    return True
 
 
 def _refuse_unsliceable(weights: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
