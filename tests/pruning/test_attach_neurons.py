@@ -390,3 +390,31 @@ def test_hooks_and_schedulers_go_on() -> None:
         warnings.simplefilter("error")
         train(model, optimizer, STEPS, after=scheduler.step)
     assert len(seen) == STEPS and seen[-1] == model[2].weight.shape and seen[-1] != seen[0]
+
+
+def test_muon_trains_the_matrices_beside_another_optimizer() -> None:
+    model = mlp()
+    matrices = [model[0].weight, model[2].weight]
+    muon = torch.optim.Muon(matrices, lr=1e-2)  # type: ignore[arg-type]
+    rest = [p for p in model.parameters() if not any(p is each for each in matrices)]
+    optimizers = [muon, torch.optim.Adam(rest, lr=1e-2)]
+    pruner = dynaprune.attach(model, optimizers, settings(), example_inputs=batch(0)[0])
+    for step in range(STEPS):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model, step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert pruner.target_reached
+    assert muon.state[model[2].weight]["momentum_buffer"].shape == widths(model)[1]
+
+
+def test_a_compiled_model_is_compiled_anew_for_its_widths() -> None:
+    model = mlp()
+    optimizer = adam(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    config = settings(interval=7)
+    pruner = dynaprune.attach(compiled, optimizer, config, example_inputs=batch(0)[0])
+    train(compiled, optimizer, STEPS)
+    assert pruner.target_reached and widths(model)[0][0] < 64
+    torch.testing.assert_close(compiled(batch(3)[0]), model(batch(3)[0]))
