@@ -12,6 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.observe.hooks import inside_own_step
 
 # Steps in a row of others, without one of a watched optimizer, after which they are no accident.
 LASTING = 8
@@ -79,7 +80,7 @@ _HOOK: list[Any] = []
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or inside_own_step(optimizer):
         return
     for others in list(_WATCHING):
         others.stepped(optimizer)

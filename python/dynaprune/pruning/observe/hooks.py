@@ -35,7 +35,7 @@ class StepHooks:
             self._handles.append(optimizer.register_step_post_hook(self._post))
 
     def _pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_capturing():
+        if is_capturing() or inside_own_step(optimizer):
             return None
         if in_backward():
             if not self._refuses:
@@ -61,7 +61,7 @@ class StepHooks:
         return args, {**kwargs, "closure": observed}
 
     def _post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._completed is None or is_capturing():
+        if self._completed is None or is_capturing() or inside_own_step(optimizer):
             return
         self._stepped.add(id(optimizer))
         if len(self._stepped) == self._waiting_for:
@@ -73,6 +73,22 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def inside_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook runs for a step that another step of the same optimizer called.
+
+    A subclass whose ``step`` calls its base's has both wrapped once the base class was used by itself: torch
+    then calls every hook twice. The frames are looked at, since a step that raised never comes to its end.
+    """
+    kind = type(optimizer)
+    if sum(hasattr(each.__dict__.get("step"), "hooked") for each in kind.__mro__) < 2:
+        return False
+    wrapper, frame, found = kind.step.__code__, sys._getframe(1), 0
+    while frame is not None:
+        found += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found > 1
 
 
 def in_backward() -> bool:
