@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ def inside_own_step(optimizer: torch.optim.Optimizer) -> bool:
     kind = type(optimizer)
     if sum(hasattr(each.__dict__.get("step"), "hooked") for each in kind.__mro__) < 2:
         return False
-    wrapper, frame, found = kind.step.__code__, sys._getframe(1), 0
+    wrapper, found = kind.step.__code__, 0
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         found += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
