@@ -126,6 +126,7 @@ def _widths(structure: Structure, units: Sequence[Unit], config: PruningConfig) 
             held / pairs,
             max(structure.tokens.get(name, 1), 1),
             max(1, math.ceil(config.floor_of(name) * first - 1e-9)),
+            first,
         )
     return found
 

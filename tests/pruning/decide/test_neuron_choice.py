@@ -81,10 +81,20 @@ def test_a_uniform_order_takes_the_same_share_of_every_layer() -> None:
     assert sorted(unit.number for unit in found) == [unit.number for unit in units()]
     for count in range(len(found)):
         names = [unit.name for unit in found[:count]]
-        assert abs(names.count("a") / FIRST - names.count("b") / SECOND) <= 1 / SECOND
+        assert abs(names.count("a") / FIRST - names.count("b") / SECOND) <= 0.5 / FIRST + 0.5 / SECOND
     for name in ("a", "b"):
         scores = [unit.score for unit in found if unit.name == name]
         assert scores == sorted(scores)
+
+
+def test_a_uniform_order_counts_what_is_gone_and_rounds_heads_to_the_nearest() -> None:
+    """Four of twelve heads are gone, and none of a hundred neurons: at 40% of both five heads are."""
+    heads = [Unit(n, "value", 1.0, 32, {"value": (32, 0)}) for n in range(8)]
+    neurons = [Unit(8 + n, "up", 1.0, 1, {"up": (1, 0)}) for n in range(100)]
+    sizes = {"value": Width(256, 10, first=384), "up": Width(100, 10)}
+    names = [unit.name for unit in in_order([*heads, *neurons], sizes, "uniform")]
+    assert names[:30] == ["up"] * 30 and names[: 30 + 8].count("value") == 1
+    assert names[:41].count("up") == 40 and names[:49].count("value") == 2
 
 
 def test_depthwise_weights_and_blocks_that_are_gone_count_as_they_are() -> None:

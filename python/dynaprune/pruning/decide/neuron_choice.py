@@ -35,6 +35,7 @@ class Width:
         each: weights per output and input that live (the taps of a convolution).
         tokens: that the layer sees in a step.
         least: outputs that have to stay, at least one.
+        first: outputs before anything was cut; 0: as many as now.
     """
 
     outputs: int
@@ -42,6 +43,7 @@ class Width:
     each: float = 1.0
     tokens: int = 1
     least: int = 1
+    first: int = 0
 
     @property
     def weights(self) -> float:
@@ -88,7 +90,7 @@ def in_order(units: Sequence[Unit], widths: Mapping[str, Width], allocation: str
 
     Args:
         allocation: "global" compares all of them. With "uniform" each layer's neurons go in this order, and
-            any first part of the whole holds the same share of every layer's.
+            any first part of the whole leaves the same share of what every layer had at first.
     """
     costs: dict[tuple[tuple[str, int, int], ...], float] = {}
 
@@ -101,10 +103,13 @@ def in_order(units: Sequence[Unit], widths: Mapping[str, Width], allocation: str
     ordered = sorted(units, key=lambda unit: (per_flop(unit), unit.number))
     if allocation == "global":
         return ordered
-    sizes, place, shares = Counter(unit.name for unit in units), Counter[str](), {}
+    gone, shares = Counter[str](), {}
     for unit in ordered:
-        place[unit.name] += 1
-        shares[unit.number] = place[unit.name] / sizes[unit.name]
+        width = widths[unit.name]
+        first, before = width.first or width.outputs, gone[unit.name]
+        gone[unit.name] += unit.neurons
+        # At the middle of the unit: heads round to the nearest number of them.
+        shares[unit.number] = 1 - (width.outputs - before - unit.neurons / 2) / first
     return sorted(ordered, key=lambda unit: shares[unit.number])
 
 
