@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -207,7 +209,7 @@ def test_nothing_is_left_behind() -> None:
     for parameter in training.model.parameters():
         assert not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
     assert not training.model._forward_pre_hooks
-    assert not nn.modules.module._global_forward_pre_hooks
+    assert not nn.modules.module._global_forward_pre_hooks and not nn.modules.module._global_forward_hooks
 
     def fails() -> None:
         training.model(training.x)
@@ -217,6 +219,20 @@ def test_nothing_is_left_behind() -> None:
         memory_of_step(training.model, training.optimizer, fails)
     assert torch.UntypedStorage.resize_ is resize and not training.model._forward_pre_hooks
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_a_parameter_may_change_its_shape_afterwards_and_the_model_can_go() -> None:
+    training = _training("mlp")
+    memory_of_step(training.model, training.optimizer, training.step)
+    first, last = training.model[2], training.model[4]  # type: ignore[index]
+    first.weight.data, first.bias.data = first.weight.data[:32].clone(), first.bias.data[:32].clone()
+    last.weight.data = last.weight.data[:, :32].clone()
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    training.step()
+    parameters = [weakref.ref(each) for each in training.model.parameters()]
+    del first, last, training
+    gc.collect()
+    assert not any(each() is not None for each in parameters)
 
 
 def test_a_step_may_call_the_model_often_and_recompute_it() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.utils._pytree import tree_leaves
 
 from dynaprune.nn import BlockSparseLayer
@@ -33,7 +32,7 @@ class MemoryByKind:
         optimizer: the optimizer's state.
         activations: what the forward pass made and something still needs, mostly the backward pass.
         temporaries: what backward, the optimizer and the pruner made and nothing keeps; gradients of
-            activations are among them.
+            activations are among them, and activations that a checkpoint makes anew.
         scratch: memory of the CPU kernels of block-sparse layers, of no tensor.
         buffers: of the model.
         index: live masks, slots and index lists of block-sparse layers.
@@ -156,6 +155,17 @@ def _labels(snapshot: Mapping[torch.device, Mapping[str, int]], device: torch.de
     return {name: found.get(name, 0) for name in names}
 
 
+class _NoModules(ModTracker):
+    """No hooks on modules: torch's keep the graph of a step alive, so that no parameter can change its shape
+    afterwards, and refuse a step that calls the model twice."""
+
+    def __enter__(self) -> ModTracker:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
 class _Tracker(MemTracker):
     """A MemTracker of one device that sees into the ops of block-sparse layers, and their scratch memory.
 
@@ -167,6 +177,7 @@ class _Tracker(MemTracker):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._mod_tracker = _NoModules()
         self._on = device
         self.at_peak: dict[str, int] = {_TOTAL: -1}
         self.most: dict[str, int] = {}
@@ -174,23 +185,16 @@ class _Tracker(MemTracker):
 
     @contextmanager
     def watching(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-        """Track what happens inside; ``model`` and the process's settings are as before afterwards."""
+        """Track what happens inside; no hook is left on ``model`` or ``optimizers`` afterwards."""
         with ExitStack() as stack:
-            stack.enter_context(_left_as_it_was(model))
-            roots = register_module_forward_pre_hook(lambda module, _: self._forget_earlier_call(module))
-            stack.callback(roots.remove)
             inputs = model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
             stack.callback(inputs.remove)
             for optimizer in optimizers:
                 stack.callback(optimizer.register_step_pre_hook(self._note_gradients).remove)
             stack.enter_context(self)
+            self._track_module_params_and_buffers(model, install_grad_hooks=True)
             self._look(scratch_bytes()[0])
             yield
-
-    def _forget_earlier_call(self, module: nn.Module) -> None:
-        """Let the step call a whole model several times, which MemTracker refuses."""
-        if len(self._mod_tracker.parents) == 1 and not self._mod_tracker.is_bw:
-            self.memory_tracking.pop(module, None)
 
     def _note_inputs(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
@@ -249,20 +253,3 @@ def _kernels_for(args: Any) -> torch._C.DispatchKeySet | None:
     on = next((each.device.type for each in tree_leaves(args) if isinstance(each, Tensor)), None)
     key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}.get(on or "")
     return None if key is None else torch._C.DispatchKeySet(key)
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo what ``torch.distributed._tools.ModTracker`` leaves behind: hooks on parameters that are inputs of
-    modules, and the format of warnings. Its warnings about the order of modules concern nobody here."""
-    shown, parameters = warnings.formatwarning, list(model.parameters())
-    hooks = [set(each._backward_hooks or ()) for each in parameters]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*module hierarchy tracking|Module is None")
-            yield
-    finally:
-        warnings.formatwarning = shown
-        for parameter, before in zip(parameters, hooks, strict=True):
-            for key in set(parameter._backward_hooks or ()) - before:
-                del parameter._backward_hooks[key]  # type: ignore[union-attr]
