@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynaprune.experiment.memory import MemoryRecord
 from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.steps import TrainState
 from dynaprune.experiment.tasks import TaskData
@@ -60,6 +61,7 @@ class Arm:
         measured_version: the network's structure when FLOPs were counted last.
         begun: on the clock of `steps.now`, when the training began, had it never paused.
         peak_before: peak memory in bytes of the earlier parts of this training.
+        memory: by kind, as far as it was measured.
         notes: what the report says of what came before the training.
     """
 
@@ -74,6 +76,7 @@ class Arm:
     measured_version: int | None = None
     begun: float = 0.0
     peak_before: int = 0
+    memory: MemoryRecord = field(default_factory=MemoryRecord)
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -47,6 +47,7 @@ def state_of_arm(arm: Arm) -> dict[str, Any]:
             "flops_total": state.flops_total,
             "peak_memory_bytes": max(arm.peak_before, metrics.peak_memory_bytes(state.device)),
         },
+        "memory": arm.memory.state_dict(state.device),
         "epoch": None if epoch is None else dict(vars(epoch)),
         "measured_version": arm.measured_version,
         "notes": arm.notes,
@@ -84,6 +85,7 @@ def resume_arm(arm: Arm, state: Mapping[str, Any], best: Mapping[str, Any] | Non
     for name in _OF_COSTS:
         setattr(mine, name, state["costs"][name].tolist())
     mine.flops_total, arm.peak_before = state["costs"]["flops_total"], state["costs"]["peak_memory_bytes"]
+    arm.memory.load_state_dict(state["memory"])
     if (epoch := state["epoch"]) is not None:
         tensors = {"began": epoch["began"].clone(), "loss_sum": epoch["loss_sum"].to(device, copy=True)}
         arm.epoch = Epoch(**{**epoch, **tensors})

@@ -11,6 +11,7 @@ from dynaprune.experiment import metrics
 from dynaprune.experiment.arm import Arm, Epoch, Outcome
 from dynaprune.experiment.arm_checkpoint import Checkpoints
 from dynaprune.experiment.interrupts import StopRequest
+from dynaprune.experiment.memory import stored_bytes
 from dynaprune.experiment.progress import EpochProgress
 from dynaprune.experiment.steps import evaluate, now
 from dynaprune.experiment.tasks.data import Served, training_batches
@@ -65,7 +66,12 @@ def _train(arm: Arm, stop: StopRequest, checkpoints: Checkpoints | None, progres
         inputs, targets = to_device(inputs, device), targets.to(device)
         changed = network.version() != arm.measured_version
         arm.measured_version = network.version()
-        epoch.loss_sum += state.step(inputs, targets, count_flops=changed) * len(targets)
+        if not changed and _memory_due(arm, len(targets)):
+            loss, over = arm.memory.measure(state, network.pruner, inputs, targets, done.steps + 1)
+            arm.leave_out(over)
+        else:
+            loss = state.step(inputs, targets, count_flops=changed)
+        epoch.loss_sum += loss * len(targets)
         epoch.seen += len(targets)
         epoch.batches += 1
         done.steps += 1
@@ -76,6 +82,17 @@ def _train(arm: Arm, stop: StopRequest, checkpoints: Checkpoints | None, progres
         if stop.requested:
             return False
     return True
+
+
+def _memory_due(arm: Arm, samples: int) -> bool:
+    """Whether the next step, on ``samples`` samples, is one to measure.
+
+    That is a step on a whole batch, without the work of an event, of an optimizer that has a state already
+    and has been timed."""
+    whole = samples == min(arm.state.config.batch_size, len(arm.data.train))  # type: ignore[arg-type]
+    if not whole or not arm.state.step_seconds or arm.network.event_next():
+        return False
+    return arm.memory.due(stored_bytes(arm.state.model))
 
 
 def _evaluate(arm: Arm) -> None:

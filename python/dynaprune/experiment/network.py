@@ -19,6 +19,7 @@ from dynaprune.experiment.steps import TrainState, time_in_turn
 from dynaprune.experiment.tasks import TaskData
 from dynaprune.experiment.tasks.data import batches, batches_per_epoch, training_batches
 from dynaprune.nn.to_device import to_device
+from dynaprune.pruning.pruner import Pruner
 
 __all__ = ["DenseNetwork", "PrunedNetwork"]
 
@@ -31,6 +32,8 @@ _TRIAL_BATCH = 256
 class DenseNetwork:
     """A network that keeps its size: the baseline arm."""
 
+    pruner: Pruner | None = None
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.parameters_total = sum(p.numel() for p in model.parameters())
@@ -38,6 +41,10 @@ class DenseNetwork:
     def version(self) -> int:
         """Changes whenever the network's shapes or live blocks do."""
         return 0
+
+    def event_next(self) -> bool:
+        """Whether the next step ends with a pruning event."""
+        return False
 
     def after_step(self, step: int) -> None:
         """Called after every training step, with the number of steps done."""
@@ -99,6 +106,8 @@ class DenseNetwork:
 class PrunedNetwork(DenseNetwork):
     """A network that `dynaprune.attach` makes smaller while it trains."""
 
+    pruner: Pruner
+
     def __init__(self, state: TrainState, data: TaskData) -> None:
         from dynaprune.pruning.attach import attach
         from dynaprune.pruning.decide.calibration import CalibrationTrial
@@ -138,6 +147,10 @@ class PrunedNetwork(DenseNetwork):
     def version(self) -> int:
         """Grows whenever blocks are removed or grow back, or neurons are cut."""
         return self.pruner.structure_version
+
+    def event_next(self) -> bool:
+        """Whether the next step ends with a pruning event."""
+        return not self.pruner.nothing_left() and self.pruner.policy.due(self.pruner.steps + 1)
 
     def after_step(self, step: int) -> None:
         """Record the densities where the structure has changed in this step, and now and then all masks."""

@@ -26,6 +26,7 @@ _PROMISES = (
     ("sparsity_of_model", "pruned", "sparsity of all parameters", "share", min),
     ("parameters_active", "ratios", "live parameters, pruned / baseline", "number", max),
     ("training_state_bytes", "ratios", "training state, pruned / baseline", "number", max),
+    ("memory_bytes_tensors", "ratios", "peak of tensors, pruned / baseline", "number", max),
     ("memory_bytes_last", "ratios", "memory of the last steps, pruned / baseline", "number", max),
     ("flops_per_step_last", "ratios", "FLOPs of the last step, pruned / baseline", "number", max),
     ("flops_total", "ratios", "FLOPs of the whole training, pruned / baseline", "number", max),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dynaprune.experiment.memory_figures import MEMORY
 from dynaprune.experiment.parts import marks
 from dynaprune.experiment.tasks import get_task
 
@@ -62,12 +63,13 @@ def figures_of(task: str) -> tuple[str, ...]:
 def ratios(
     baseline: dict[str, Any] | None, pruned: dict[str, Any] | None, figures: Sequence[str] = COSTS
 ) -> dict[str, float]:
-    """pruned / baseline for every one of ``figures`` that both have, and ``step_seconds_last_to_dense``."""
+    """pruned / baseline for every one of ``figures`` and of `MEMORY` that both have, and
+    ``step_seconds_last_to_dense``."""
     if not baseline or not pruned:
         return {}
     found = {
         name: pruned[name] / baseline[name]
-        for name in figures
+        for name in (*figures, *MEMORY)
         if isinstance(pruned.get(name), (int, float))
         and isinstance(baseline.get(name), (int, float))
         and baseline[name]

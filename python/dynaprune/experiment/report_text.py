@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dynaprune.experiment import memory_figures
 from dynaprune.experiment.report import data_of
 from dynaprune.experiment.tasks.metric import KNOWN
 from dynaprune.experiment.write import write_text
@@ -20,6 +21,9 @@ _LABELS = {
     "step_seconds_dense": ("step time of the dense twin, in turn with it", "time"),
     "peak_memory_bytes": ("peak memory of the process", "bytes"),
     "memory_bytes_last": ("peak memory in the last 20 steps", "bytes"),
+    "memory_bytes_process": ("peak memory of the process, less what it held before the model", "bytes"),
+    "memory_bytes_tensors": ("peak of tensors in a step", "bytes"),
+    "memory_bytes_tensors_last": ("peak of tensors in a step, last structure", "bytes"),
     "training_state_bytes": ("weights + gradients + optimizer state", "bytes"),
     "parameters_total": ("parameters as built", "count"),
     "parameters_active": ("parameters live at the end", "count"),
@@ -120,6 +124,9 @@ _NOTES = """\
 - Peak memory of the process is its largest resident set (CUDA: of the allocator). A run that starts dense
   cannot lower it. The peak of the last 20 steps starts from what is held then, the libraries included; on
   the CPU free pages of the allocator are handed back first, in both arms.
+- Peaks of tensors, and memory by kind, are those of measured training steps (torch's MemTracker and the
+  kernels' scratch memory): one of the first structure, some between, one of the last. Trials and evaluation
+  are not among them, and show in the process only. docs/memory.md says what each kind is.
 - Sparsity of the prunable weights leaves out what stays whole; sparsity of all parameters counts each
   parameter once, biases and norms too.
 - FLOPs are counted in forward and backward at every change of the structure: those of the whole network's
@@ -165,6 +172,8 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
     for mark in report["marks"]:
         lines += ["", f"**{mark}**"]
     lines += ["", *[f"![{name.removesuffix('.png')}]({name})" for name in pictures], ""]
+    if memory := memory_figures.tables(report, shown):
+        lines += ["## Memory by kind", "", *memory]
     lines += what_stays_whole(report)
     lines += ["## How this was measured", "", _NOTES]
     for arm in ("baseline", "pruned"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dynaprune.experiment.memory_figures import MEMORY
 from dynaprune.experiment.report import figures_of, scores_of
 from dynaprune.experiment.tasks import task_names
 from dynaprune.saving.tensor_file import unique_names
@@ -88,7 +89,7 @@ def _check_figures(
     for key in numbers:
         if not is_number(result.get(key)):
             raise _wrong(path, f"{prefix}{key}", "a number", result.get(key))
-    for key in (*figures_of(task), "sparsity", "sparsity_of_model", "step_seconds_dense"):
+    for key in (*figures_of(task), *MEMORY, "sparsity", "sparsity_of_model", "step_seconds_dense"):
         if result.get(key) is not None and not is_number(result[key]):
             raise _wrong(path, f"{prefix}{key}", "a number or null", result[key])
     data = result.get("data")

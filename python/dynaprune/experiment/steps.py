@@ -90,11 +90,13 @@ class TrainState:
         loss.backward()
         return loss.detach()
 
-    def step(self, inputs: Any, targets: torch.Tensor, *, count_flops: bool = False) -> torch.Tensor:
+    def step(
+        self, inputs: Any, targets: torch.Tensor, *, count_flops: bool = False, timed: bool = True
+    ) -> torch.Tensor:
         """One training step on a batch of the arm's device: its mean loss, a scalar tensor.
 
-        The FLOPs of forward and backward are counted if asked for; such a step is left out of the step times.
-        """
+        The FLOPs of forward and backward are counted if asked for; such a step is left out of the step times,
+        as one is that is not ``timed``."""
         started = now(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         if count_flops:
@@ -105,7 +107,7 @@ class TrainState:
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        if not count_flops:
+        if timed and not count_flops:
             self.step_seconds.append(now(self.device) - started)
         if self.schedule is not None:
             self.schedule.step()

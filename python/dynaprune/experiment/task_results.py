@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynaprune.experiment.memory_figures import KINDS
 from dynaprune.experiment.repeat import corrected_interval
 from dynaprune.experiment.report import OF_A_MACHINE, ratios, scores_of
 from dynaprune.experiment.report_text import difference_kind, shown
@@ -18,11 +19,16 @@ __all__ = ["Figure", "Run", "TaskResults", "read_results"]
 
 _RUN_FOLDER = re.compile(r"seed-\d+(-fold-\d+)?")
 _SCORE = re.compile(r"test_[a-z0-9_]{1,40}")
+_OF_BOTH = ("weights", "gradients", "optimizer", "activations", "temporaries")
 # key, label, kind, how the pruned arm is set beside the baseline (None: it has no counterpart there)
 _FIGURES = (
     ("train_seconds", "training time", "seconds", "ratio"),
     ("peak_memory_bytes", "peak memory of the process", "bytes", "ratio"),
     ("memory_bytes_last", "peak memory in the last 20 steps", "bytes", "ratio"),
+    ("memory_bytes_process", "peak memory of the process beyond what it held before", "bytes", "ratio"),
+    ("memory_bytes_tensors", "peak of tensors in a step", "bytes", "ratio"),
+    *((f"memory_bytes_{kind}", f"{KINDS[kind]} at that peak", "bytes", "ratio") for kind in _OF_BOTH),
+    ("memory_bytes_tensors_last", "peak of tensors in a step, last structure", "bytes", "ratio"),
     ("training_state_bytes", "weights + gradients + optimizer state", "bytes", "ratio"),
     ("parameters_active", "active parameters", "count", "ratio"),
     ("flops_per_step_last", "FLOPs of the last step", "flops", "ratio"),

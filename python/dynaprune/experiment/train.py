@@ -77,6 +77,7 @@ def _costs(arm: Arm) -> dict[str, Any]:
         "flops_per_step_last": state.flops_per_step(-1),
         "flops_total": round(state.flops_total + network.trial_flops()),
         "flops_trials": round(network.trial_flops()),
+        "memory_bytes_process": arm.memory.process_bytes(state.device),
         **network.end_of_training(),
     }
     interrupted = found["interrupted"]
@@ -88,6 +89,8 @@ def _costs(arm: Arm) -> dict[str, Any]:
         found.update(closing_steps(state, source))
         # The peak was reset for the closing steps, and they may exceed what came before.
         found["peak_memory_bytes"] = max(found["peak_memory_bytes"], found["memory_bytes_last"] or 0)
+        arm.memory.measure(state, network.pruner, *next(source), done.steps)
+    found.update(arm.memory.figures(closed=not interrupted))
     found["training_state"] = metrics.training_state_bytes(state.model, state.optimizer)
     found["training_state_bytes"] = found["training_state"]["total"]
     found.update(network.step_times(None if interrupted else source))
@@ -227,8 +230,12 @@ def _run(
     begin: Callable[..., Arm], checkpoints: Checkpoints, out: Path, stop: StopRequest, quiet: bool
 ) -> dict[str, Any]:
     device = torch.device(checkpoints.identity.config.device)
+    loaded = metrics.peak_memory_bytes(device)
+    can_reset = metrics.prepare_memory_reading(device)
     held_before = metrics.held_bytes(device)
     arm = _begun(begin, checkpoints, quiet)
+    arm.peak_before = max(arm.peak_before, loaded)
+    arm.memory.held_before = held_before if can_reset else None
     (out / "arm.json").unlink(missing_ok=True)
     write_json(out / CONFIG, arm.state.config.to_json())
     done = train_epochs(arm, stop, out, checkpoints=checkpoints, quiet=quiet)
