@@ -239,15 +239,23 @@ def test_copies_follow() -> None:
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
     )
-    shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shadow = {f"module.{name}": p.detach().clone() for name, p in model.named_parameters()}
     pruner = dynaprune.attach(model, optimizer, settings(), example_inputs=batch(0)[0])
     pruner.follow(average)
     pruner.follow(shadow)
+    with pytest.raises(ValueError, match=r"a tensor for each weight, .* got none for 0.bias among \['0'\]"):
+        pruner.follow({"0": torch.zeros(3)})
+    with pytest.raises(ValueError, match="got the model itself"):
+        pruner.follow(model)
+    with pytest.raises(ValueError, match=r"expected 2 of the copy with the \(64, 64\) outputs and inputs"):
+        pruner.follow(
+            nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+        )
 
     def update() -> None:
         average.update_parameters(model)
         for name, parameter in model.named_parameters():
-            shadow[name].lerp_(parameter.detach(), 0.5)
+            shadow[f"module.{name}"].lerp_(parameter.detach(), 0.5)
 
     train(model, optimizer, STEPS, after=update)
     assert pruner.target_reached and widths(average.module) == widths(model)

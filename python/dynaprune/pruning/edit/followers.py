@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dynaprune.neurons.groups import widths_of
 from dynaprune.nn import BlockSparseLayer, swap_back
 from dynaprune.nn.parameter import replace_parameter_data_
 from dynaprune.nn.swap import SPARSE_TYPES
@@ -123,6 +124,8 @@ def swapped_copies(
     """
     roots = _roots(copy, model, layers)
     for root in roots:
+        if not layers:
+            _check_widths(root, model)
         for name, layer in layers.items():
             _check_like(name, root.get_submodule(name), layer)
     for root in roots:
@@ -154,6 +157,19 @@ def _roots(copy: nn.Module, model: nn.Module, layers: Mapping[str, BlockSparseLa
 
 def _parts(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if not isinstance(module, BlockLayout)}
+
+
+def _check_widths(root: nn.Module, model: nn.Module) -> None:
+    """A copy of a model without block-sparse layers."""
+    mine, theirs = widths_of(model), widths_of(root)
+    if next(root.parameters(), None) is next(model.parameters(), None):
+        raise ValueError("expected a copy of the model, got the model itself: it has the same weights")
+    for name, widths in mine.items():
+        if theirs.get(name) != widths:
+            raise ValueError(
+                f"expected {name} of the copy with the {widths} outputs and inputs that the model has now, "
+                f"got {theirs.get(name)}: let a copy follow right after making it"
+            )
 
 
 def _check_like(name: str, twin: nn.Module, layer: BlockSparseLayer) -> None:

@@ -224,6 +224,7 @@ def _names_by_key(
     known = {*own_state(model), *(name for name, _ in model.named_parameters())}
     known |= {f"{name}.{_WEIGHT}" for name in layers}
     by_parameter = {parameter: name for name, parameter in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix in _PREFIXES:
         found: dict[Any, str] = {}
         for key, tensor in tensors.items():
@@ -235,10 +236,13 @@ def _names_by_key(
         dense = {f"{name}.{_WEIGHT}": f"{name}.{_VALUES}" for name in layers}
         found = {k: n for k, n in found.items() if dense.get(n) not in found.values()}
         held = set(found.values())
-        if all(held & {f"{name}.{_VALUES}", f"{name}.{_WEIGHT}"} for name in layers):
+        # Where no layer is block-sparse, every weight that is trained may get another shape.
+        whole = bool(layers) or trained <= held
+        if whole and all(held & {f"{name}.{_VALUES}", f"{name}.{_WEIGHT}"} for name in layers):
             return found
-    missing = next(n for n in layers if f"{n}.{_VALUES}" not in tensors)
+    wanted = [f"{name}.{_VALUES}" for name in layers] or sorted(trained)
+    missing = next((name for name in wanted if name not in tensors), wanted[0])
     raise ValueError(
         f"expected a dict with a tensor for each weight, by its name or Parameter, got none for "
-        f"{missing}.{_VALUES} among {[str(key) for key in list(tensors)[:5]]}"
+        f"{missing} among {[str(key) for key in list(tensors)[:5]]}"
     )
