@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dynaprune.experiment.steps import (
     time_in_turn,
 )
 from dynaprune.experiment.tasks import Task, TaskData
-from dynaprune.experiment.tasks.data import mlp
+from dynaprune.experiment.tasks.data import mlp, training_batches
 from dynaprune.pruning.early_stopping import EarlyStopping
 
 CPU = torch.device("cpu")
@@ -124,6 +125,33 @@ def test_a_run_cut_before_the_target_keeps_its_last_weights(tmp_path: Path) -> N
     assert done.best_epoch is None and done.kept is not None and done.ended == "ran all epochs"
     for a, b in zip(done.kept[0].parameters(), state.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_arm_sees_the_batches_that_its_order_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs, augmented by the same generator."""
+    plain = _data()
+    data = replace(plain, augment=lambda inputs, g: inputs + torch.rand(inputs.shape, generator=g))
+    wanted, order = [], torch.Generator().manual_seed(4)
+    for _ in range(2):
+        wanted += [inputs for inputs, _ in training_batches(data, 8, order)]
+    seen = []
+    real = TrainState.step
+
+    def step(self: TrainState, inputs: torch.Tensor, *given: Any, **named: Any) -> Any:
+        seen.append(inputs)
+        return real(self, inputs, *given, **named)
+
+    monkeypatch.setattr(TrainState, "step", step)
+    model = _build(data, 0.0)
+    config = RunConfig(task="digits", batch_size=8, epochs=2)
+    state = TrainState(config, TASK, model, torch.optim.SGD(model.parameters(), 0.05), CPU)
+    generator = torch.Generator().manual_seed(4)
+    arm = Arm("baseline", state, data, DenseNetwork(model), generator, EarlyStopping(5))
+    train_epochs(arm, StopRequest(), tmp_path, quiet=True)
+    assert len(seen) == 10 and all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+    assert torch.equal(generator.get_state(), order.get_state())
 
 
 def test_a_request_to_stop_ends_the_epoch_after_its_step_and_handlers_come_back(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _train(arm: Arm, stop: StopRequest, checkpoints: Checkpoints | None, progres
     if arm.epoch is None:
         arm.epoch = Epoch(arm.order.get_state(), network.version(), torch.zeros((), device=device))
     epoch = arm.epoch
-    served = Served(epoch.batches, epoch.began, arm.order.get_state())
+    served = Served(epoch.batches, epoch.began, arm.order.get_state()) if epoch.batches else None
     for inputs, targets in training_batches(arm.data, state.config.batch_size, arm.order, served):
         inputs, targets = to_device(inputs, device), targets.to(device)
         changed = network.version() != arm.measured_version

@@ -222,6 +222,8 @@ def test_a_pass_goes_on_after_any_batch_as_if_it_had_never_stopped(rows: int, ki
         if isinstance(part, _Rows):
             assert len(part.fetched) == sum(len(targets) for _, targets in rest)
     assert sorted(torch.cat([targets for _, targets in whole]).tolist()) == list(range(rows))
+    with pytest.raises(ValueError, match="at least one batch"):
+        Served(0, began, began)
 
 
 def test_batches_are_drawn_as_torchs_own_loader_draws_them() -> None:

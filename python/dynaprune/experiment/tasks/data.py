@@ -192,13 +192,17 @@ def batches_per_epoch(dataset: Dataset[Any], batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Served:
-    """How far a pass in random order has come: its first ``batches`` were served.
+    """How far a pass in random order has come: its first ``batches``, at least one, were served.
 
     ``began`` and ``now`` are the states of its generator before the pass and after those batches."""
 
     batches: int
     began: torch.Tensor
     now: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:  # the order is drawn with the first one
+            raise ValueError(f"expected at least one batch that was served, got {self.batches}")
 
 
 @dataclass(frozen=True)
