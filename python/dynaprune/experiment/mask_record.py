@@ -88,7 +88,9 @@ class MaskRecord:
         the last masks are those of now, after ``step`` steps."""
         if self._frames[-1].step != step:
             self._frames.append(_frame(step, sparsity, layers))
-        write_csv(out / "density.csv", self._densities)
+        names = dict.fromkeys(name for row in self._densities for name in row)
+        whole = dict.fromkeys(names, 1.0)  # as layers are before it is known that they get narrower
+        write_csv(out / "density.csv", [{**whole, **row} for row in self._densities])
         arrays: dict[str, np.ndarray] = {}
         index = []
         for number, frame in enumerate(self._frames):
