@@ -21,7 +21,7 @@ from tests.experiment.same_course import differences
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("baseline", "pruned")
-RUN = ("--epochs", "4", "--seed", "1", "--target-sparsity", "0.6", "--calibration-samples", "256")
+RUN = ("--epochs", "10", "--seed", "1", "--target-sparsity", "0.6", "--calibration-samples", "256")
 # Within the epochs too, which take a second.
 OFTEN = ("--checkpoint-minutes", "0.005")
 

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynaprune.experiment import steps, train
+import pytest
+
+from dynaprune.experiment import metrics, steps, train
 from dynaprune.experiment.run_config import Resuming, RunConfig, resolve
 from dynaprune.experiment.steps import TrainState
 from dynaprune.experiment.tasks import digits
 from dynaprune.pruning.early_stopping import EarlyStopping
+from tests.experiment.same_course import differences
 
 
 @contextlib.contextmanager
 def small_arms() -> Iterator[None]:
-    """Digits has a small network, few steps are timed, and the third of four epochs counts as the best,
-    whatever the losses are."""
-    widths, rounds, update = digits.WIDTHS, steps._ROUNDS, EarlyStopping.update
+    """Digits has a small network, and the third of four epochs counts as the best, whatever the losses
+    are."""
+    widths, update = digits.WIDTHS, EarlyStopping.update
 
     def third_is_best(self: EarlyStopping, epoch: int, loss: float, **given: Any) -> bool:
         return update(self, epoch, abs(epoch - 3.0), **given)
 
-    digits.WIDTHS, steps._ROUNDS = [64, 96, 96, 10], 1
+    digits.WIDTHS = [64, 96, 96, 10]
     EarlyStopping.update = third_is_best  # type: ignore[method-assign]
     try:
         yield
     finally:
-        digits.WIDTHS, steps._ROUNDS = widths, rounds
+        digits.WIDTHS = widths
         EarlyStopping.update = update  # type: ignore[method-assign]
 
 
@@ -78,10 +81,38 @@ def small_digits(**given: Any) -> RunConfig:
 
 
 def run(
-    config: RunConfig, arm: str, out: Path, *, kill: int | None = None, minutes: float = 10, **given: Any
+    config: RunConfig,
+    arm: str,
+    out: Path,
+    *,
+    kill: int | None = None,
+    minutes: float = 10,
+    pretrained: Path | None = None,
+    **given: Any,
 ) -> dict[str, Any] | None:
-    """Train the arm, or what is left of it; None where it was killed at its step number ``kill``."""
+    """Train the arm, or what is left of it; None where it was killed at its step number ``kill``. Hardly any
+    steps are timed afterwards."""
     resuming = Resuming(checkpoint_minutes=minutes, **given)
-    with killed_at(kill):
-        return train.run_arm(config, arm, out, quiet=True, resuming=resuming)
+    timed = ((steps, "_ROUNDS", 1), (steps, "_STEPS_PER_ROUND", 1), (metrics, "STEPS_TIMED", 1))
+    with pytest.MonkeyPatch.context() as patch, killed_at(kill):
+        for module, name, count in timed:
+            patch.setattr(module, name, count)
+        return train.run_arm(config, arm, out, quiet=True, pretrained=pretrained, resuming=resuming)
     return None
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps after which a checkpoint lies in ``folder``."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
+
+
+def differences_when_killed(
+    config: RunConfig, arm: str, whole: Path, out: Path, *, kills: Sequence[int], **given: Any
+) -> list[str]:
+    """Train the arm in parts, of which each is killed at its step of that number and loses it; what then
+    differs from the undisturbed one in ``whole``."""
+    for kill in kills:
+        assert run(config, arm, out, kill=kill, minutes=0, **given) is None
+    result = run(config, arm, out, **given)
+    assert result is not None and len(result["parts"]) == len(kills) + 1
+    return differences(whole, out)

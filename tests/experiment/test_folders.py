@@ -171,7 +171,7 @@ def test_a_full_disk_ends_in_one_line(command: str, tmp_path: Path) -> None:
     said, complained = process.communicate(timeout=200)
     assert process.returncode == (3 if command == "train" else 1)
     assert complained.startswith("error: cannot write ") and complained.count("\n") == 1, complained
-    assert "checkpoint/best-000001.safetensors: File too large" in complained and not said
+    assert "checkpoint/best-000000001.safetensors: File too large" in complained and not said
     assert not list(out.rglob("*.tmp")) and not list(out.rglob(LOCK_NAME))
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,20 @@ from typer.testing import CliRunner
 
 from dynaprune.cli import app
 from dynaprune.experiment import metrics, train
-from dynaprune.experiment.arm_checkpoint import saved_steps
 from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.report import build_report
 from dynaprune.experiment.steps import TrainState
 from dynaprune.experiment.train import ARMS, CannotStart
 from dynaprune.saving import durable
 from dynaprune.saving.tensor_file import read_tensors, write_tensors
-from tests.experiment.killed import Killed, run, small_arms, small_digits
+from tests.experiment.killed import (
+    Killed,
+    differences_when_killed,
+    run,
+    saved_steps,
+    small_arms,
+    small_digits,
+)
 from tests.experiment.same_course import differences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +97,24 @@ def test_an_arm_killed_many_times_ends_as_the_undisturbed_one(
     assert result is not None and [part["steps_before"] for part in result["parts"]] == parts
     assert differences(undisturbed / arm, tmp_path) == []
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "regrow"),
+    [
+        ({"units": "both"}, 0.0),
+        ({"initial_sparsity": 0.5}, 0.3),
+        ({"initial_sparsity": 0.6}, 0.0),
+    ],
+    ids=["both", "sparse start", "sparse from start to end"],
+)
+def test_other_kinds_of_pruning_go_on(given: dict[str, Any], regrow: float, tmp_path: Path) -> None:
+    config = small_digits(optimizer="adamw", **given)
+    config = replace(config, pruning={**config.pruning, "regrow": regrow})
+    result = run(config, "pruned", tmp_path / "whole")
+    assert result is not None and result["sparsity"] >= 0.6
+    out = tmp_path / "cut"
+    assert differences_when_killed(config, "pruned", tmp_path / "whole", out, kills=(11, 16, 30)) == []
 
 
 @pytest.mark.parametrize("where", ["before_evaluation", "write", "end_of_training"])
@@ -201,7 +226,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned arm that was killed in its last epoch, with two checkpoints and two best models."""
     out = tmp_path_factory.mktemp("cut") / "arm"
     assert run(CONFIG, "pruned", out, kill=77) is None
-    names = ["best-000002", "best-000003", "step-000000040", "step-000000060"]
+    names = ["best-000000002", "best-000000003", "step-000000040", "step-000000060"]
     assert sorted(path.stem for path in (out / "checkpoint").glob("*.safetensors")) == names
     return out
 
@@ -221,7 +246,7 @@ def flipped(content: bytes) -> bytes:
         ("step-000000060", half),
         ("step-000000060", flipped),
         ("step-000000060", lambda content: b""),
-        ("best-000003", flipped),
+        ("best-000000003", flipped),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dynaprune.experiment.arm_checkpoint import remove_checkpoints, saved_steps
 from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
 from dynaprune.experiment.out_folder import CONFIG, check_settings
 from dynaprune.experiment.report import OF_A_MACHINE, build_report
@@ -23,6 +22,7 @@ from dynaprune.experiment.report_text import write_markdown
 from dynaprune.experiment.run_config import Resuming, RunConfig
 from dynaprune.experiment.saved_results import read_arm, read_json
 from dynaprune.experiment.sole_writer import LOCK_NAME, FolderInUse, note_writer, sole_writer
+from dynaprune.experiment.state_files import holds_states, remove_states
 from dynaprune.experiment.write import write_csv_lines, write_json
 
 __all__ = ["ArmFailed", "compare"]
@@ -142,7 +142,7 @@ def _forget(out: Path, config_path: Path, arm: str, checkpoints: Path) -> None:
 
 def _clear(folder: Path, checkpoints: Path) -> None:
     """Remove what an arm has left in ``folder``, but for its checkpoints."""
-    if not saved_steps(checkpoints):
+    if not holds_states(checkpoints):
         shutil.rmtree(folder, ignore_errors=True)
         return
     for each in folder.iterdir():
@@ -209,7 +209,7 @@ def _compare(
             kept = _finished_arm(out / arm, arm, config)
             if kept is not None:
                 arms[arm], environment = kept["result"], kept["environment"]
-                remove_checkpoints(resuming.folder(arm, out / arm))
+                remove_states(resuming.folder(arm, out / arm))
     write_json(config_path, config.to_json())
     for arm in ARMS:
         if interrupts.seen:

@@ -21,12 +21,7 @@ from torch import nn
 
 from dynaprune.experiment import metrics
 from dynaprune.experiment.arm import Arm
-from dynaprune.experiment.arm_checkpoint import (
-    Checkpoints,
-    Identity,
-    open_checkpoints,
-    remove_checkpoints,
-)
+from dynaprune.experiment.arm_checkpoint import Checkpoints, open_checkpoints
 from dynaprune.experiment.data_fingerprint import data_fingerprint
 from dynaprune.experiment.epochs import train_epochs
 from dynaprune.experiment.interrupts import StopRequest, signals_taken
@@ -34,6 +29,7 @@ from dynaprune.experiment.network import DenseNetwork, PrunedNetwork
 from dynaprune.experiment.out_folder import CONFIG
 from dynaprune.experiment.run_config import Resuming, RunConfig
 from dynaprune.experiment.sole_writer import FolderInUse, end_with_parent, sole_writer
+from dynaprune.experiment.state_files import Identity, StateFiles, remove_states
 from dynaprune.experiment.steps import (
     TrainState,
     closing_steps,
@@ -41,7 +37,6 @@ from dynaprune.experiment.steps import (
     full_batches,
     make_optimizer,
     make_schedule,
-    now,
 )
 from dynaprune.experiment.tasks import Task, TaskData, get_task
 from dynaprune.experiment.tasks.data import batches_per_epoch
@@ -98,21 +93,26 @@ def _costs(arm: Arm) -> dict[str, Any]:
 
 
 def _pretrained(
-    task: Task, model: nn.Module, data: TaskData, config: RunConfig, device: torch.device, file: Path
+    task: Task,
+    model: nn.Module,
+    data: TaskData,
+    config: RunConfig,
+    device: torch.device,
+    file: Path,
+    states: StateFiles,
 ) -> dict[str, Any]:
     """Pretrains the fresh model where the settings ask for it, or takes the weights that the other arm left
-    in ``file``. Returns what the report says of it."""
+    in ``file``. Returns what the report says of it. One that was cut short goes on from ``states``."""
     if not config.options.get("pretrain_epochs"):
         return {}
     if task.pretrain is None:
         raise CannotStart(f"{task.name} has no pretraining, got pretrain_epochs")
     notes = file.with_suffix(".json")
     if not (file.is_file() and notes.is_file()):
-        begun = now(device)
-        said = task.pretrain(model, data, config, device)
-        said["pretrain_seconds"] = now(device) - begun
+        said = task.pretrain(model, data, config, device, states)
         write_tensors(file, model.state_dict(), {})
         write_json(notes, said)
+        states.remove()
     try:
         model.load_state_dict(read_tensors(file).tensors)
     except (ValueError, RuntimeError) as error:
@@ -159,7 +159,7 @@ def run_arm(
             every_seconds=60 * resuming.checkpoint_minutes,
             restart=resuming.restart,
         ) as checkpoints:
-            begin = functools.partial(_new_arm, config, arm, data, file)
+            begin = functools.partial(_new_arm, config, arm, data, file, checkpoints.pretraining)
             return _run(begin, checkpoints, out, stop, quiet)
 
 
@@ -187,15 +187,18 @@ def _data(config: RunConfig, out: Path, pretrained: Path) -> TaskData:
         raise CannotStart(str(error)) from error
 
 
-def _new_arm(config: RunConfig, name: str, data: TaskData, pretrained: Path, *, goes_on: bool) -> Arm:
-    """An arm before its first step. One that goes on from a checkpoint gets its weights from there."""
+def _new_arm(
+    config: RunConfig, name: str, data: TaskData, pretrained: Path, states: StateFiles, *, goes_on: bool
+) -> Arm:
+    """An arm before its first step. One that goes on from a checkpoint gets its weights from there, any other
+    where the settings say so from a pretraining, which has ``states`` of its own."""
     device, task, pruned = torch.device(config.device), get_task(config.task), name == "pruned"
     torch.manual_seed(config.model_seed)
     try:
         model = task.build_model(data, 0.0 if pruned else config.dropout).to(device).train()
     except (ValueError, OSError, ImportError) as error:
         raise CannotStart(str(error)) from error
-    notes = {} if goes_on else _pretrained(task, model, data, config, device, pretrained)
+    notes = {} if goes_on else _pretrained(task, model, data, config, device, pretrained, states)
     optimizer, implementation = make_optimizer(model, config)
     total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
     schedule = make_schedule(optimizer, config, total_steps)
@@ -212,16 +215,16 @@ def _new_arm(config: RunConfig, name: str, data: TaskData, pretrained: Path, *, 
 def _begun(begin: Callable[..., Arm], checkpoints: Checkpoints, quiet: bool) -> Arm:
     """A new arm, or one that goes on from the newest checkpoint."""
     try:
-        saved = checkpoints.newest()
-        arm = begin(goes_on=saved is not None)
-        if saved is None:
+        newest = checkpoints.newest()
+        arm = begin(goes_on=newest is not None)
+        if newest is None:
             return arm
-        checkpoints.resume(arm, saved)
+        checkpoints.resume(arm, newest)
     except ValueError as error:
         raise CannotStart(str(error)) from error
     metrics.prepare_memory_reading(arm.state.device)  # what reading took is none of the training's
     if not quiet:
-        said = f"goes on from {saved.path}, after step {arm.done.steps:,} of {arm.total_steps:,}"
+        said = f"goes on from {newest.saved.path}, after step {arm.done.steps:,} of {arm.total_steps:,}"
         print(f"{arm.name:>9}  {said}", file=sys.stderr, flush=True)
     return arm
 
@@ -257,7 +260,7 @@ def _run(
     said = {"arm": arm.name, "environment": checkpoints.environment, "result": result}
     write_json(out / "arm.json", said)
     if not result["interrupted"]:
-        remove_checkpoints(checkpoints.folder)
+        remove_states(checkpoints.folder)
     return result
 
 

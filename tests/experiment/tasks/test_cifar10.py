@@ -26,6 +26,7 @@ from dynaprune.experiment.tasks.data import split_train, training_batches
 from dynaprune.experiment.tasks.resnet import resnet18_channels
 from dynaprune.experiment.train import run_arm
 from dynaprune.nn import BlockSparseConv2d, swap_layers
+from tests.experiment.killed import differences_when_killed
 
 TASK = get_task("cifar10")
 SMALL = {"train_samples": 200, "width": 0.25}
@@ -243,3 +244,5 @@ def test_the_pruned_arm_runs_and_recalibrates_before_it_is_evaluated(
     data = TASK.load(config.split(), config.options)
     model = load_checkpoint(TASK.build_model(data, 0.0), tmp_path / "model.safetensors").eval()
     assert torch.isfinite(model(data.test.tensors[0])).all()  # type: ignore[attr-defined]
+    cut = tmp_path / "cut"  # weights and their state lie channels-last
+    assert differences_when_killed(config, "pruned", tmp_path, cut, kills=(3, 4)) == []

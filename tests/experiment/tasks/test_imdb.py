@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from pyarrow import parquet
 
 from dynaprune.experiment.run_config import RunConfig, resolve
+from dynaprune.experiment.state_files import Identity, StateFiles
 from dynaprune.experiment.tasks import Split, get_task
 from dynaprune.experiment.tasks.data import split_train
 from dynaprune.experiment.tasks.text import (
@@ -25,6 +27,7 @@ from dynaprune.experiment.tasks.text import (
     train_vocabulary,
 )
 from dynaprune.experiment.train import CannotStart, run_arm
+from tests.experiment.killed import Killed, differences_when_killed
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("datasets", reason="datasets is not installed")
@@ -180,7 +183,8 @@ def test_pretraining_moves_the_encoder_the_same_way_for_both_arms(folder: Path) 
         model = task.build_model(data, dropout).train()
         fresh = model.bert.encoder.layer[0].output.dense.weight.detach().clone()
         assert task.pretrain is not None
-        said.append(task.pretrain(model, data, config, torch.device("cpu")))
+        said.append(task.pretrain(model, data, config, torch.device("cpu"), None))
+        assert said[-1].pop("pretrain_seconds") > 0
         assert not torch.equal(fresh, model.bert.encoder.layer[0].output.dense.weight)
         assert all(module.training for module in model.modules())
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -188,6 +192,40 @@ def test_pretraining_moves_the_encoder_the_same_way_for_both_arms(folder: Path) 
     assert said[0] == said[1] and said[0]["pretrain_loss_last"] < said[0]["pretrain_loss_first"] - 0.2
     assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
     json.dumps(said)
+
+
+class _Cut(StateFiles):
+    def write(self, number: int, state: Mapping[str, Any]) -> None:
+        super().write(number, state)
+        if number in (2, 9, 14):
+            raise Killed
+
+
+def test_a_pretraining_that_was_cut_short_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch of seven steps, and at the end of one."""
+    task, data = get_task("imdb"), loaded(folder)
+    config = RunConfig(task="imdb", batch_size=16, options={**data.options, "pretrain_epochs": 3})
+    assert task.pretrain is not None
+
+    def pretrained(states: StateFiles | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        torch.manual_seed(2)
+        model = task.build_model(data, 0.0).train()
+        torch.manual_seed(torch.seed())
+        assert task.pretrain is not None
+        said = task.pretrain(model, data, config, torch.device("cpu"), states)
+        assert said.pop("pretrain_seconds") > 0
+        return model.state_dict(), said
+
+    whole, said = pretrained(None)
+    assert said["pretrain_steps"] == 21
+    identity = Identity("baseline", config, "data")
+    environment = {"versions": {"dynaprune": "1"}}
+    for _ in range(3):
+        states = _Cut(tmp_path, "pretrain", identity, environment, every_seconds=0)
+        with pytest.raises(Killed):
+            pretrained(states)
+    found, again = pretrained(StateFiles(tmp_path, "pretrain", identity, environment, every_seconds=1000))
+    assert again == said and all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_comparison_learns_prunes_and_is_saved(folder: Path, tmp_path: Path) -> None:
@@ -209,6 +247,8 @@ def test_a_comparison_learns_prunes_and_is_saved(folder: Path, tmp_path: Path) -
         arm: run_arm(config, arm, tmp_path / arm, quiet=True, pretrained=shared)
         for arm in ("baseline", "pruned")
     }
+    parts = {"kills": (9, 40), "pretrained": shared}
+    assert differences_when_killed(config, "pruned", tmp_path / "pruned", tmp_path / "cut", **parts) == []
     assert arms["baseline"]["pretrain_loss_last"] == arms["pruned"]["pretrain_loss_last"]
     assert arms["baseline"]["test_accuracy"] > 0.9 and arms["pruned"]["test_accuracy"] > 0.8
     assert arms["pruned"]["target_reached"] and arms["pruned"]["sparsity"] >= 0.7

@@ -32,6 +32,7 @@ from dynaprune.experiment.tasks.ctc import (
     vocabulary,
 )
 from dynaprune.experiment.train import CannotStart, run_arm
+from tests.experiment.killed import differences_when_killed
 from tests.rounding import agree
 
 for _name in ("transformers", "soundfile", "soxr", "jiwer"):
@@ -332,6 +333,8 @@ def test_both_arms_train_and_report(task: str, options: dict[str, Any], tones: P
             assert result["test_wer"] >= 0 and result["test_cer"] >= 0
             assert result["data"]["characters"] == "abc"
     assert result["target_reached"] and result["flops_per_step_last"] < result["flops_per_step_first"]
+    cut = tmp_path / "cut"
+    assert differences_when_killed(config, "pruned", tmp_path / "pruned", cut, kills=(8,)) == []
 
 
 def test_weights_that_cannot_be_had_stop_a_run_with_the_reason(

@@ -110,8 +110,9 @@ class Task:
     ``defaults`` are the settings of `RunConfig` in which the task differs from the experiment, ``presets``
     named settings that take their place. ``self_paced`` takes the place of ``defaults["pruning"]`` where
     there is no target. ``options`` are those of `TaskOptions` that the task has, with their defaults.
-    ``pretrain(model, data, config, device)`` trains the fresh model before both arms and returns what the
-    report says of it; it runs once for both, where the option "pretrain_epochs" is above 0.
+    ``pretrain(model, data, config, device, states)`` trains the fresh model before both arms and returns what
+    the report says of it; it runs once for both, where the option "pretrain_epochs" is above 0. In ``states``
+    (`StateFiles`) it keeps what it goes on from where it is cut short.
 
     ``evaluation_batch`` is the number of samples per forward pass in evaluations and trials, where the usual
     128 and 256 would take too much memory."""
@@ -134,7 +135,7 @@ class Task:
     losses: Callable[[Any, torch.Tensor], torch.Tensor] = _cross_entropy_per_sample
     predict: Callable[[Any], Any] = _likeliest_class
     score_of_loss: Callable[[float], dict[str, float]] | None = None
-    pretrain: Callable[[nn.Module, TaskData, Any, torch.device], dict[str, Any]] | None = None
+    pretrain: Callable[[nn.Module, TaskData, Any, torch.device, Any], dict[str, Any]] | None = None
 
 
 def task_names() -> list[str]:

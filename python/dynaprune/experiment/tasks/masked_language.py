@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from dynaprune.experiment.steps import make_schedule
+from dynaprune.experiment.model_state import (
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
+from dynaprune.experiment.random_states import random_states, set_random_states
+from dynaprune.experiment.steps import make_schedule, now
 from dynaprune.experiment.tasks.text import Texts
 from dynaprune.nn.to_device import to_device
 
 if TYPE_CHECKING:
     from dynaprune.experiment.run_config import RunConfig
+    from dynaprune.experiment.state_files import StateFiles
 
 __all__ = ["blocks_of_text", "masked_language_loss", "pretrain"]
 
@@ -45,20 +55,80 @@ def masked_language_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Te
     return nn.functional.cross_entropy(model.cls(hidden[chosen]), batch["labels"][chosen])
 
 
-def pretrain(model: Any, data: Any, config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Train the encoder ``model.bert`` for ``config.options["pretrain_epochs"]`` passes over ``data.train``.
+@dataclass
+class _Pretraining:
+    """A pretraining under way. Of the present epoch, before which ``order`` had the state ``began``,
+    ``batches`` are done, with losses of the sum ``total``."""
 
-    AdamW, a learning rate that rises over 6% of the steps to 5e-4 and falls to zero, no dropout (so that it
-    does not matter which arm's model is given). The head that predicts tokens is dropped afterwards; its
-    output weights are the encoder's word embeddings.
+    head: Any
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    mask: Any
+    order: torch.Generator
+    device: torch.device
+    total: torch.Tensor
+    began: torch.Tensor
+    batches: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
 
-    Returns:
-        Steps and blocks, and the mean loss in nats of the first and of the last epoch."""
-    from dataclasses import replace
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {
+            **plain,
+            "head": model_state(self.head),
+            "optimizer": optimizer_state(self.optimizer),
+            "schedule": self.schedule.state_dict(),
+            "mask": self.mask.generator.get_state(),
+            "total": self.total,
+            "began": self.began,
+            "random": random_states(self.device),
+        }
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved `state_dict`."""
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+        load_model_state(self.head, state["head"])
+        load_optimizer_state(self.optimizer, self.head, state["optimizer"])
+        self.schedule.load_state_dict(dict(state["schedule"]))
+        self.mask.generator.set_state(state["mask"].clone())
+        self.total = state["total"].to(self.device, copy=True)
+        self.began = state["began"].clone()
+        set_random_states(state["random"], self.device)
+
+    def epoch(
+        self, blocks: np.ndarray, special: np.ndarray, batch_size: int, done: Callable[[], None]
+    ) -> None:
+        """What is left of an epoch; ``done`` is called after every step."""
+        self.order.set_state(self.began)
+        parts = torch.randperm(len(blocks), generator=self.order).split(batch_size)
+        for rows in parts[self.batches :]:
+            batch = self.mask(
+                [{"input_ids": blocks[i], "special_tokens_mask": special[i]} for i in rows.tolist()]
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = masked_language_loss(self.head, to_device(dict(batch), self.device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.head.parameters(), MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.schedule.step()
+            self.total += loss.detach()
+            self.batches, self.steps = self.batches + 1, self.steps + 1
+            done()
+        self.losses.append(float(self.total) / len(parts))
+        self.total, self.began, self.batches = torch.zeros_like(self.total), self.order.get_state(), 0
+
+
+_PLAIN = ("batches", "steps", "seconds", "losses")
+
+
+def _begin(model: Any, data: Any, config: RunConfig, device: torch.device, steps: int) -> _Pretraining:
     from transformers import BertForMaskedLM, DataCollatorForLanguageModeling
 
-    epochs, seed = int(config.options["pretrain_epochs"]), config.model_seed
+    seed = config.model_seed
     torch.manual_seed(seed)
     head: Any = BertForMaskedLM(model.config)
     head.bert = model.bert
@@ -68,35 +138,65 @@ def pretrain(model: Any, data: Any, config: RunConfig, device: torch.device) -> 
         if isinstance(module, nn.Dropout):
             module.eval()
     mask = DataCollatorForLanguageModeling(data.tokenizer, mlm_probability=MASKED, seed=seed)
-    blocks = blocks_of_text(data.train)
-    special = np.isin(blocks, (data.train.start, data.train.end)).astype(np.int64)
-    order = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(blocks) // config.batch_size)
+    mask.create_rng()
     optimizer = torch.optim.AdamW(
         [p for p in head.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
     )
     rule = replace(config, schedule="linear", warmup_steps=round(WARMUP * steps))
+    order = torch.Generator().manual_seed(seed)
     schedule = make_schedule(optimizer, rule, steps)
-    losses: list[float] = []
-    for epoch in range(1, epochs + 1):
-        total = torch.zeros((), device=device)
-        parts = torch.randperm(len(blocks), generator=order).split(config.batch_size)
-        for rows in parts:
-            samples = [{"input_ids": blocks[i], "special_tokens_mask": special[i]} for i in rows.tolist()]
-            optimizer.zero_grad(set_to_none=True)
-            loss = masked_language_loss(head, to_device(dict(mask(samples)), device))
-            loss.backward()
-            nn.utils.clip_grad_norm_(head.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-        losses.append(float(total) / len(parts))
-        print(f"pretraining: epoch {epoch} of {epochs}, loss {losses[-1]:.3f}", file=sys.stderr, flush=True)
+    total = torch.zeros((), device=device)
+    return _Pretraining(head, optimizer, schedule, mask, order, device, total, order.get_state())
+
+
+def pretrain(
+    model: Any, data: Any, config: RunConfig, device: torch.device, states: StateFiles | None = None
+) -> dict[str, Any]:
+    """Train the encoder ``model.bert`` for ``config.options["pretrain_epochs"]`` passes over ``data.train``.
+
+    AdamW, a learning rate that rises over 6% of the steps to 5e-4 and falls to zero, no dropout (so that it
+    does not matter which arm's model is given). The head that predicts tokens is dropped afterwards; its
+    output weights are the encoder's word embeddings.
+
+    It goes on from the newest of ``states``, and writes one after every epoch and when one is due.
+
+    Returns:
+        Steps, blocks and seconds, and the mean loss in nats of the first and of the last epoch.
+
+    Raises:
+        ValueError: texts that fill no block, a state of another training, or none that is whole."""
+    epochs = int(config.options["pretrain_epochs"])
+    blocks = blocks_of_text(data.train)
+    special = np.isin(blocks, (data.train.start, data.train.end)).astype(np.int64)
+    steps = epochs * -(-len(blocks) // config.batch_size)
+    begun = now(device)
+    under_way = _begin(model, data, config, device, steps)
+    if states is not None and (saved := states.newest()) is not None:
+        under_way.load_state_dict(saved.state)
+        begun = now(device) - under_way.seconds
+
+    def write() -> None:
+        nonlocal begun
+        if states is not None:
+            under_way.seconds = now(device) - begun
+            states.write(under_way.steps, under_way.state_dict())
+            begun = now(device) - under_way.seconds
+
+    def write_if_due() -> None:
+        if states is not None and states.due():
+            write()
+
+    for epoch in range(len(under_way.losses) + 1, epochs + 1):
+        under_way.epoch(blocks, special, config.batch_size, write_if_due)
+        loss = under_way.losses[-1]
+        print(f"pretraining: epoch {epoch} of {epochs}, loss {loss:.3f}", file=sys.stderr, flush=True)
+        write()
     model.zero_grad(set_to_none=True)
     model.train()
     return {
         "pretrain_steps": steps,
         "pretrain_blocks": len(blocks),
-        "pretrain_loss_first": losses[0],
-        "pretrain_loss_last": losses[-1],
+        "pretrain_loss_first": under_way.losses[0],
+        "pretrain_loss_last": under_way.losses[-1],
+        "pretrain_seconds": now(device) - begun,
     }
