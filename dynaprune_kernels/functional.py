@@ -68,7 +68,8 @@ def block_sparse_linear(
         x: ``[..., in]``, the dtype of ``values`` (under autocast, both are cast).
         values: ``[capacity, bi, bo]``.
         bias: ``[out]`` or None.
-        tap: ``[2, rows * columns]`` leaf that collects block statistics as its gradient (see ``ops``).
+        tap: ``[2, rows * columns]`` leaf that collects block statistics as its gradient (see ``ops``); with
+            three rows also the mean square of each block's inputs.
         probe: bool scalar tensor; while true, ``tap`` also gets the gradient norms of blocks that are not
         live.
 

@@ -9,9 +9,10 @@ of a
 
 ``tap`` is a float ``[2, rows * columns]`` leaf whose *gradient* carries what only backward can see: row 0
 the signed sum of weight x gradient of each live block, row 1 the squared norm of the dense gradient at each
-block that is not live, the latter only while the bool tensor ``probe`` is true.
+block that is not live, the latter only while the bool tensor ``probe`` is true. A tap of three rows then also
+gets, in row 2, the mean square of the inputs that each block reads.
 """
 
-from dynaprune_kernels.ops import conv2d, layout_update, linear, saliency
+from dynaprune_kernels.ops import conv2d, inputs, layout_update, linear, saliency
 
-__all__ = ["conv2d", "layout_update", "linear", "saliency"]
+__all__ = ["conv2d", "inputs", "layout_update", "linear", "saliency"]

@@ -13,6 +13,7 @@ from dynaprune_kernels.backends.pointwise import OverPixels, convolutions
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.geometry import Block, ConvGeometry
 from dynaprune_kernels.memory_format import new_image, suggests_channels_last
+from dynaprune_kernels.ops.inputs import input_rows
 from dynaprune_kernels.ops.registration import (
     OPS,
     accumulator,
@@ -169,7 +170,7 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, index, _, conv, tap, probe, channels_last = inputs
     check_tap(tap, x)
     ctx.save_for_backward(x, values, index, probe if tap is not None else None)
-    ctx.has_tap = tap is not None
+    ctx.tap_rows = 0 if tap is None else tap.shape[0]
     ctx.conv, ctx.channels_last = conv, channels_last
 
 
@@ -178,14 +179,12 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx = dw = db = dtap = None
     if ctx.needs_input_grad[0]:
         dx = OPS.block_sparse_conv2d_dgrad(dy, values, index, x.shape, ctx.conv, ctx.channels_last)
-    if ctx.has_tap and ctx.needs_input_grad[6]:
+    if ctx.tap_rows and ctx.needs_input_grad[6]:
         dw, signed = OPS.block_sparse_conv2d_wgrad_saliency(dy, x, values, index, ctx.conv)
-        probed = None
+        probed, block = None, Block.of(values)
         if probe is not None:
-            probed = OPS.conv2d_gradient_probe(
-                dy, x, index, values.shape[0], Block.of(values), ctx.conv, probe
-            )
-        dtap = tap_gradient(signed, probed)
+            probed = OPS.conv2d_gradient_probe(dy, x, index, values.shape[0], block, ctx.conv, probe)
+        dtap = tap_gradient(signed, probed, *input_rows(ctx.tap_rows, x, dy.shape[1], block, ctx.conv, probe))
     elif ctx.needs_input_grad[1]:
         dw = OPS.block_sparse_conv2d_wgrad(dy, x, index, values.shape[0], Block.of(values), ctx.conv)
     if ctx.needs_input_grad[2]:

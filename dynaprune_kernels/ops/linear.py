@@ -11,6 +11,7 @@ from torch import Tensor
 from dynaprune_kernels.backends.dispatch import select
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.geometry import Block
+from dynaprune_kernels.ops.inputs import input_rows
 from dynaprune_kernels.ops.registration import (
     OPS,
     accumulator,
@@ -122,7 +123,7 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, index, _, tap, probe = inputs
     check_tap(tap, x)
     ctx.save_for_backward(x, values, index, probe if tap is not None else None)
-    ctx.has_tap = tap is not None
+    ctx.tap_rows = 0 if tap is None else tap.shape[0]
 
 
 def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -130,12 +131,12 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx = dw = db = dtap = None
     if ctx.needs_input_grad[0]:
         dx = OPS.block_sparse_linear_dgrad(dy, values, index, x.shape[1])
-    if ctx.has_tap and ctx.needs_input_grad[5]:
+    if ctx.tap_rows and ctx.needs_input_grad[5]:
         dw, signed = OPS.block_sparse_linear_wgrad_saliency(dy, x, values, index)
-        probed = None
+        probed, block = None, Block.of(values)
         if probe is not None:
-            probed = OPS.linear_gradient_probe(dy, x, index, values.shape[0], Block.of(values), probe)
-        dtap = tap_gradient(signed, probed)
+            probed = OPS.linear_gradient_probe(dy, x, index, values.shape[0], block, probe)
+        dtap = tap_gradient(signed, probed, *input_rows(ctx.tap_rows, x, dy.shape[1], block, None, probe))
     elif ctx.needs_input_grad[1]:
         dw = OPS.block_sparse_linear_wgrad(dy, x, index, values.shape[0], Block.of(values))
     if ctx.needs_input_grad[2]:

@@ -110,11 +110,13 @@ def weight_blocks(out_features: int, in_features: int, block: Sequence[int], tap
 
 
 def check_tap(tap: Tensor | None, x: Tensor) -> None:
-    """Raise TypeError where the tap cannot hold the statistics of ``x``'s dtype."""
+    """Raise where the tap cannot hold the statistics: TypeError for its dtype, ValueError for its rows."""
     if tap is not None and tap.dtype != accumulator(x.dtype):
         raise TypeError(f"expected a {accumulator(x.dtype)} tap for {x.dtype} inputs, got {tap.dtype}")
+    if tap is not None and tap.shape[0] not in (2, 3):
+        raise ValueError(f"expected a tap of 2 or 3 rows, got shape {tuple(tap.shape)}")
 
 
-def tap_gradient(signed: Tensor, probed: Tensor | None) -> Tensor:
-    """What backward hands out through the tap."""
-    return torch.stack([signed, torch.zeros_like(signed) if probed is None else probed])
+def tap_gradient(signed: Tensor, probed: Tensor | None, *further: Tensor) -> Tensor:
+    """What backward hands out through the tap, by its rows."""
+    return torch.stack([signed, torch.zeros_like(signed) if probed is None else probed, *further])

@@ -75,7 +75,9 @@ def calls(conv: ConvGeometry | None, dtype: torch.dtype) -> dict[str, tuple[Any,
     x, w, b = (t.clone().requires_grad_() for t in (p.x, values, p.bias))
     dy = p.dy.clone().requires_grad_()
     grid = p.layout.rows, p.layout.columns
+    wide = torch.zeros(3, p.layout.blocks, dtype=accumulate, requires_grad=True)
     own = {
+        "input_mean_square": (OPS.input_mean_square, (p.x, 16, block, conv, on)),
         "block_saliency": (OPS.block_saliency, (values, torch.randn_like(values), index, *grid)),
         "layout_update": (
             OPS.layout_update,
@@ -87,6 +89,7 @@ def calls(conv: ConvGeometry | None, dtype: torch.dtype) -> dict[str, tuple[Any,
             "forward": (OPS.block_sparse_linear, (x, w, b, index, 16)),
             "forward without bias": (OPS.block_sparse_linear, (x, w, None, index, 16)),
             "forward with tap": (OPS.block_sparse_linear, (x, w, b, index, 16, tap, on)),
+            "forward with inputs": (OPS.block_sparse_linear, (x, w, b, index, 16, wide, on)),
             "dgrad": (OPS.block_sparse_linear_dgrad, (dy, w, index, x.shape[1])),
             "wgrad": (OPS.block_sparse_linear_wgrad, (dy, x, index, capacity, block)),
             "wgrad_saliency": (OPS.block_sparse_linear_wgrad_saliency, (p.dy, p.x, values, index)),
@@ -96,6 +99,7 @@ def calls(conv: ConvGeometry | None, dtype: torch.dtype) -> dict[str, tuple[Any,
         "forward": (OPS.block_sparse_conv2d, (x, w, b, index, 16, conv)),
         "forward without bias": (OPS.block_sparse_conv2d, (x, w, None, index, 16, conv)),
         "forward with tap": (OPS.block_sparse_conv2d, (x, w, b, index, 16, conv, tap, on)),
+        "forward with inputs": (OPS.block_sparse_conv2d, (x, w, b, index, 16, conv, wide, on)),
         "forward, contiguous": (OPS.block_sparse_conv2d, (x, w, b, index, 16, conv, tap, on, False)),
         "dgrad": (OPS.block_sparse_conv2d_dgrad, (dy, w, index, list(x.shape), conv)),
         "dgrad, contiguous": (OPS.block_sparse_conv2d_dgrad, (dy, w, index, list(x.shape), conv, False)),
@@ -167,7 +171,7 @@ def test_what_has_no_second_derivative_says_so(family: str, backend: str) -> Non
         torch.autograd.grad(grad.sum(), x)
 
 
-@pytest.mark.parametrize("name", ["block_saliency", "wgrad_saliency", "probe"])
+@pytest.mark.parametrize("name", ["block_saliency", "wgrad_saliency", "probe", "input_mean_square"])
 @pytest.mark.parametrize("family", ["linear", "conv2d"])
 def test_statistics_run_under_torch_func_and_have_no_derivative(family: str, name: str, backend: str) -> None:
     op, (first, *rest) = calls(CASES[family], torch.float64)[name]
@@ -184,11 +188,44 @@ def test_statistics_run_under_torch_func_and_have_no_derivative(family: str, nam
             derive(of)(first)
 
 
-def test_a_tap_of_the_wrong_dtype_is_refused() -> None:
+def test_a_tap_of_the_wrong_kind_is_refused() -> None:
     p = problem(None, torch.float32)
     tap = torch.zeros(2, p.layout.blocks, dtype=torch.float64, requires_grad=True)
     with pytest.raises(TypeError, match=r"float32 tap for torch.float32 inputs, got torch.float64"):
         block_sparse_linear(p.x, clean(p), None, p.layout, tap=tap)
+    with pytest.raises(ValueError, match=r"a tap of 2 or 3 rows, got shape \(4, 6\)"):
+        block_sparse_linear(p.x, clean(p), None, p.layout, tap=torch.zeros(4, 6, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("family", CASES)
+def test_a_third_row_of_the_tap_has_the_mean_square_of_each_blocks_inputs(
+    family: str, dtype: torch.dtype
+) -> None:
+    conv, p = CASES[family], problem(CASES[family], dtype)
+    groups, taps = (1, 1) if conv is None else (conv.groups, conv.taps)
+    width, rows = p.x.shape[1] // groups, p.layout.rows // groups
+    x = p.x.double().movedim(1, -1).reshape(-1, groups, width)
+    expected = torch.empty(p.layout.rows, p.layout.columns, dtype=torch.float64)
+    for row in range(p.layout.rows):
+        for column in range(p.layout.columns):
+            at = column % (p.layout.columns // taps) * 8
+            expected[row, column] = x[:, row // rows, at : at + 8].square().mean()
+    operation = block_sparse_linear if conv is None else block_sparse_conv2d
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    for on in (True, False):
+        taps_of = [torch.zeros(n, p.layout.blocks, dtype=accumulate, requires_grad=True) for n in (2, 3)]
+        for tap in taps_of:
+            y = operation(p.x, clean(p), None, p.layout, tap=tap, probe=torch.tensor(on))
+            y.backward(p.dy)
+        two, three = (tap.grad for tap in taps_of)
+        assert torch.equal(two, three[:2])
+        torch.testing.assert_close(three[2].view_as(expected).double(), expected * on, rtol=1e-5, atol=0)
+
+
+def test_a_batch_without_tokens_has_no_inputs() -> None:
+    found = OPS.input_mean_square(torch.zeros(0, 20), 16, [8, 8], None, torch.tensor(True))
+    assert torch.equal(found, torch.zeros(6))
 
 
 class _Network(torch.nn.Module):
