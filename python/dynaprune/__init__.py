@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from dynaprune.pruning.decide.policy import Policy, View
     from dynaprune.pruning.decide.trial import Trial
     from dynaprune.pruning.decide.trial_rules import TrialRules
-    from dynaprune.pruning.edit.edits import Grow, Release
+    from dynaprune.pruning.edit.edits import Grow, Release, Rewire
     from dynaprune.pruning.memory import MemoryByKind, StepMemory, memory_of_step
     from dynaprune.pruning.observe.score import MeanScore, Score
     from dynaprune.pruning.prepare import prepare
     from dynaprune.pruning.prepared import Prepared
     from dynaprune.pruning.pruner import Pruner
     from dynaprune.pruning.recalibration import recalibrate_batch_norm
-    from dynaprune.pruning.settings import Ranking, Regrowth, Schedule, Scope, SparseStart
+    from dynaprune.pruning.settings import Ranking, Regrowth, Rewiring, Schedule, Scope, SparseStart
     from dynaprune.saving.checkpoint import load, save
 
 _HOMES = {
@@ -44,6 +44,8 @@ _HOMES = {
     "Ranking": "dynaprune.pruning.settings",
     "Regrowth": "dynaprune.pruning.settings",
     "Release": "dynaprune.pruning.edit.edits",
+    "Rewire": "dynaprune.pruning.edit.edits",
+    "Rewiring": "dynaprune.pruning.settings",
     "Schedule": "dynaprune.pruning.settings",
     "Scope": "dynaprune.pruning.settings",
     "Score": "dynaprune.pruning.observe.score",
@@ -80,6 +82,8 @@ __all__ = [
     "Ranking",
     "Regrowth",
     "Release",
+    "Rewire",
+    "Rewiring",
     "Schedule",
     "Scope",
     "Score",

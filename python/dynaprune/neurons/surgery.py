@@ -148,7 +148,7 @@ class Surgery:
         if layer.tap is not None:
             tap = layer.tap
             self._undo.append(lambda: setattr(layer, "tap", tap))
-            layer.enable_tap_()
+            layer.renew_tap_()
 
     def _cut_channels(self, module: Any, kept: Tensor) -> None:
         parameters = [module._parameters.get("weight"), module._parameters.get("bias")]

@@ -102,7 +102,7 @@ class BlockSparseLayer(nn.Module):
         if was_meta and not self.probe.is_meta:
             self.probe.zero_()
         if self.tap is not None and (self.tap.device, self.tap.dtype) != self._tap_kind():
-            self.enable_tap_()
+            self.renew_tap_()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,11 +213,21 @@ class BlockSparseLayer(nn.Module):
         """Live blocks over all blocks; syncs."""
         return self.layout.density()
 
-    def enable_tap_(self) -> Tensor:
-        """Create the leaf that collects block statistics in backward and return it; see ``tap``."""
+    def enable_tap_(self, *, inputs: bool = False) -> Tensor:
+        """Create the leaf that collects block statistics in backward and return it; see ``tap``.
+
+        Args:
+            inputs: while :attr:`probe` is true also collect the mean square of the inputs of every block.
+        """
         device, dtype = self._tap_kind()
-        self.tap = torch.zeros(2, self.layout.blocks, dtype=dtype, device=device, requires_grad=True)
+        rows = 3 if inputs else 2
+        self.tap = torch.zeros(rows, self.layout.blocks, dtype=dtype, device=device, requires_grad=True)
         return self.tap
+
+    def renew_tap_(self) -> None:
+        """Fit the tap, where there is one, to the blocks, the device and the dtype that there are now."""
+        if self.tap is not None:
+            self.enable_tap_(inputs=self.tap.shape[0] > 2)
 
     def _tap_kind(self) -> tuple[torch.device, torch.dtype]:
         dtype = torch.float64 if self.values.dtype == torch.float64 else torch.float32

@@ -169,6 +169,7 @@ def _watch(
         told = "; ".join(f"{name}: {exempt[name]}" for name in candidates.sparse)
         raise ValueError(f"expected a block-sparse layer that can be pruned on, got none: {told}")
     refuse_unknown_floors(config, tuple(layers))
+    refusals.refuse_without_room(layers, config)
     for name in set(prepared.left_out) - set(layers):
         raise ValueError(
             f"cannot attach: {name} begins without some of its blocks, and {exempt[name]}. Exclude it "

@@ -22,6 +22,7 @@ from dynaprune.pruning.settings import (
     NEURONS,
     Ranking,
     Regrowth,
+    Rewiring,
     Schedule,
     Scope,
     SparseStart,
@@ -30,11 +31,12 @@ from dynaprune.pruning.settings import (
 GROUPS: dict[str, type[Any]] = {
     "schedule": Schedule,
     "trial_rules": TrialRules,
-    "regrowth": Regrowth,
+    "rewiring": Rewiring,
     "scope": Scope,
     "ranking": Ranking,
     "sparse_start": SparseStart,
 }
+_OLD_NAMES = {"regrowth": "rewiring"}
 _OWN = ("observe_every", "policy")
 
 
@@ -45,11 +47,11 @@ class PruningConfig:
     Settings come one by one, ``PruningConfig(target_sparsity=0.9, total_steps=1000)``, or by component,
     ``PruningConfig(schedule=Schedule(target_sparsity=0.9, total_steps=1000))``. Each component says what its
     settings mean: :class:`Schedule` (how far and when), :class:`TrialRules` (what a removal has to satisfy),
-    :class:`Regrowth`, :class:`Scope` (which layers, in which blocks), :class:`Ranking` (what goes first),
+    :class:`Rewiring`, :class:`Scope` (which layers, in which blocks), :class:`Ranking` (what goes first),
     :class:`SparseStart` (what training begins with).
 
     Args:
-        policy: a policy of your own in place of the built-in one; schedule, trial rules and regrowth are then
+        policy: a policy of your own in place of the built-in one; schedule, trial rules and rewiring are then
             read by nobody but you.
         observe_every: observe every k-th step. None: the least k whose cost is 2% of a step by a model of
             memory traffic.
@@ -77,7 +79,7 @@ class PruningConfig:
     classes: int | None = TrialRules.classes
     rungs: int = TrialRules.rungs
     self_paced_share: float = Schedule.self_paced_share
-    regrow: float = Regrowth.regrow
+    regrow: float = Rewiring.regrow
     neurons: bool = Scope.neurons
     types: Sequence[str] = Scope.types
     include: Sequence[str] | None = Scope.include
@@ -93,9 +95,13 @@ class PruningConfig:
     initial_allocation: str = SparseStart.initial_allocation
     mask_pretrained: bool = SparseStart.mask_pretrained
     sparse_learning_rate: str | float = SparseStart.sparse_learning_rate
+    rewire: float = Rewiring.rewire
+    rewire_growth: str = Rewiring.rewire_growth
+    rewire_score: str | None = Rewiring.rewire_score
+    rewire_until: float = Rewiring.rewire_until
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
-    regrowth: ClassVar[Regrowth]
+    rewiring: ClassVar[Rewiring]
     scope: ClassVar[Scope]
     ranking: ClassVar[Ranking]
     sparse_start: ClassVar[SparseStart]
@@ -108,7 +114,7 @@ class PruningConfig:
         for name, value in named.items():
             if name in given:
                 raise TypeError(f"expected {name} once, got it twice")
-            if name in GROUPS:
+            if _OLD_NAMES.get(name, name) in GROUPS:
                 for setting, part in _parts(name, value).items():
                     if setting in named or setting in given:
                         raise TypeError(f"expected {setting} in {name} or by itself, got both")
@@ -131,7 +137,13 @@ class PruningConfig:
             object.__setattr__(self, f"_{name}", given[name])
         if self.units != BLOCKS:
             _check_whole_neurons(self)
+        self.schedule.check(self.rewiring.latest_end)
         self.sparse_start.check(self.target_sparsity, self.regrow)
+
+    @property
+    def regrowth(self) -> Regrowth:
+        """The part of ``rewiring`` that lets removed blocks return."""
+        return Regrowth(self.regrow)
 
     @property
     def stands_still(self) -> bool:
@@ -140,7 +152,11 @@ class PruningConfig:
 
     def require_total_steps(self) -> None:
         """Raise ValueError where the schedule needs ``total_steps`` and has none."""
-        if self.total_steps is not None or self.policy is not None or self.stands_still:
+        if self.total_steps is not None or self.policy is not None:
+            return
+        if self.rewire:
+            raise ValueError("expected total_steps beside rewire, which ends at rewire_until of it, got None")
+        if self.stands_still:
             return
         if self.target_sparsity is not None:
             raise ValueError(
@@ -192,6 +208,8 @@ def _check_whole_neurons(config: PruningConfig) -> None:
         raise ValueError(f"expected neurons=True {where}, got False: nothing could be cut")
     if config.regrow and config.units == NEURONS:
         raise ValueError(f"expected regrow=0 {where}, got {config.regrow}: what is cut out does not return")
+    if config.rewire and config.units == NEURONS:
+        raise ValueError(f"expected rewire=0 {where}, got {config.rewire}: there are no blocks")
     if config.initial_sparsity and config.units == NEURONS:
         raise ValueError(
             f"expected initial_sparsity=0 {where}, got {config.initial_sparsity}: plain layers begin whole"
@@ -205,7 +223,7 @@ def _check_whole_neurons(config: PruningConfig) -> None:
 
 
 def _parts(name: str, value: Any) -> dict[str, Any]:
-    kind = GROUPS[name]
+    kind = GROUPS[_OLD_NAMES.get(name, name)]
     if not isinstance(value, kind):
         raise TypeError(f"expected {name} as a {kind.__name__}, got {type(value).__name__}")
     return {f.name: getattr(value, f.name) for f in fields(kind)}

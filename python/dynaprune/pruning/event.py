@@ -13,7 +13,7 @@ from dynaprune.pruning.checks.recompilation import say_recompilations
 from dynaprune.pruning.edit.apply import apply
 from dynaprune.pruning.edit.consequences import dead_neurons, spare_slots
 from dynaprune.pruning.edit.consistency import Consistency
-from dynaprune.pruning.edit.edits import Cut, Edit
+from dynaprune.pruning.edit.edits import Cut, Edit, Rewire
 from dynaprune.pruning.edit.stale_copies import refuse_stale
 from dynaprune.pruning.observe.gradients import LASTING
 from dynaprune.pruning.settings import BLOCKS, NEURONS
@@ -53,13 +53,16 @@ def prune(pruner: Standing, consistency: Consistency, said: set[str]) -> None:
         _apply(pruner, edits)
         if any(isinstance(edit, Cut) for edit in edits):
             _trace_anew(pruner)
-        if config.neurons and structure.version != before:
+        swapped = all(isinstance(edit, Rewire) for edit in edits)
+        # While blocks change places, a dead neuron may come to life again.
+        may_revive = swapped and not policy.ended(pruner.steps)
+        if config.neurons and (structure.version != before or config.rewire) and not may_revive:
             _cut_neurons(pruner)
         if config.compact:
             growing = policy.grows and not policy.ended(pruner.steps)
             _apply(pruner, spare_slots(structure, exact=pruner.structure_final, growing=growing))
     if structure.version != before:
-        pruner.ledger.note_sizes(pruner.steps, structure)
+        pruner.ledger.note_sizes(pruner.steps, structure, only_new=swapped)
     changed = shapes != [weight.shape for _, weight in structure.trained]
     if changed and "recompilations" not in said and _say_recompilations(pruner):
         said.add("recompilations")

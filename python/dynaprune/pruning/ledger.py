@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynaprune.pruning.edit.edits import FORCED, PASSED, UNTESTED, Cut, Edit, Grow, Release, count_blocks
+from dynaprune.pruning.edit.edits import (
+    FORCED,
+    PASSED,
+    UNTESTED,
+    Cut,
+    Edit,
+    Grow,
+    Release,
+    Rewire,
+    count_blocks,
+)
 from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.whole_model import ModelSize
 
@@ -20,6 +30,7 @@ class Ledger:
         size: values in all the model's parameters, as they were at attach.
         passed, forced, untested: blocks that went, by why, and neurons that went as units of their own.
         grown: blocks that returned.
+        swapped: blocks that went while as many began elsewhere in the layer: neither removed nor returned.
         neurons: neurons cut.
         with_neurons: live blocks that only read or made dead neurons and went along with them, which changes
             no output.
@@ -33,6 +44,7 @@ class Ledger:
     forced: int = 0
     untested: int = 0
     grown: int = 0
+    swapped: int = 0
     neurons: int = 0
     with_neurons: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -48,15 +60,20 @@ class Ledger:
                     setattr(self, why, getattr(self, why) + count_blocks(edit.masks))
                 case Grow():
                     self.grown += count_blocks(edit.masks)
+                case Rewire():
+                    self.swapped += count_blocks(edit.dropped)
                 case Cut(why=why):
                     for reason, count in why.items():
                         setattr(self, reason, getattr(self, reason) + count)
                     self.neurons += sum(edit.found.neurons.values())
                     self.with_neurons += edit.found.blocks
 
-    def note_sizes(self, step: int, structure: Structure) -> None:
-        """Measure the structure after a change, and note its sizes. Syncs."""
+    def note_sizes(self, step: int, structure: Structure, *, only_new: bool = False) -> None:
+        """Measure the structure after a change, and note its sizes; with ``only_new`` not those that were
+        noted last. Syncs."""
         structure.measure()
+        if only_new and self.history and self.history[-1]["density"] == structure.density:
+            return
         self.history.append({"step": step, "sparsity": structure.sparsity, "density": structure.density})
 
     @property
@@ -70,12 +87,12 @@ class Ledger:
 
     def removals(self) -> dict[str, int]:
         """The counts, by name."""
-        names = ("passed", "forced", "untested", "grown", "neurons", "with_neurons")
+        names = ("passed", "forced", "untested", "grown", "swapped", "neurons", "with_neurons")
         return {name: getattr(self, name) for name in names}
 
     def resume(self, counts: Mapping[str, int], history: Iterable[Mapping[str, Any]], seconds: float) -> None:
         """Go on from a saved training."""
         for name in self.removals():
-            setattr(self, name, int(counts[name]))
+            setattr(self, name, int(counts.get(name, 0) if name == "swapped" else counts[name]))
         self.history = [dict(row) for row in history]
         self.started = time.perf_counter() - seconds

@@ -135,7 +135,7 @@ def _index_of(model: nn.Module) -> Iterator[Tensor]:
 def _statistics_of(pruner: Pruner) -> Iterator[Tensor]:
     for state in pruner.structure.layers.values():
         yield from state.statistics.values()
-        for tensor in (state.probe, state.protected_until, state.layer.tap):
+        for tensor in (state.probe, state.protected_until, state.never_lived, state.layer.tap):
             if tensor is not None:
                 yield tensor
     yield from pruner.structure.groups.tensors()

@@ -93,9 +93,9 @@ class Pruner(Standing):
 
     def _watch(self) -> list[Any]:
         """Hook onto the optimizers; what is returned has ``remove()``."""
-        if self.policy.grows:
+        if self._measures_gradients:
             for layer in self.layers.values():
-                layer.enable_tap_()
+                layer.enable_tap_(inputs=self.policy.swaps_by_gradient)
         holders, readers = self._holders(), self._readers()
         self._others.watch()
         return [
@@ -116,6 +116,10 @@ class Pruner(Standing):
     def _readers(self) -> list[torch.optim.Optimizer]:
         return [each for each in self.optimizers if not self.structure.holds(each)]
 
+    @property
+    def _measures_gradients(self) -> bool:
+        return self.policy.grows or self.policy.swaps_by_gradient
+
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients are ready: look at them."""
         if self._first_batch is not None:
@@ -126,8 +130,8 @@ class Pruner(Standing):
         if self.nothing_left():
             return
         self.observer.see(layers, optimizer, self.steps + 1)
-        if self.policy.grows:
-            read_probes(layers, probing=self.policy.due(self.steps + 1))
+        if self._measures_gradients:
+            read_probes(layers, probing=self.policy.probes(self.steps + 1))
 
     def _before_reader(self, optimizer: torch.optim.Optimizer) -> None:
         # Before the first batch is checked it is not known which layers are pruned.
@@ -152,9 +156,9 @@ class Pruner(Standing):
         """What has to be measured or captured in the next forward and backward pass."""
         working = not self.nothing_left()
         due = self.policy.due(self.steps + 1) and working
-        if self.policy.grows:
+        if self._measures_gradients:
             for layer in self.layers.values():
-                layer.probe.fill_(due)
+                layer.probe.fill_(working and self.policy.probes(self.steps + 1))
         looks = self.observer.watches_groups and self.observer.observes(self.steps + 1) and working
         if (due or (looks and self.tracer.current is None)) and self.config.neurons:
             self.tracer.arm()

@@ -6,6 +6,7 @@ from typing import Any
 
 from dynaprune.pruning.decide.trial_rules import TrialState
 from dynaprune.pruning.decide.trials import Trials
+from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.standing import Standing
 from dynaprune.pruning.whole_model import report_layers, widths_of_cut_layers
 
@@ -28,6 +29,8 @@ def report(pruner: Standing) -> dict[str, Any]:
         "blocks_never_present": structure.left_out,
         "blocks_removed": structure.units - structure.left_out - blocks,
         "blocks_regrown": ledger.grown,
+        "blocks_swapped": ledger.swapped,
+        "blocks_ever_lived": _ever_lived(structure),
         "units": pruner.config.units,
         "neurons_removed": ledger.neurons,
         "neurons_refused": dict(pruner.tracer.refused),
@@ -62,6 +65,13 @@ def report(pruner: Standing) -> dict[str, Any]:
         "history": [dict(row) for row in ledger.history],
         "config": pruner.config.to_json(),
     }
+
+
+def _ever_lived(structure: Structure) -> dict[str, Any]:
+    """Shares of the blocks that live or have lived."""
+    layers = {name: state.ever_lived / state.blocks for name, state in structure.layers.items()}
+    total = sum(state.ever_lived for state in structure.layers.values())
+    return {"share": total / structure.units if structure.units else 1.0, "layers": layers}
 
 
 def _trials(trials: Trials | None, given: bool, seconds: float) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def state_of(pruner: Standing) -> dict[str, Any]:
         "original_shapes": {name: list(state.original) for name, state in states.items()},
         "units_total": structure.units,
         "left_out": {name: state.left_out for name, state in states.items()},
+        "ever_lived": {name: state.ever_lived for name, state in states.items()},
+        "never_lived": {n: s.never_lived.clone() for n, s in states.items() if s.never_lived is not None},
         "rates": {name: state.rate for name, state in states.items()},
         "waiting": {n: s.waiting.clone() for n, s in states.items() if s.waiting is not None},
         "pretrained": None if structure.pretrained is None else structure.pretrained.checksums(),
@@ -109,6 +111,9 @@ def adopt(pruner: Standing, state: Mapping[str, Any]) -> None:
         waiting = state.get("waiting", {}).get(name)
         each.waiting = None if waiting is None else waiting.to(device, copy=True)
         each.left_out = int(state.get("left_out", {}).get(name, 0))
+        each.ever_lived = int(state.get("ever_lived", {}).get(name, each.blocks - each.left_out))
+        never = state.get("never_lived", {}).get(name)
+        each.never_lived = None if never is None else never.to(device, copy=True)
         if each.rate != 1:
             each.rate = float(state.get("rates", {}).get(name, each.rate))
     pruner.score.load_state_dict(score)

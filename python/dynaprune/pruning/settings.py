@@ -9,7 +9,9 @@ from torch import nn
 
 from dynaprune.families.family import Family, check_families
 from dynaprune.pruning.decide.allocation import ALLOCATIONS
+from dynaprune.pruning.decide.growth import GRADIENT, GROWTHS
 from dynaprune.pruning.decide.initial_masks import INITIAL_ALLOCATIONS
+from dynaprune.pruning.decide.pace import LATEST_END
 from dynaprune.pruning.decide.setting_checks import count, fraction, number, one_of, strings
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.observe.scores import SCORES, make_score
@@ -17,6 +19,7 @@ from dynaprune_kernels.geometry import check_block
 
 COSTS = ("parameters", "flops")
 BLOCKS, NEURONS, BOTH = UNITS = ("blocks", "neurons", "both")
+DROP_SCORES = ("magnitude", "random")
 LAYER_TYPES = {"linear": nn.Linear, "conv2d": nn.Conv2d, "conv1d": nn.Conv1d}
 
 
@@ -29,7 +32,8 @@ class Schedule:
             decides.
         total_steps: optimizer steps of the whole training; needed with a target. ``attach`` wants them here;
             the callbacks for the Trainer and for Lightning ask their trainer.
-        start, end: the schedule's span as fractions of ``total_steps``, ``0 <= start < end <= 0.6``.
+        start, end: the schedule's span as fractions of ``total_steps``, ``0 <= start < end <= 0.6``; later
+            where blocks are rewired before, see :class:`Rewiring`.
         interval: steps between pruning events. None: twenty events between ``start`` and ``end``, fewer (at
             least ten) where trials would cost more than 5% of training (needs ``batch_size``); 50 when
             self-paced.
@@ -52,9 +56,16 @@ class Schedule:
             count(name, getattr(self, name), optional=True)
         fraction("start", self.start, zero=True)
         fraction("end", self.end)
-        if not self.start < self.end <= 0.6:
-            raise ValueError(f"expected 0 <= start < end <= 0.6, got start {self.start} and end {self.end}")
         fraction("self_paced_share", self.self_paced_share)
+        if not self.start < self.end:
+            self.check(LATEST_END)
+
+    def check(self, latest: float) -> None:
+        """Raise ValueError for a span that does not end after its start, or ends after ``latest``."""
+        if not self.start < self.end <= latest:
+            raise ValueError(
+                f"expected 0 <= start < end <= {latest:g}, got start {self.start} and end {self.end}"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,23 +114,67 @@ class SparseStart:
         if target == self.initial_sparsity and regrow:
             raise ValueError(
                 f"expected a target_sparsity above the initial_sparsity ({target}) beside regrow: a share of "
-                "what an event removes grows back, and between equal sparsities nothing is removed"
+                "what an event removes grows back, and between equal sparsities nothing is removed; rewire "
+                "lets blocks change places there"
             )
 
 
 @dataclass(frozen=True)
-class Regrowth:
-    """What returns.
+class Rewiring:
+    """What blocks change places, and what returns.
 
     Args:
-        regrow: fraction of the removed blocks that returns per event, cosine-annealed to 0 at ``end``; 0:
-            none.
+        rewire: drop and grow: this share of each layer's live blocks goes per event, and as many begin
+            elsewhere in the layer; cosine-annealed to 0 at ``rewire_until`` (RigL, Evci et al. 2020,
+            arXiv:1911.11134). 0: none.
+        rewire_growth: where blocks begin: "gradient", where the squared norm of the dense gradient over the
+            mean square of the block's inputs is largest, or "random".
+        rewire_score: what goes: None, what has the least ``score``; or "magnitude" or "random".
+        rewire_until: fraction of training at which rewiring stops. What a higher ``target_sparsity`` asks for
+            is removed after it, up to ``end``; an ``end`` before it gives way to 60% of what is left.
+        regrow: fraction of the blocks that an event removes which returns, where the dense gradient is
+            largest; cosine-annealed to 0 at ``end``. 0: none.
     """
 
+    rewire: float = 0.0
+    rewire_growth: str = GRADIENT
+    rewire_score: str | None = None
+    rewire_until: float = 0.75
     regrow: float = 0.0
 
     def __post_init__(self) -> None:
+        fraction("rewire", self.rewire, zero=True)
+        one_of("rewire_growth", self.rewire_growth, GROWTHS)
+        if self.rewire_score is not None:
+            one_of("rewire_score", self.rewire_score, DROP_SCORES)
+        fraction("rewire_until", self.rewire_until)
         fraction("regrow", self.regrow, zero=True)
+        if self.rewire and self.regrow:
+            raise ValueError(
+                f"expected rewire or regrow, got {self.rewire} and {self.regrow}: regrow lets part of what "
+                "is removed return, rewire changes places at a constant number of blocks"
+            )
+
+    @property
+    def latest_end(self) -> float:
+        """Fraction of training by which removals have to end: 60% of what is left when they may begin."""
+        begins = self.rewire_until if self.rewire else 0.0
+        return round(begins + LATEST_END * (1 - begins), 12)
+
+    def span(self, start: float, end: float) -> tuple[float, float]:
+        """When removals begin and end, of a schedule that asks for ``start`` and ``end``."""
+        if not self.rewire:
+            return start, end
+        begins = max(start, self.rewire_until)
+        return begins, end if end > begins else self.latest_end
+
+
+@dataclass(frozen=True, init=False)
+class Regrowth(Rewiring):
+    """A :class:`Rewiring` of which only ``regrow`` is set."""
+
+    def __init__(self, regrow: float = 0.0) -> None:
+        super().__init__(regrow=regrow)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dynaprune.pruning.decide.trial import Losses, Trial
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.observe.score import Score
+from dynaprune.pruning.observe.scores import make_score
 from dynaprune.pruning.settings import BLOCKS
 from dynaprune.pruning.whole_neurons import whole_neurons
 
@@ -48,10 +49,11 @@ def view_of(
             return None
         return whole_neurons(structure, score, trial, tracer, config)
 
+    drops = None if config.rewire_score is None else make_score(config.rewire_score, seed=config.seed)
     return View(
         step,
         {
-            name: _layer(state, score, config.floor_of(name), structure.flops_per_block(state), step)
+            name: _layer(state, score, drops, config.floor_of(name), structure.flops_per_block(state), step)
             for name, state in structure.layers.items()
         },
         structure.units,
@@ -64,7 +66,9 @@ def view_of(
     )
 
 
-def _layer(state: LayerState, score: Score, floor: float, flops: float, step: int) -> LayerView:
+def _layer(
+    state: LayerState, score: Score, drops: Score | None, floor: float, flops: float, step: int
+) -> LayerView:
     return LayerView(
         mask=state.mask.clone(),
         protected=state.protected(step),
@@ -76,6 +80,7 @@ def _layer(state: LayerState, score: Score, floor: float, flops: float, step: in
         flops_per_block=flops,
         scores=lambda live: score.scores(state, live),
         neuron_scores=lambda: score.neuron_scores(state),
+        drop_scores=None if drops is None else lambda live: drops.scores(state, live),
     )
 
 

@@ -192,8 +192,7 @@ def _reshape_(module: Any, shape: LayerShape) -> None:
         if isinstance(module, BlockSparseConv2d):
             widths = {"in_channels": shape.in_, "out_channels": shape.out, "groups": shape.groups}
             module._plain = {**module._plain, **widths}
-        if module.tap is not None:
-            module.enable_tap_()
+        module.renew_tap_()
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = shape.in_, shape.out
     elif isinstance(module, CONVOLUTIONS):

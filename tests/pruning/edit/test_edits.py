@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dynaprune
 from dynaprune.pruning.decide.policy import View
 from dynaprune.pruning.edit.apply import apply
-from dynaprune.pruning.edit.edits import Grow, Release, Resize
+from dynaprune.pruning.edit.edits import Grow, Release, Resize, Rewire
 from tests.pruning.attached import adam, dense_weights, mlp, settings, sparse_layers, train
 
 Decide = Callable[[View], Any]
@@ -87,12 +87,36 @@ NONSENSE: dict[str, tuple[Decide, type[Exception], str]] = {
         "release: expected a bool mask for 2, got torch.float32",
     ),
     "no mapping": (lambda view: [Release(some(view))], TypeError, "release: expected masks by layer"),
-    "no edit": (lambda view: ["release"], TypeError, "expected Release, Grow, Cut or Resize, got str"),
+    "no edit": (
+        lambda view: ["release"],
+        TypeError,
+        "expected Release, Grow, Rewire, Cut or Resize, got str",
+    ),
     "no list": (lambda view: None, TypeError, "expected a list of edits, got NoneType"),
     "no reason": (
         lambda view: [Release({"2": some(view)}, "bored")],
         ValueError,
         "why among passed, forced, untested, got 'bored'",
+    ),
+    "more go than begin": (
+        lambda view: [Rewire({"2": some(view)}, {"2": torch.zeros(8, 8, dtype=torch.bool)})],
+        ValueError,
+        "rewire: expected as many blocks of 2 to go as to begin, got 3 and 0",
+    ),
+    "another layer begins": (
+        lambda view: [Rewire({"2": some(view)}, {"0": torch.zeros(8, 4, dtype=torch.bool)})],
+        ValueError,
+        "rewire: expected as many blocks of 2 to go as to begin, got 3 and 0",
+    ),
+    "begins alive": (
+        lambda view: [Rewire({"2": some(view)}, {"2": some(view)})],
+        ValueError,
+        "rewire: block (0, 0) of 2 lives already (3 such blocks)",
+    ),
+    "goes dead": (
+        lambda view: [Release({"2": some(view)}), Rewire({"2": some(view)}, {"2": some(view)})],
+        ValueError,
+        "rewire: block (0, 0) of 2 is dead already (3 such blocks)",
     ),
     "no slots": (
         lambda view: [Resize({"2": 0})],
@@ -126,6 +150,22 @@ def test_nonsense_is_named_and_nothing_is_changed(kind: str) -> None:
     assert pruner.report()["removed_untested"] == 0
 
 
+def test_blocks_that_change_places_are_neither_removed_nor_regrown() -> None:
+    def decide(view: View) -> list[Release | Rewire]:
+        first = some(view, count=6)
+        gone = first & (first.cumsum(1) > 3)
+        return [Release({"2": gone}), Rewire({"2": first & ~gone}, {"2": gone}, protected_until=9)]
+
+    model, optimizer, pruner = attached(decide)
+    train(model, optimizer, 3)
+    report = pruner.report()
+    assert (report["removed_untested"], report["blocks_swapped"], report["blocks_regrown"]) == (3, 3, 0)
+    assert report["blocks_removed"] == 3 and report["structure_version"] == 3
+    mask, state = pruner.layers["2"].layout.mask, pruner.structure.layers["2"]
+    assert mask.view(-1)[:8].tolist() == [False] * 3 + [True] * 5 and int(mask.sum()) == 61
+    assert state.protected(8)[0, 3] and not state.protected(9)[0, 3]
+
+
 def test_what_a_view_shows_is_a_copy() -> None:
     def decide(view: View) -> list[Release]:
         for layer in view.layers.values():
@@ -144,6 +184,7 @@ def test_edits_print_what_they_name() -> None:
     mask = torch.tensor([[True, False], [False, True]])
     assert str(Release({"a": mask, "b": ~mask & mask}, "passed")) == "release blocks: 2 of a (passed)"
     assert str(Grow({"a": ~mask & mask})) == "grow blocks: none"
+    assert str(Rewire({"a": mask}, {"a": ~mask})) == "rewire blocks: 2 of a"
     assert str(Resize({"a": 3})) == "resize a to 3"
     assert Resize({"a": 3}) == Resize({"a": 3})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
+from dynaprune.nn import BlockSparseLayer
 from dynaprune.pruning.checks.one_process import in_a_group, inside, wrapper_reason
+from dynaprune.pruning.config import PruningConfig
 
 # Packages whose optimizer wrappers keep no state per weight: stepping the wrapper steps what is inside.
 _TRANSPARENT_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric")
@@ -154,3 +156,14 @@ def refuse_without_prunable_weights(
             "with none of them"
         )
     return held
+
+
+def refuse_without_room(layers: Mapping[str, BlockSparseLayer], config: PruningConfig) -> None:
+    """Raise ValueError where blocks are to change places and every place is taken. Syncs."""
+    if not config.rewire or config.policy is not None:
+        return
+    if all(layer.layout.live_count() == layer.layout.blocks for layer in layers.values()):
+        raise ValueError(
+            f"expected blocks that are missing beside rewire={config.rewire}, got layers that begin whole: "
+            "begin sparse (initial_sparsity), or let part of what is removed return (regrow)"
+        )

@@ -1,4 +1,4 @@
-"""Regrowth: how many removed blocks return, which ones, in what state, and how long they are safe."""
+"""Growth: how many blocks return or begin at an event, and which ones."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+GRADIENT, RANDOM = GROWTHS = ("gradient", "random")
+
 
 def growth_fraction(step: int, end_step: int, initial: float = 0.3) -> float:
-    """Share of an event's removed units that may return: ``initial / 2 * (1 + cos(pi * step / end_step))``, 0
-    from ``end_step`` on (RigL, Evci et al. 2020, arXiv:1911.11134, section 3 (2)).
+    """Share of units that may return, or change places, at an event.
+
+    ``initial / 2 * (1 + cos(pi * step / end_step))``, 0 from ``end_step`` on (RigL, Evci et al. 2020,
+    arXiv:1911.11134, section 3 (2)).
 
     Raises:
         ValueError: a negative step, an end before step 1, a fraction outside [0, 1].

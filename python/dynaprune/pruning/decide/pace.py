@@ -63,12 +63,13 @@ class CubicPace:
         *,
         minimum_interval: int = 1,
         initial: float = 0.0,
+        latest_end: float = LATEST_END,
     ) -> None:
         """Plan the schedule.
 
         Args:
             target: final share of units removed, in (0, 1).
-            start, end: fractions of ``total_steps``, 0 <= start < end <= 0.6.
+            start, end: fractions of ``total_steps``, 0 <= start < end <= ``latest_end``.
             total_steps: optimizer steps of the whole training.
             interval: steps between events.
             minimum_interval: what the trial's cost allows.
@@ -82,9 +83,9 @@ class CubicPace:
             raise ValueError(
                 f"expected an initial sparsity from 0 to below the target {target}, got {initial}"
             )
-        if not 0 <= start < end <= LATEST_END:
+        if not 0 <= start < end <= latest_end:
             raise ValueError(
-                f"expected 0 <= start < end <= {LATEST_END} as fractions of training, got {start}, {end}"
+                f"expected 0 <= start < end <= {latest_end:g} as fractions of training, got {start}, {end}"
             )
         _check_steps("total_steps", total_steps)
         _check_interval(interval, minimum_interval)

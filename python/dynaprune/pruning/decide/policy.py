@@ -13,7 +13,7 @@ from dynaprune.pruning.decide.neuron_choice import Unit, Width
 from dynaprune.pruning.decide.neuron_order import NeuronFigures
 from dynaprune.pruning.decide.trial import Losses
 from dynaprune.pruning.decide.trials import Trials
-from dynaprune.pruning.edit.edits import Cut, Grow, Release
+from dynaprune.pruning.edit.edits import Cut, Grow, Release, Rewire
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,9 @@ class LayerView:
     Attributes:
         mask: bool ``[rows, columns]``, the live blocks.
         protected: bool ``[rows, columns]``, blocks that came back lately, or all where no gradient was seen.
-        probe: float ``[rows, columns]``, squared norms of the dense gradient at dead blocks; None where
-            nothing grows.
+        probe: float ``[rows, columns]``, squared norms of the dense gradient at dead blocks; over the mean
+            squares of the inputs that they read, where the policy swaps by gradient. None where nothing
+            grows.
         capacity: slots, live or free.
         original: shape of the dense weight at attach.
         floor: live blocks that have to stay; at least one.
@@ -32,6 +33,7 @@ class LayerView:
         flops_per_block: FLOPs of a training step that a block costs.
         scores: ``scores(live)``, float ``[rows, columns]``, higher = keep, with ``live`` for the live blocks.
         neuron_scores: float ``[out]``, higher = keep.
+        drop_scores: what swaps go by, where that is not ``scores``.
     """
 
     mask: Tensor
@@ -44,6 +46,7 @@ class LayerView:
     flops_per_block: float
     scores: Callable[[Tensor], Tensor]
     neuron_scores: Callable[[], Tensor]
+    drop_scores: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +107,26 @@ class Policy(Protocol):
         trials: what was tried so far, for the report; None for a policy that tries nothing.
         grows: blocks may return: layers then measure their dense gradient before an event, and keep spare
             slots.
+        swaps_by_gradient: blocks may change places by the dense gradient, which layers then measure before an
+            event, over the mean squares of the inputs. Such blocks need no spare slots.
     """
 
     interval: int = 100
     trials: Trials | None = None
     grows: bool = False
+    swaps_by_gradient: bool = False
 
     @abstractmethod
     def due(self, step: int) -> bool:
         """Whether an event comes after this step; steps count from 1."""
 
     @abstractmethod
-    def decide(self, view: View) -> Sequence[Release | Grow | Cut]:
+    def decide(self, view: View) -> Sequence[Release | Grow | Cut | Rewire]:
         """The changes, in the order in which they are carried out. Nothing is changed here."""
+
+    def probes(self, step: int) -> bool:
+        """Whether this step measures the dense gradient, which an event after it needs."""
+        return (self.grows or self.swaps_by_gradient) and self.due(step)
 
     def ended(self, step: int) -> bool:
         """Whether the schedule is over: then the best model counts, and capacities become exact."""
@@ -128,3 +138,4 @@ class Policy(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved run."""
+        return None

@@ -12,7 +12,7 @@ from dynaprune.neurons.cut_copy import cut_copy
 from dynaprune.nn.optimizer_state import seed_slots, zero_slots
 from dynaprune.pruning.edit.check_edits import check_edits
 from dynaprune.pruning.edit.compaction import compact_layer
-from dynaprune.pruning.edit.edits import Cut, Edit, Grow, Release, Resize
+from dynaprune.pruning.edit.edits import Cut, Edit, Grow, Release, Resize, Rewire
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.structure import Structure
 
@@ -34,6 +34,9 @@ def apply(structure: Structure, edits: Sequence[Edit]) -> None:
                 _release(structure, edit)
             case Grow():
                 _grow(structure, edit)
+            case Rewire():
+                _release(structure, Release(edit.dropped))
+                _grow(structure, Grow(edit.grown, edit.protected_until))
             case Cut():
                 _cut(structure, edit)
             case Resize():
@@ -71,6 +74,7 @@ def _grow(structure: Structure, edit: Grow) -> None:
         _fill_waiting(structure, state, blocks)
         state.forget(blocks)
         state.protect(blocks, edit.protected_until)
+        state.note_born(blocks)
         structure.version += 1
 
 

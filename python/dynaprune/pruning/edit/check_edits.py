@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaprune.pruning.edit.edits import REASONS, Cut, Edit, Grow, Release, Resize, count_blocks
+from dynaprune.pruning.edit.edits import REASONS, Cut, Edit, Grow, Release, Resize, Rewire, count_blocks
 from dynaprune.pruning.edit.structure import Structure
 
 
@@ -17,7 +17,8 @@ def check_edits(structure: Structure, edits: Sequence[Edit]) -> None:
 
     Raises:
         TypeError: no edits, or masks that are none. ValueError: a layer that does not exist or is not pruned,
-            a mask of another shape, a block that is released dead or grown live, more blocks than slots.
+            a mask of another shape, a block that is released dead or grown live, more blocks than slots,
+            layers that would lose more blocks by rewiring than they get, or fewer.
     """
     if isinstance(edits, (str, bytes)) or not isinstance(edits, Sequence):
         raise TypeError(f"expected a list of edits, got {type(edits).__name__}")
@@ -42,6 +43,8 @@ def check_edits(structure: Structure, edits: Sequence[Edit]) -> None:
                             f"grow: expected at most {capacity} live blocks in {name} (its capacity), "
                             f"got {used}"
                         )
+            case Rewire():
+                _check_rewiring(edit, live)
             case Resize():
                 for name, capacity in edit.capacities.items():
                     _known("resize", name, live)
@@ -50,7 +53,22 @@ def check_edits(structure: Structure, edits: Sequence[Edit]) -> None:
                 if edit.found.plan is None:
                     raise ValueError("cut: expected a plan of neurons to cut, got none")
             case _:
-                raise TypeError(f"expected Release, Grow, Cut or Resize, got {type(edit).__name__}")
+                raise TypeError(f"expected Release, Grow, Rewire, Cut or Resize, got {type(edit).__name__}")
+
+
+def _check_rewiring(edit: Rewire, live: dict[str, Tensor]) -> None:
+    dropped, grown = _masks("rewire", edit.dropped, live), _masks("rewire", edit.grown, live)
+    for name in {**dropped, **grown}:
+        none = torch.zeros_like(live[name])
+        gone, new = dropped.get(name, none), grown.get(name, none)
+        _refuse_blocks("rewire", name, gone & ~live[name], "is dead already")
+        _refuse_blocks("rewire", name, new & live[name], "lives already")
+        if int(gone.sum()) != int(new.sum()):
+            raise ValueError(
+                f"rewire: expected as many blocks of {name} to go as to begin, got {int(gone.sum())} and "
+                f"{int(new.sum())}"
+            )
+        live[name] = live[name] & ~gone | new
 
 
 def _masks(what: str, masks: Any, live: Mapping[str, Tensor]) -> dict[str, Tensor]:

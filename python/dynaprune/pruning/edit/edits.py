@@ -52,6 +52,24 @@ class Grow:
 
 
 @dataclass(frozen=True, eq=False)
+class Rewire:
+    """Live blocks die and as many dead blocks of the same layer come alive with zero weights.
+
+    Args:
+        dropped: bool ``[rows, columns]`` by layer, true where a live block goes.
+        grown: the same layers, true where a block begins that was dead before: as many in each.
+        protected_until: first step at which those that begin may be removed.
+    """
+
+    dropped: Mapping[str, Tensor]
+    grown: Mapping[str, Tensor]
+    protected_until: int = 0
+
+    def __str__(self) -> str:
+        return f"rewire {_count(self.dropped)}"
+
+
+@dataclass(frozen=True, eq=False)
 class Cut:
     """Dead, constant or silent neurons leave the network, with all that makes and reads them.
 
@@ -84,7 +102,7 @@ class Resize:
         return "resize " + ", ".join(f"{name} to {slots}" for name, slots in self.capacities.items())
 
 
-Edit = Release | Grow | Cut | Resize
+Edit = Release | Grow | Rewire | Cut | Resize
 
 
 def count_blocks(masks: Mapping[str, Tensor]) -> int:

@@ -25,10 +25,13 @@ class LayerState:
         left_out: blocks of these that training began without.
         rate: by how much its values learn faster than all else.
         live_weights: weights of live blocks, as last measured.
+        ever_lived: blocks of these that live or have lived.
+        never_lived: bool ``[rows, columns]``, those that have not; None: none is left.
         observations: steps whose gradients the score has seen.
         statistics: what the score keeps. Names that begin with "block" hold ``[rows, columns]``, those that
             begin with "neuron" ``[out]``. Both are sliced with the layer; a block that dies loses its own.
-        probe: squared norms of the dense gradient at dead blocks, ``[rows, columns]``; None but at an event.
+        probe: squared norms of the dense gradient at dead blocks, ``[rows, columns]``, over the mean squares
+            of their inputs where the layer's tap has these; None but at an event.
         protected_until: int64 ``[rows, columns]``, first step at which a block may be removed; None: any.
         waiting: int64 ``[rows, columns]``, of a block that has not lived yet its number in the trained weight
             that its values are in, else -1; None where no values wait.
@@ -41,6 +44,8 @@ class LayerState:
     left_out: int = 0
     rate: float = 1.0
     live_weights: int = 0
+    ever_lived: int = 0
+    never_lived: Tensor | None = None
     observations: int = 0
     statistics: dict[str, Tensor] = field(default_factory=dict)
     probe: Tensor | None = None
@@ -50,7 +55,19 @@ class LayerState:
     @classmethod
     def of(cls, name: str, layer: BlockSparseLayer, left_out: int = 0, rate: float = 1.0) -> LayerState:
         """The state of a layer that nothing is known of yet."""
-        return cls(name, layer, tuple(layer.layout.dense_shape), layer.layout.blocks, left_out, rate)
+        layout = layer.layout
+        live = layout.live_count()
+        never = None if live == layout.blocks else ~layout.mask
+        return cls(
+            name,
+            layer,
+            tuple(layout.dense_shape),
+            layout.blocks,
+            left_out,
+            rate,
+            ever_lived=live,
+            never_lived=never,
+        )
 
     @property
     def weights(self) -> int:
@@ -86,6 +103,12 @@ class LayerState:
             previous = torch.zeros(blocks.shape, dtype=torch.int64, device=blocks.device)
         self.protected_until = torch.where(blocks, until, previous.to(blocks.device))
 
+    def note_born(self, blocks: Tensor) -> None:
+        """Count those of ``blocks`` (bool ``[rows, columns]``) that live for the first time. Syncs."""
+        if self.never_lived is not None:
+            self.ever_lived += int((self.never_lived & blocks).sum())
+            self.never_lived &= ~blocks
+
     def forget(self, blocks: Tensor) -> None:
         """Start the score's statistics of ``blocks`` (bool ``[rows, columns]``) afresh."""
         for key, tensor in self.statistics.items():
@@ -100,10 +123,10 @@ class LayerState:
             elif key.startswith("neuron"):
                 tensor = tensor[kept.neurons.to(tensor.device)]
             self.statistics[key] = tensor
-        if (until := self.protected_until) is not None:
-            self.protected_until = until[kept.rows.to(until.device)][:, kept.columns.to(until.device)]
-        if (numbers := self.waiting) is not None:
-            self.waiting = numbers[kept.rows.to(numbers.device)][:, kept.columns.to(numbers.device)]
+        for key in ("protected_until", "never_lived", "waiting"):
+            if (by_block := getattr(self, key)) is not None:
+                rows, columns = kept.rows.to(by_block.device), kept.columns.to(by_block.device)
+                setattr(self, key, by_block[rows][:, columns])
 
     def wait(self) -> None:
         """Let the blocks that are dead now wait for their values."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dynaprune.neurons.tracer import NeuronTracer
 from dynaprune.pruning.edit.layer_state import LayerState
@@ -140,5 +141,12 @@ def read_probes(layers: Sequence[LayerState], *, probing: bool) -> None:
         tap = state.layer.tap
         if tap is not None and tap.grad is not None:
             if probing:
-                state.probe = tap.grad[1].view_as(state.mask).clone()
+                state.probe = _norms(tap.grad).view_as(state.mask)
             tap.grad = None
+
+
+def _norms(measured: Tensor) -> Tensor:
+    """The probe's norms, over the inputs' mean squares where the tap has these: 0 where an input is 0."""
+    if measured.shape[0] < 3:
+        return measured[1].clone()
+    return torch.where(measured[2] > 0, measured[1] / measured[2], 0)
