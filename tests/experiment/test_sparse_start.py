@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -46,3 +47,24 @@ def test_settings_that_do_not_fit_are_told_by_the_command_line(tmp_path: Path) -
     )
     assert told.exit_code == 2
     assert "at least the initial_sparsity (0.95), got 0.9" in told.output
+
+
+@pytest.mark.filterwarnings("ignore:block-sparse ops:RuntimeWarning")
+def test_an_arm_rewires_and_counts_what_measuring_gradients_took(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"initial_sparsity": 0.8, "target_sparsity": 0.8, "pruning": {"neurons": False}}
+    given |= {"epochs": 1, "calibration_samples": 64, "rewire": 0.3, "rewire_until": 0.5}
+    config = resolve("digits", **given)
+    result = run_arm(config, "pruned", tmp_path, quiet=True)
+    until, samples = result["steps"] // 2, 32
+    assert until // 20 == 1, "an event after every step"
+    of_a_block, dead = 2 * samples * 32 * 32, result["blocks_never_present"]
+    assert result["flops_probes"] == (until - 1) * of_a_block * dead
+    assert result["flops_per_step_first"] == result["flops_per_step_last"]
+    of_steps = result["data"]["sizes"][0] * result["flops_per_step_last"] / samples
+    assert result["flops_total"] == of_steps + result["flops_probes"]
+    assert result["blocks_swapped"] > 0 and 0.2 < result["blocks_ever_lived"] < 1
+    assert result["flops_trials"] == result["removed_untested"] == result["blocks_removed"] == 0
+    rows = {row[0]: row[2] for row in table_rows({"baseline": None, "pruned": result, "ratios": {}})}
+    assert rows["blocks that changed places"] == f"{result['blocks_swapped']:,}"
+    assert "blocks that live or have lived" in rows
+    assert RunConfig.read(_written(tmp_path, config)) == config

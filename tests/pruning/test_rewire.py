@@ -207,6 +207,26 @@ def test_what_stays_keeps_its_weights_and_its_optimizer_state() -> None:
                 assert not new.any(), key
 
 
+def test_an_average_that_follows_is_the_dense_average() -> None:
+    model = mlp()
+    optimizer = adam(model)
+    pruner = dynaprune.attach(model, optimizer, settings())
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pruner.follow(average)
+    layers = pruner.layers
+    dense = {name: layer.to_dense_shape(layer.values) for name, layer in layers.items()}
+    for step in range(TOTAL):
+        was = {name: layer.layout.mask.clone() for name, layer in layers.items()}
+        train(model, optimizer, 1, step)
+        for name, parameter in model.named_parameters():
+            average[name].lerp_(parameter.detach(), 0.1)
+        for name, layer in layers.items():
+            stayed = (was[name] & layer.layout.mask).repeat_interleave(8, 0).repeat_interleave(8, 1)
+            dense[name] = 0.9 * dense[name] * stayed + 0.1 * layer.to_dense_shape(layer.values)
+            torch.testing.assert_close(layer.to_dense_shape(average[f"{name}.values"]), dense[name])
+    assert pruner.ledger.swapped > 40
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_planted_outlier_among_the_inputs_gets_no_advantage(compiled: bool) -> None:
     """One block of inputs is a hundred times larger, noise that has nothing to do with the classes."""

@@ -45,6 +45,7 @@ def state_of_arm(arm: Arm) -> dict[str, Any]:
         "costs": {
             **{name: torch.tensor(getattr(state, name), dtype=torch.float64) for name in _OF_COSTS},
             "flops_total": state.flops_total,
+            "flops_probes": state.flops_probes,
             "peak_memory_bytes": max(arm.peak_before, metrics.peak_memory_bytes(state.device)),
         },
         "memory": arm.memory.state_dict(state.device),
@@ -86,6 +87,7 @@ def resume_arm(arm: Arm, state: Mapping[str, Any], best: Mapping[str, Any] | Non
         setattr(mine, name, state["costs"][name].tolist())
     mine.flops_total, arm.peak_before = state["costs"]["flops_total"], state["costs"]["peak_memory_bytes"]
     arm.memory.load_state_dict(state["memory"])
+    mine.flops_probes = state["costs"].get("flops_probes", 0.0)
     if (epoch := state["epoch"]) is not None:
         tensors = {"began": epoch["began"].clone(), "loss_sum": epoch["loss_sum"].to(device, copy=True)}
         arm.epoch = Epoch(**{**epoch, **tensors})

@@ -66,11 +66,12 @@ def _train(arm: Arm, stop: StopRequest, checkpoints: Checkpoints | None, progres
         inputs, targets = to_device(inputs, device), targets.to(device)
         changed = network.version() != arm.measured_version
         arm.measured_version = network.version()
-        if not changed and _memory_due(arm, len(targets)):
+        probes = network.probes()
+        if not (changed or probes) and _memory_due(arm, len(targets)):
             loss, over = arm.memory.measure(state, network.pruner, inputs, targets, done.steps + 1)
             arm.leave_out(over)
         else:
-            loss = state.step(inputs, targets, count_flops=changed)
+            loss = state.step(inputs, targets, count_flops=changed, probes=probes)
         epoch.loss_sum += loss * len(targets)
         epoch.seen += len(targets)
         epoch.batches += 1

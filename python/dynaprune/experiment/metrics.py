@@ -19,6 +19,7 @@ from torch import nn
 
 __all__ = [
     "environment",
+    "flops_and_probes",
     "flops_of",
     "held_bytes",
     "median_seconds",
@@ -39,13 +40,21 @@ def median_seconds(seconds: list[float]) -> float | None:
 def flops_of(run: Callable[[], Any]) -> tuple[Any, int]:
     """``(run(), its floating point operations)`` by torch's counter: block-sparse ops count their live
     blocks, and so are products that torch's counter leaves out (see `dynaprune.experiment.flop_formulas`)."""
+    result, flops, of_probes = flops_and_probes(run)
+    return result, flops + of_probes
+
+
+def flops_and_probes(run: Callable[[], Any]) -> tuple[Any, int, int]:
+    """As `flops_of`, but what measuring the dense gradient at dead blocks took comes by itself, last."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from dynaprune.experiment.flop_formulas import uncounted_by_torch
 
     with FlopCounterMode(display=False, custom_mapping=uncounted_by_torch()) as counter:
         result = run()
-    return result, int(counter.get_total_flops())
+    by_op = counter.get_flop_counts().get("Global", {})
+    probes = sum(flops for op, flops in by_op.items() if "gradient_probe" in str(op))
+    return result, int(counter.get_total_flops()) - int(probes), int(probes)
 
 
 def training_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

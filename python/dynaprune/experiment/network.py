@@ -14,7 +14,7 @@ from torch import nn
 from dynaprune.experiment.counted_trial import CountedTrial
 from dynaprune.experiment.mask_record import MaskRecord
 from dynaprune.experiment.metrics import median_seconds
-from dynaprune.experiment.report import NEVER_PRESENT, REMOVALS
+from dynaprune.experiment.report import EVER_LIVED, NEVER_PRESENT, REMOVALS, SWAPPED
 from dynaprune.experiment.steps import TrainState, time_in_turn
 from dynaprune.experiment.tasks import TaskData
 from dynaprune.experiment.tasks.data import batches, batches_per_epoch, training_batches
@@ -75,6 +75,10 @@ class DenseNetwork:
     def trial_flops(self) -> float:
         """FLOPs spent in trials so far."""
         return 0.0
+
+    def probes(self) -> bool:
+        """Whether the next step measures the dense gradient where no block lives."""
+        return False
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the network as it is now."""
@@ -212,6 +216,10 @@ class PrunedNetwork(DenseNetwork):
         """FLOPs of all forward passes that the trials made."""
         return self.trial.flops
 
+    def probes(self) -> bool:
+        """Whether the next step measures the dense gradient, which an event after it needs."""
+        return self.pruner.probes_next()
+
     def facts(self) -> dict[str, Any]:
         """Size, sparsity and counts of removed units, now."""
         said = self.pruner.report()
@@ -222,8 +230,14 @@ class PrunedNetwork(DenseNetwork):
             "target_reached": self.target_reached(),
             **{name: said[name] for name in REMOVALS},
             **{name: said[name] for name in (NEVER_PRESENT,) if said[name]},
+            **self._rewired(said),
             "density_by_layer": self.pruner.density(),
         }
+
+    def _rewired(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        if not self.pruner.config.rewire:
+            return {}
+        return {SWAPPED: said["blocks_swapped"], EVER_LIVED: said["blocks_ever_lived"]["share"]}
 
     def end_of_training(self) -> dict[str, Any]:
         """What the trials cost, and the pruner's own report."""

@@ -11,10 +11,12 @@ from dynaprune.experiment.tasks import get_task
 
 __all__ = [
     "COSTS",
+    "EVER_LIVED",
     "NEVER_PRESENT",
     "OF_A_MACHINE",
     "PRUNED_METRICS",
     "REMOVALS",
+    "SWAPPED",
     "build_report",
     "data_of",
     "figures_of",
@@ -38,6 +40,8 @@ COSTS = (
 )
 # Blocks that a sparse start left out; only where there was one.
 NEVER_PRESENT = "blocks_never_present"
+# Blocks that changed places, and the share that lives or has lived; only where blocks were rewired.
+SWAPPED, EVER_LIVED = "blocks_swapped", "blocks_ever_lived"
 # What went, and why it was allowed to.
 REMOVALS = (
     "neurons_removed",

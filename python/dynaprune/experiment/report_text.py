@@ -34,6 +34,8 @@ _LABELS = {
     "sparsity_of_model": ("sparsity of all parameters", "share"),
     "target_reached": ("target reached", "truth"),
     "blocks_never_present": ("blocks that training began without", "count"),
+    "blocks_swapped": ("blocks that changed places", "count"),
+    "blocks_ever_lived": ("blocks that live or have lived", "share"),
     "blocks_removed": ("blocks removed", "count"),
     "neurons_removed": ("neurons removed", "count"),
     "removed_passed": ("units removed after passing a trial", "count"),
@@ -131,7 +133,7 @@ _NOTES = """\
   parameter once, biases and norms too.
 - FLOPs are counted in forward and backward at every change of the structure: those of the whole network's
   matrix products and convolutions, of what stays whole too (block-sparse operations count live blocks). The
-  total includes the trials.
+  total includes the trials, and the measuring of gradients where blocks may begin.
 - The step times at the end are those of 20 further steps after training (40 for the comparison in turn);
   the weights that are tested were kept before them.
 """

@@ -101,6 +101,18 @@ class RunConfig:
     sparse_rate: Annotated[
         str | None, Option("multiplier of the learning rate of blocks that begin sparse: auto or a number")
     ] = None
+    rewire: Annotated[
+        float | None, Option("share of the live blocks that change places per event at first, 0..1")
+    ] = None
+    rewire_growth: Annotated[
+        str | None, Option("where blocks begin: gradient (over the inputs' energy) or random")
+    ] = None
+    rewire_score: Annotated[
+        str | None, Option("which blocks go for them: magnitude or random [default: by the score]")
+    ] = None
+    rewire_until: Annotated[
+        float | None, Option("fraction of training at which that stops; removals come after it")
+    ] = None
     pruning: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -122,10 +134,10 @@ class RunConfig:
             batch_size=self.batch_size,
             classes=classes,
             seed=self.model_seed,
-            **{"neurons": True, **self.pruning, **self._sparse_start()},
+            **{"neurons": True, **self.pruning, **self._sparse()},
         )
 
-    def _sparse_start(self) -> dict[str, Any]:
+    def _sparse(self) -> dict[str, Any]:
         rate: str | float | None = self.sparse_rate
         if rate is not None and rate != "auto":
             try:
@@ -133,6 +145,8 @@ class RunConfig:
             except ValueError:
                 raise ValueError(f"sparse_rate must be 'auto' or a number, got {rate!r}") from None
         given = {"initial_sparsity": self.initial_sparsity, "sparse_learning_rate": rate}
+        names = ("rewire", "rewire_growth", "rewire_score", "rewire_until")
+        given.update({name: getattr(self, name) for name in names})
         return {name: value for name, value in given.items() if value is not None}
 
     @property

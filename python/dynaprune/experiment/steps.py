@@ -73,7 +73,8 @@ class TrainState:
     """A model, its optimizer and schedule, and the cost of the steps it has made.
 
     ``flops_per_sample`` has one entry per measurement: the first step and every first step after a change of
-    structure."""
+    structure. ``flops_probes`` are those of measuring the dense gradient at dead blocks before events: they
+    count in ``flops_total``, and in no step of ``flops_per_sample``."""
 
     config: RunConfig
     task: Task
@@ -84,6 +85,7 @@ class TrainState:
     step_seconds: list[float] = field(default_factory=list)
     flops_per_sample: list[float] = field(default_factory=list)
     flops_total: float = 0.0
+    flops_probes: float = 0.0
 
     def _forward_backward(self, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
         loss = self.task.losses(self.task.forward(self.model, inputs), targets).mean()
@@ -91,23 +93,32 @@ class TrainState:
         return loss.detach()
 
     def step(
-        self, inputs: Any, targets: torch.Tensor, *, count_flops: bool = False, timed: bool = True
+        self,
+        inputs: Any,
+        targets: torch.Tensor,
+        *,
+        count_flops: bool = False,
+        probes: bool = False,
+        timed: bool = True,
     ) -> torch.Tensor:
         """One training step on a batch of the arm's device: its mean loss, a scalar tensor.
 
-        The FLOPs of forward and backward are counted if asked for; such a step is left out of the step times,
-        as one is that is not ``timed``."""
+        The FLOPs of forward and backward are counted if asked for, and those of its ``probes``, where it has
+        any; such a step is left out of the step times, as one is that is not ``timed``."""
         started = now(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        if count_flops:
-            loss, flops = metrics.flops_of(lambda: self._forward_backward(inputs, targets))
-            self.flops_per_sample.append(flops / len(targets))
+        if count_flops or probes:
+            loss, flops, of_probes = metrics.flops_and_probes(lambda: self._forward_backward(inputs, targets))
+            self.flops_total += of_probes
+            self.flops_probes += of_probes
+            if count_flops:
+                self.flops_per_sample.append(flops / len(targets))
         else:
             loss = self._forward_backward(inputs, targets)
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        if timed and not count_flops:
+        if timed and not (count_flops or probes):
             self.step_seconds.append(now(self.device) - started)
         if self.schedule is not None:
             self.schedule.step()

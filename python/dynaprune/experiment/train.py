@@ -73,6 +73,7 @@ def _costs(arm: Arm) -> dict[str, Any]:
         "flops_total": round(state.flops_total + network.trial_flops()),
         "flops_trials": round(network.trial_flops()),
         "memory_bytes_process": arm.memory.process_bytes(state.device),
+        "flops_probes": round(state.flops_probes),
         **network.end_of_training(),
     }
     interrupted = found["interrupted"]

@@ -158,7 +158,7 @@ class Pruner(Standing):
         due = self.policy.due(self.steps + 1) and working
         if self._measures_gradients:
             for layer in self.layers.values():
-                layer.probe.fill_(working and self.policy.probes(self.steps + 1))
+                layer.probe.fill_(self.probes_next())
         looks = self.observer.watches_groups and self.observer.observes(self.steps + 1) and working
         if (due or (looks and self.tracer.current is None)) and self.config.neurons:
             self.tracer.arm()

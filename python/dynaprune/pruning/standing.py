@@ -121,6 +121,10 @@ class Standing:
         """Whether no event will change anything any more: then nothing needs to be observed either."""
         return self.policy.ended(self.steps) and (self.target_reached or self.config.target_sparsity is None)
 
+    def probes_next(self) -> bool:
+        """Whether the next step measures the dense gradient where no block lives."""
+        return not self.nothing_left() and self.policy.probes(self.steps + 1)
+
     def figures(self) -> dict[str, float]:
         """Figures of the model as it is now, for a training's log. No host sync.
 

@@ -59,7 +59,8 @@ def layer(live: Tensor, *, probe: Tensor | None = None, protected: Tensor | None
 
 
 def view(step: int, **layers: LayerView) -> View:
-    return View(step, layers, 1, 1, None, lambda: None)
+    none = dict.fromkeys(("units", "live_units", "weights", "live_weights"), 1)
+    return View(step, layers, **none, losses=None, neurons=lambda: None, whole=lambda: None)
 
 
 HALF = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]]).bool()
