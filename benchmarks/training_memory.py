@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from dynaprune import PruningConfig, StepMemory, attach, memory_of_step
+from dynaprune.experiment.figure_text import shown
 from dynaprune.experiment.metrics import environment, held_bytes, memory_peak_from_now
-from dynaprune.experiment.report_text import shown
 from dynaprune.experiment.write import write_csv
 
 STEPS = 5

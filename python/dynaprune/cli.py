@@ -31,6 +31,19 @@ Out = Annotated[
     Path, typer.Option("--out", help="folder for the results: new, empty, or of the same run cut short")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+Pilot = Annotated[
+    bool, typer.Option("--pilot", help="choose learning rates by short trainings, for a later run")
+]
+PilotRates = Annotated[
+    str | None,
+    typer.Option(help="pilots: factors of the learning rate, with commas [default: 0.5,1,2,4]"),
+]
+PilotMultipliers = Annotated[
+    str | None, typer.Option(help="pilots: multipliers of blocks that begin sparse [default: --sparse-rate]")
+]
+Rates = Annotated[
+    Path | None, typer.Option(help="the pilots' learning rates [default: pilot.json in --out, if there]")
+]
 
 
 def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -100,6 +113,41 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        _fail(f"{option} takes numbers with commas between them (0.5,1,2), got {text!r}")
+
+
+def _pilot(
+    config: RunConfig,
+    arms: list[str],
+    out: Path,
+    rates: str | None,
+    multipliers: str | None,
+    *,
+    quiet: bool,
+    resuming: Resuming,
+) -> None:
+    """Pilot the ``arms``; exit code 130 after an interrupt."""
+    from dynaprune.experiment.pilot import Grid, pilot
+
+    given = {
+        "rates": _numbers(rates, "--pilot-rates"),
+        "multipliers": _numbers(multipliers, "--pilot-multipliers"),
+    }
+    grid = Grid(**{name: value for name, value in given.items() if value is not None})
+    if pilot(config, arms, out, grid=grid, quiet=quiet, resuming=resuming):
+        raise typer.Exit(130)
+    typer.echo(f"wrote {out / 'pilot.json'}")
+
+
+def _no_pilot(rates: str | None, multipliers: str | None) -> None:
+    if rates is not None or multipliers is not None:
+        _fail("--pilot-rates and --pilot-multipliers go with --pilot")
+
+
 @app.command("compare")
 @_takes_settings
 def compare_command(
@@ -109,6 +157,14 @@ def compare_command(
     folds: Annotated[
         int | None, typer.Option(help="repeat over the folds of a k-fold cross-validation")
     ] = None,
+    controls: Annotated[
+        str | None,
+        typer.Option(help="further arms, with commas: small,small-inner,short,static,gradual-early"),
+    ] = None,
+    pilot: Pilot = False,
+    pilot_rates: PilotRates = None,
+    pilot_multipliers: PilotMultipliers = None,
+    rates: Rates = None,
     quiet: Quiet = False,
     given: Any = None,
 ) -> None:
@@ -116,14 +172,24 @@ def compare_command(
 
     With --seeds or --folds: once for each, every run in its own folder, and a summary with intervals. Started
     again with the same settings, what has finished is kept, and an arm that was cut short goes on from its
-    last checkpoint."""
+    last checkpoint. With --controls: further arms, of the pruned arm's FLOPs or part of its method."""
     resuming = _resuming(given)
     config = _resolved(task, given)
     from dynaprune.experiment import compare as comparison
+    from dynaprune.experiment.controls import ARMS, arm_name, check_controls
     from dynaprune.experiment.out_folder import check_unfinished
+    from dynaprune.experiment.rates import find_rates, read_rates
     from dynaprune.experiment.terminal import print_report, print_summary
 
+    further = controls.split(",") if controls else []
     try:
+        check_controls(further)
+        arms = [*ARMS, *further]
+        if pilot:
+            _pilot(config, arms, out, pilot_rates, pilot_multipliers, quiet=quiet, resuming=resuming)
+            return
+        _no_pilot(pilot_rates, pilot_multipliers)
+        rates = rates or find_rates(out)
         if seeds is not None or folds is not None:
             from dynaprune.experiment.repeat import repeat
 
@@ -138,14 +204,19 @@ def compare_command(
                 out,
                 _seeds(seeds) if seeds else [config.seed],
                 folds,
+                controls=further,
+                rates=rates,
                 quiet=quiet,
                 resuming=resuming,
             )
             if summary is not None:
                 print_summary(summary, out)
         else:
-            check_unfinished(out, config)
-            report = comparison.compare(config, out, quiet=quiet, resuming=resuming)
+            check_unfinished(out, config, [arm_name(arm) for arm in arms])
+            chosen = None if rates is None else read_rates(rates, config, arms)
+            report = comparison.compare(
+                config, out, controls=further, rates=chosen, quiet=quiet, resuming=resuming
+            )
             interrupted = report["interrupted"]
             print_report(report, out)
     except ValueError as error:
@@ -166,25 +237,41 @@ def compare_command(
 def train_command(
     task: TaskName,
     out: Out,
-    arm: Annotated[str, typer.Option(help="baseline or pruned")],
+    arm: Annotated[str, typer.Option(help="baseline, pruned, or a control of compare")],
+    pilot: Pilot = False,
+    pilot_rates: PilotRates = None,
+    pilot_multipliers: PilotMultipliers = None,
+    rates: Rates = None,
     quiet: Quiet = False,
     given: Any = None,
 ) -> None:
     """Train one arm of TASK in this process; writes arm.json, history.csv and, for the pruned arm, its
     structure.
 
-    Started again with the same settings, an arm that was cut short goes on from its last checkpoint."""
+    Started again with the same settings, an arm that was cut short goes on from its last checkpoint. With
+    --pilot, --out is the folder of a comparison, as with compare; --rates takes what pilots have chosen."""
     resuming = _resuming(given)
     config = _resolved(task, given)
+    from dynaprune.experiment.arm_process import ArmFailed
+    from dynaprune.experiment.controls import arm_name
     from dynaprune.experiment.out_folder import arm_is_finished
-    from dynaprune.experiment.train import ARMS, exit_code, run_arm
+    from dynaprune.experiment.rates import find_rates, read_rates, with_rate
+    from dynaprune.experiment.train import exit_code, run_arm
 
-    if arm not in ARMS:
-        _fail(f"--arm must be one of {', '.join(ARMS)}, got {arm!r}")
     try:
-        if arm_is_finished(out, arm, config):
+        name = arm_name(arm)
+        if pilot:
+            _pilot(config, [arm], out, pilot_rates, pilot_multipliers, quiet=quiet, resuming=resuming)
+            return
+        _no_pilot(pilot_rates, pilot_multipliers)
+        rates = rates or find_rates(out)
+        if rates is not None:
+            config = with_rate(config, arm, read_rates(rates, config, [arm]))
+        if arm_is_finished(out, name, config):
             typer.echo(f"{out / 'arm.json'} is there already: the {arm} arm has finished")
             return
+    except ArmFailed as error:
+        raise typer.Exit(2 if error.code == 2 else 1) from None
     except ValueError as error:
         _fail(error)
     code = exit_code(lambda: run_arm(config, arm, out, quiet=quiet, resuming=resuming))

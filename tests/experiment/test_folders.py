@@ -315,7 +315,7 @@ def test_damaged_files_are_named_before_anything_is_trained(
     out = shutil.copytree(finished, tmp_path / "run")
     damage(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    monkeypatch.setattr("dynaprune.experiment.compare._run_arm", None)
+    monkeypatch.setattr("dynaprune.experiment.compare.run_in_process", None)
     done = CliRunner().invoke(app, ["compare", "digits", "--epochs", "2", "--quiet", "--out", str(out)])
     assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.output
     assert done.stderr.startswith("error: ") and re.search(said, done.stderr), done.stderr
@@ -347,7 +347,7 @@ def test_damaged_reports_stop_tables_and_repetitions(
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "runs" / "seed-0")
     (run / "report.json").write_bytes(damage)
-    monkeypatch.setattr("dynaprune.experiment.compare._run_arm", None)
+    monkeypatch.setattr("dynaprune.experiment.compare.run_in_process", None)
     own = ["--out", str(tmp_path / "runs"), "--epochs", "2", "--seeds", "0,1"]
     given = ["table", str(tmp_path / "runs")] if command == "table" else ["compare", "digits", *own]
     done = CliRunner().invoke(app, given)

@@ -15,12 +15,13 @@ from dynaprune import MemoryByKind
 from dynaprune.experiment import metrics
 from dynaprune.experiment.arm import Arm
 from dynaprune.experiment.epochs import train_epochs
+from dynaprune.experiment.figure_text import shown
 from dynaprune.experiment.interrupts import StopRequest
 from dynaprune.experiment.memory import MemoryRecord
 from dynaprune.experiment.memory_figures import KINDS, MEMORY, figures_of_steps, tables
 from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.report import build_report
-from dynaprune.experiment.report_text import shown, table_rows, write_markdown
+from dynaprune.experiment.report_text import table_rows, write_markdown
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.steps import TrainState
 from dynaprune.experiment.task_results import read_results

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dynaprune.experiment.figure_text import shown
 from dynaprune.experiment.report import build_report, figures_of, ratios
-from dynaprune.experiment.report_text import shown, write_markdown
+from dynaprune.experiment.report_text import write_markdown
 from dynaprune.experiment.run_config import RunConfig, resolve
 from dynaprune.experiment.write import write_csv, write_json
 from dynaprune.saving import durable

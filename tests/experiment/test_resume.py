@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 
 from dynaprune.cli import app
 from dynaprune.experiment import metrics, train
+from dynaprune.experiment.controls import ARMS
 from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.report import build_report
 from dynaprune.experiment.steps import TrainState
-from dynaprune.experiment.train import ARMS, CannotStart
+from dynaprune.experiment.train import CannotStart
 from dynaprune.saving import durable
 from dynaprune.saving.tensor_file import read_tensors, write_tensors
 from tests.experiment.killed import (

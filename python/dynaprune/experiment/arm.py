@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynaprune.experiment.length import total_steps
 from dynaprune.experiment.memory import MemoryRecord
 from dynaprune.experiment.network import DenseNetwork
 from dynaprune.experiment.steps import TrainState
 from dynaprune.experiment.tasks import TaskData
-from dynaprune.experiment.tasks.data import batches_per_epoch
 from dynaprune.pruning.early_stopping import EarlyStopping
 
 __all__ = ["Arm", "Epoch", "Outcome"]
@@ -81,14 +81,13 @@ class Arm:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all epochs."""
-        config = self.state.config
-        return config.epochs * batches_per_epoch(self.data.train, config.batch_size)
+        """Optimizer steps of the whole training."""
+        return total_steps(self.state.config, len(self.data.train))  # type: ignore[arg-type]
 
     @property
     def over(self) -> bool:
-        """Whether all epochs are done, or early stopping has ended them."""
-        return len(self.done.history) >= self.state.config.epochs or self.stopping.should_stop
+        """Whether all steps are done and evaluated, or early stopping has ended them."""
+        return (self.epoch is None and self.done.steps >= self.total_steps) or self.stopping.should_stop
 
     def leave_out(self, seconds: float) -> None:
         """Count ``seconds`` that have just passed as no time of the training."""

@@ -12,7 +12,9 @@ __all__ = ["CountedTrial"]
 
 
 class CountedTrial:
-    """A trial that counts its calls, FLOPs and seconds; everything else is the wrapped trial's."""
+    """A trial that counts its calls, FLOPs and seconds; everything else is the wrapped trial's.
+
+    Of None, no trial, nothing is ever counted."""
 
     def __init__(self, trial: Any) -> None:
         self._trial = trial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from dynaprune.experiment import metrics
 from dynaprune.experiment.arm import Arm, Epoch, Outcome
 from dynaprune.experiment.arm_checkpoint import Checkpoints
 from dynaprune.experiment.interrupts import StopRequest
+from dynaprune.experiment.length import passes
 from dynaprune.experiment.memory import stored_bytes
 from dynaprune.experiment.progress import EpochProgress
 from dynaprune.experiment.steps import evaluate, now
@@ -33,7 +35,8 @@ def train_epochs(
     if done.history:
         write_csv(out / "history.csv", done.history)
     arm.begun = now(arm.state.device) - done.seconds
-    epochs, metric = arm.state.config.epochs, beside_the_loss(arm.state.task.metrics)
+    epochs = passes(arm.state.config, len(arm.data.train))  # type: ignore[arg-type]
+    metric = beside_the_loss(arm.state.task.metrics)
     with EpochProgress(arm.name, epochs, arm.total_steps, metric, quiet=quiet) as progress:
         progress.advance(done.steps)
         interrupted = False
@@ -62,7 +65,8 @@ def _train(arm: Arm, stop: StopRequest, checkpoints: Checkpoints | None, progres
         arm.epoch = Epoch(arm.order.get_state(), network.version(), torch.zeros((), device=device))
     epoch = arm.epoch
     served = Served(epoch.batches, epoch.began, arm.order.get_state()) if epoch.batches else None
-    for inputs, targets in training_batches(arm.data, state.config.batch_size, arm.order, served):
+    left = training_batches(arm.data, state.config.batch_size, arm.order, served)
+    for inputs, targets in itertools.islice(left, arm.total_steps - done.steps):
         inputs, targets = to_device(inputs, device), targets.to(device)
         changed = network.version() != arm.measured_version
         arm.measured_version = network.version()

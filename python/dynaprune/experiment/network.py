@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from dynaprune.experiment.counted_trial import CountedTrial
+from dynaprune.experiment.length import total_steps
 from dynaprune.experiment.mask_record import MaskRecord
 from dynaprune.experiment.metrics import median_seconds
 from dynaprune.experiment.report import EVER_LIVED, NEVER_PRESENT, REMOVALS, SWAPPED
 from dynaprune.experiment.steps import TrainState, time_in_turn
 from dynaprune.experiment.tasks import TaskData
-from dynaprune.experiment.tasks.data import batches, batches_per_epoch, training_batches
+from dynaprune.experiment.tasks.data import batches, training_batches
 from dynaprune.nn.to_device import to_device
 from dynaprune.pruning.pruner import Pruner
 
@@ -25,7 +26,7 @@ __all__ = ["DenseNetwork", "PrunedNetwork"]
 
 # After so many steps a batch norm's running statistics (momentum 0.1) hold less than 1% of what they were.
 _STATISTICS_SETTLED = 50
-_RECALIBRATION_BATCH = 128
+_RECALIBRATION_BATCH, _RECALIBRATION_SAMPLES = 128, 1024
 _TRIAL_BATCH = 256
 
 
@@ -124,8 +125,9 @@ class PrunedNetwork(DenseNetwork):
             classes = targets if data.classes is not None else None
             return task.losses(task.forward(model, inputs), targets), classes
 
-        self.trial = CountedTrial(
-            CalibrationTrial(
+        trial = None
+        if config.calibration_samples:
+            trial = CalibrationTrial(
                 model,
                 data.train,
                 losses,
@@ -134,12 +136,15 @@ class PrunedNetwork(DenseNetwork):
                 seed=config.model_seed + 1,
                 collate=data.collate,
             )
-        )
+        self.trial = CountedTrial(trial)
         inputs, _ = next(batches(data.train, 2, collate=data.collate))
-        total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
-        pruning = config.pruning_config(total_steps, data.classes)
+        steps = total_steps(config, len(data.train))  # type: ignore[arg-type]
         self.pruner = attach(
-            model, state.optimizer, pruning, trial=self.trial, example_inputs=to_device(inputs, state.device)
+            model,
+            state.optimizer,
+            config.pruning_config(steps, data.classes),
+            trial=None if trial is None else self.trial,
+            example_inputs=to_device(inputs, state.device),
         )
         self._state, self._data = state, data
         self._record = MaskRecord(self.pruner.layers)
@@ -179,7 +184,7 @@ class PrunedNetwork(DenseNetwork):
         source = training_batches(
             self._data, _RECALIBRATION_BATCH, torch.Generator().manual_seed(config.model_seed + self._step)
         )
-        wanted = -(-config.calibration_samples // _RECALIBRATION_BATCH)
+        wanted = -(-(config.calibration_samples or _RECALIBRATION_SAMPLES) // _RECALIBRATION_BATCH)
         full = max(1, len(self._data.train) // _RECALIBRATION_BATCH)  # type: ignore[arg-type]
         done = recalibrate_batch_norm(
             self.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,18 @@ from dynaprune.experiment.run_config import RunConfig, differing_settings
 from dynaprune.experiment.saved_results import read_arm, read_json, read_report
 from dynaprune.experiment.sole_writer import LOCK_NAME
 
+_OF_PILOTS = ("pilot", "pilot.json")
+
 __all__ = ["CONFIG", "arm_is_finished", "check_empty", "check_settings", "check_unfinished"]
 
 CONFIG = "config.json"
 
 
 def check_empty(out: Path) -> None:
-    """ValueError unless ``out`` is a folder with nothing in it or does not exist."""
+    """ValueError unless ``out`` is a folder with nothing in it, pilots aside, or does not exist."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
-    if out.is_dir() and any(each.name != LOCK_NAME for each in out.iterdir()):
+    if out.is_dir() and any(each.name not in (LOCK_NAME, *_OF_PILOTS) for each in out.iterdir()):
         raise ValueError(
             f"--out must be new or empty, and {out} holds files: choose another folder or remove it"
         )
@@ -34,13 +37,16 @@ def check_settings(folder: Path, found: dict[str, Any], config: RunConfig) -> No
         )
 
 
-def check_unfinished(out: Path, config: RunConfig) -> None:
-    """ValueError unless ``out`` is new, empty, or holds a comparison of these settings that was cut short."""
+def check_unfinished(out: Path, config: RunConfig, arms: Sequence[str] = ()) -> None:
+    """ValueError unless ``out`` is new, empty, holds folders of some of the ``arms`` (by name), or a
+    comparison of these settings that was cut short or lacks one of them."""
     if not (out / CONFIG).is_file():
-        check_empty(out)
+        if not any((out / arm / CONFIG).is_file() for arm in arms):
+            check_empty(out)
         return
     report = out / "report.json"
-    if report.is_file() and read_report(report) is not None:
+    found = read_report(report) if report.is_file() else None
+    if found is not None and all(arm in found or arm in found.get("controls", {}) for arm in arms):
         check_empty(out)
     check_settings(out, read_json(out / CONFIG), config)
 

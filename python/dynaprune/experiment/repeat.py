@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dynaprune.experiment.compare import compare
+from dynaprune.experiment.controls import ARMS, arm_name
+from dynaprune.experiment.figure_text import difference_kind, shown
 from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
 from dynaprune.experiment.out_folder import check_settings
+from dynaprune.experiment.rates import read_rates
 from dynaprune.experiment.report import data_of
-from dynaprune.experiment.report_text import difference_kind, on_copy, shown
+from dynaprune.experiment.report_text import on_copy
 from dynaprune.experiment.run_config import Resuming, RunConfig
 from dynaprune.experiment.saved_results import read_json, read_report
 from dynaprune.experiment.sole_writer import sole_writer
@@ -90,14 +94,16 @@ def plan(config: RunConfig, seeds: list[int], folds: int | None) -> list[tuple[s
     ]
 
 
-def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The report in ``folder`` if that run is complete; ValueError if it was made with other settings or is
-    damaged."""
+def _finished(folder: Path, config: RunConfig, controls: Sequence[str]) -> dict[str, Any] | None:
+    """The report in ``folder`` if that run is complete, with all ``controls``; ValueError if it was made with
+    other settings or is damaged."""
     path = folder / "report.json"
     if not path.is_file():
         return None
     report = read_report(path)
     check_settings(folder, (report or read_json(path))["config"], config)
+    if report is not None and any(arm_name(arm) not in report.get("controls", {}) for arm in controls):
+        return None
     return report
 
 
@@ -233,12 +239,14 @@ def repeat(
     seeds: list[int],
     folds: int | None,
     *,
+    controls: Sequence[str] = (),
+    rates: Path | None = None,
     pictures: bool = False,
     quiet: bool = False,
     resuming: Resuming | None = None,
 ) -> tuple[dict[str, Any] | None, bool]:
     """Run the plan, each run in its folder under ``out``; runs finished before with the same settings are
-    kept, and one that was cut short goes on.
+    kept, and one that was cut short goes on. ``rates`` is a ``pilot.json``.
 
     Writes ``summary.json`` and ``summary.md`` after every run. Returns (the summary or None, interrupted).
 
@@ -248,8 +256,10 @@ def repeat(
     """
     runs = plan(config, seeds, folds)
     reports = {}
+    arms = (*ARMS, *controls)
+    of_pilots = {name: {} if rates is None else read_rates(rates, each, arms) for name, each in runs}
     for name, each in runs:
-        found = _finished(out / name, each)
+        found = _finished(out / name, each, controls)
         if found is not None:
             reports[name] = found
     if reports and not quiet:
@@ -261,6 +271,8 @@ def repeat(
                 report = compare(
                     each,
                     out / name,
+                    controls=controls,
+                    rates=of_pilots[name],
                     quiet=True,
                     pictures=pictures,
                     interrupts=interrupts,

@@ -94,6 +94,8 @@ def build_report(
     """The content of ``report.json``: an arm that did not run is null, ``interrupted`` says whether one was
     cut, and ``marks`` what makes figures less than exact or comparable."""
     baseline, pruned = arms.get("baseline"), arms.get("pruned")
+    controls = {name: arm for name, arm in arms.items() if name not in ("baseline", "pruned")}
+    both = (baseline, pruned)
     return {
         "task": config["task"],
         "seed": config["seed"],
@@ -102,8 +104,9 @@ def build_report(
         "baseline": baseline,
         "pruned": pruned,
         "ratios": ratios(baseline, pruned, figures_of(config["task"])),
-        "interrupted": any(a is None or a["interrupted"] for a in (baseline, pruned)),
-        "marks": marks({"baseline": baseline, "pruned": pruned}),
+        **({"controls": controls} if controls else {}),
+        "interrupted": any(a is None or a["interrupted"] for a in (*both, *controls.values())),
+        "marks": marks({"baseline": baseline, "pruned": pruned, **controls}),
     }
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dynaprune.experiment import memory_figures
+from dynaprune.experiment.controls_text import controls_table
+from dynaprune.experiment.figure_text import shown
 from dynaprune.experiment.report import data_of
 from dynaprune.experiment.tasks.metric import KNOWN
 from dynaprune.experiment.write import write_text
 
-__all__ = ["difference_kind", "on_copy", "shown", "table_rows", "what_stays_whole", "write_markdown"]
+__all__ = ["on_copy", "table_rows", "what_stays_whole", "write_markdown"]
 
 _LABELS = {
     **{key: (f"test {metric.label}", metric.unit) for key, metric in KNOWN.items()},
@@ -43,58 +45,6 @@ _LABELS = {
     "removed_untested": ("units removed untested", "count"),
     "blocks_removed_with_neurons": ("blocks that went with a neuron of theirs", "count"),
 }
-
-
-def _three_digits(value: float) -> str:
-    """At least three digits, and never an exponent for a large number."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _scaled(value: float, steps: list[tuple[float, str]]) -> str:
-    for factor, unit in steps:
-        if abs(value) >= factor:
-            return f"{_three_digits(value / factor)} {unit}"
-    return _three_digits(value)
-
-
-_DIFFERENCES = {"share": "points", "nats": "difference in nats", "number": "difference"}
-
-
-def difference_kind(unit: str) -> str:
-    """The kind, for `shown`, of a difference of two figures of a metric's ``unit``."""
-    return _DIFFERENCES[unit]
-
-
-def shown(value: Any, kind: str) -> str:
-    """``value`` for people.
-
-    Kinds are share, nats, number, seconds, time, count, bytes, flops, truth and ratio, and for differences
-    those of `difference_kind`."""
-    if value is None:
-        return "-"
-    if kind == "truth":
-        return "yes" if value else "no"
-    if kind == "share":
-        return f"{100 * value:.2f} %"
-    if kind == "nats":
-        return f"{value:.4f}"
-    if kind == "number":
-        return f"{value:,.2f}"
-    if kind == "ratio":
-        return f"{value:.3f}"
-    if kind == "points":
-        return f"{100 * value:+.2f}"
-    if kind in _DIFFERENCES.values():
-        return f"{value:+.4f}" if kind == "difference in nats" else f"{value:+.2f}"
-    if kind == "seconds":
-        return f"{value:.1f} s"
-    if kind == "time":
-        return f"{_three_digits(1e3 * value)} ms"
-    if kind == "bytes":
-        return _scaled(value, [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")])
-    if kind == "flops":
-        return _scaled(value, [(1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")])
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def on_copy(label: str, data: dict[str, Any]) -> str:
@@ -174,6 +124,7 @@ def write_markdown(path: Path, report: dict[str, Any], pictures: list[str]) -> N
     for mark in report["marks"]:
         lines += ["", f"**{mark}**"]
     lines += ["", *[f"![{name.removesuffix('.png')}]({name})" for name in pictures], ""]
+    lines += controls_table(report)
     if memory := memory_figures.tables(report, shown):
         lines += ["## Memory by kind", "", *memory]
     lines += what_stays_whole(report)

@@ -28,6 +28,7 @@ __all__ = [
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
+PILOT_LENGTH = 1 / 3
 
 
 class Option(NamedTuple):
@@ -48,8 +49,9 @@ class RunConfig:
     The defaults are the experiment's; a task that needs others names them in its module. ``optimizer`` is
     "adam" (L2 in the gradient) or "adamw". The learning rate rises over ``warmup_steps``, then follows
     ``schedule``: "constant", "linear" (to zero) or "cosine" (to zero). Gradients are clipped to the norm
-    ``max_grad_norm`` where it is above 0. ``target_sparsity`` None means self-paced. ``pruning`` holds
-    further keyword arguments of `dynaprune.PruningConfig`, ``options`` the task's `TaskOptions`."""
+    ``max_grad_norm`` where it is above 0. ``target_sparsity`` None means self-paced. A ``pilot`` has a third
+    of the steps, and is for choosing the learning rate. ``pruning`` holds further keyword arguments of
+    `dynaprune.PruningConfig`, ``options`` the task's `TaskOptions`."""
 
     task: str
     epochs: Annotated[int, Option("at most this many epochs", literal=True)] = 50
@@ -94,7 +96,7 @@ class RunConfig:
     ] = 5
     weight_decay: Annotated[float, Option("L2, or AdamW's decay", literal=True)] = 1e-4
     dropout: Annotated[float, Option("the baseline's dropout", literal=True)] = 0.5
-    calibration_samples: Annotated[int, Option("training samples per trial evaluation")] = 1024
+    calibration_samples: Annotated[int, Option("training samples per trial evaluation; 0: no trial")] = 1024
     initial_sparsity: Annotated[
         float | None, Option("share of weights that the pruned arm leaves out from the first step, 0..1")
     ] = None
@@ -113,6 +115,10 @@ class RunConfig:
     rewire_until: Annotated[
         float | None, Option("fraction of training at which that stops; removals come after it")
     ] = None
+    steps: Annotated[
+        int | None, Option("end after so many steps, in as many epochs as it takes; the schedule with them")
+    ] = None
+    pilot: bool = False
     pruning: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -275,11 +281,16 @@ def _positive(name: str, value: float, *, zero: bool = False) -> None:
 
 def check(config: RunConfig) -> RunConfig:
     """The configuration itself; ValueError that names the setting, what was expected and what came."""
-    for name in ("epochs", "batch_size", "patience", "block_size", "calibration_samples"):
+    for name in ("epochs", "batch_size", "patience", "block_size", "steps"):
         value = getattr(config, name)
+        if name == "steps" and value is None:
+            continue
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     _positive("lr", config.lr)
+    samples = config.calibration_samples
+    if not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"calibration_samples must be a whole number of at least 0, got {samples!r}")
     for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
         _positive(name, getattr(config, name), zero=True)
     for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):

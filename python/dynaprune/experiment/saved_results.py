@@ -122,7 +122,7 @@ def read_arm(folder: Path, arm: str, task: str) -> dict[str, Any] | None:
         raise _wrong(path, "result.state", "text", result.get("state"))
     _check_parts(path, result.get("parts", []))
     _check_history(folder / "history.csv", arm, result["epochs"])
-    if arm == "pruned":
+    if (folder / "density.csv").is_file() or arm == "pruned":
         _check_structure(folder)
     return found
 

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from dynaprune.experiment.report_text import difference_kind
+from dynaprune.experiment.figure_text import difference_kind
 from dynaprune.experiment.saved_results import is_number
 from dynaprune.experiment.task_results import Figure, TaskResults
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynaprune.experiment.figure_text import difference_kind, shown
 from dynaprune.experiment.memory_figures import KINDS
 from dynaprune.experiment.repeat import corrected_interval
 from dynaprune.experiment.report import OF_A_MACHINE, ratios, scores_of
-from dynaprune.experiment.report_text import difference_kind, shown
 from dynaprune.experiment.saved_results import OF_A_RUN, check_report, is_number, read_json
 from dynaprune.experiment.tasks.metric import KNOWN, Metric
 

@@ -22,11 +22,15 @@ from torch import nn
 from dynaprune.experiment import metrics
 from dynaprune.experiment.arm import Arm
 from dynaprune.experiment.arm_checkpoint import Checkpoints, open_checkpoints
+from dynaprune.experiment.arm_settings import ArmSettings
+from dynaprune.experiment.controls import arm_name, arm_settings
 from dynaprune.experiment.data_fingerprint import data_fingerprint
 from dynaprune.experiment.epochs import train_epochs
 from dynaprune.experiment.interrupts import StopRequest, signals_taken
+from dynaprune.experiment.length import total_steps
 from dynaprune.experiment.network import DenseNetwork, PrunedNetwork
 from dynaprune.experiment.out_folder import CONFIG
+from dynaprune.experiment.planned_flops import with_options
 from dynaprune.experiment.run_config import Resuming, RunConfig
 from dynaprune.experiment.sole_writer import FolderInUse, end_with_parent, sole_writer
 from dynaprune.experiment.state_files import Identity, StateFiles, remove_states
@@ -39,15 +43,12 @@ from dynaprune.experiment.steps import (
     make_schedule,
 )
 from dynaprune.experiment.tasks import Task, TaskData, get_task
-from dynaprune.experiment.tasks.data import batches_per_epoch
 from dynaprune.experiment.write import write_json
 from dynaprune.pruning.early_stopping import EarlyStopping
 from dynaprune.saving.durable import cannot_write
 from dynaprune.saving.tensor_file import read_tensors, write_tensors
 
-__all__ = ["ARMS", "CannotStart", "main", "run_arm"]
-
-ARMS = ("baseline", "pruned")
+__all__ = ["CannotStart", "main", "run_arm"]
 
 
 class CannotStart(Exception):
@@ -132,8 +133,9 @@ def run_arm(
     resuming: Resuming | None = None,
 ) -> dict[str, Any]:
     """Train and test one arm; write ``config.json``, ``history.csv``, what the network became and, last,
-    ``arm.json`` into ``out``.
+    ``arm.json`` into ``out``. A pilot is not tested.
 
+    ``arm`` is baseline, pruned, or a control of a comparison with these settings: NAME or NAME=VALUE.
     It goes on from the arm's newest checkpoint where there is one, and removes its checkpoints when it is
     done. ``pretrained`` is where the weights of a pretraining are kept or taken from (``out`` where not
     given).
@@ -146,22 +148,23 @@ def run_arm(
         OSError: ``out`` or the checkpoints cannot be written.
         CannotStart: data that cannot be read, settings that the pruner refuses for this model, checkpoints
             of another training or none that is whole."""
-    if arm not in ARMS:
-        raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
+    arm_name(arm)
     resuming = resuming if resuming is not None else Resuming()
     stop = StopRequest()
     with sole_writer(out), signals_taken(stop.take), _denormals_flushed():
         file = pretrained if pretrained is not None else out / "pretrained.safetensors"
         data = _data(config, out, file)
+        settings = _settings(config, arm, data)
+        data = with_options(data, settings.config.options)
         with open_checkpoints(
-            resuming.folder(arm, out),
-            Identity(arm, config, data_fingerprint(data)),
+            resuming.folder(settings.name, out),
+            Identity(settings.name, settings.config, data_fingerprint(data)),
             metrics.environment(torch.device(config.device)),
             every_seconds=60 * resuming.checkpoint_minutes,
             restart=resuming.restart,
         ) as checkpoints:
-            begin = functools.partial(_new_arm, config, arm, data, file, checkpoints.pretraining)
-            return _run(begin, checkpoints, out, stop, quiet)
+            begin = functools.partial(_new_arm, settings, data, file, checkpoints.pretraining)
+            return _run(begin, checkpoints, out, config, stop, quiet)
 
 
 @contextlib.contextmanager
@@ -188,29 +191,39 @@ def _data(config: RunConfig, out: Path, pretrained: Path) -> TaskData:
         raise CannotStart(str(error)) from error
 
 
+def _settings(config: RunConfig, arm: str, data: TaskData) -> ArmSettings:
+    try:
+        return arm_settings(arm, config, get_task(config.task), data)
+    except (ValueError, TypeError) as error:
+        raise CannotStart(f"the arm {arm}: {error}") from error
+
+
 def _new_arm(
-    config: RunConfig, name: str, data: TaskData, pretrained: Path, states: StateFiles, *, goes_on: bool
+    settings: ArmSettings, data: TaskData, pretrained: Path, states: StateFiles, *, goes_on: bool
 ) -> Arm:
     """An arm before its first step. One that goes on from a checkpoint gets its weights from there, any other
     where the settings say so from a pretraining, which has ``states`` of its own."""
-    device, task, pruned = torch.device(config.device), get_task(config.task), name == "pruned"
+    config = settings.config
+    device, task = torch.device(config.device), get_task(config.task)
     torch.manual_seed(config.model_seed)
     try:
-        model = task.build_model(data, 0.0 if pruned else config.dropout).to(device).train()
+        model = task.build_model(data, settings.dropout).to(device).train()
     except (ValueError, OSError, ImportError) as error:
         raise CannotStart(str(error)) from error
     notes = {} if goes_on else _pretrained(task, model, data, config, device, pretrained, states)
     optimizer, implementation = make_optimizer(model, config)
-    total_steps = config.epochs * batches_per_epoch(data.train, config.batch_size)
-    schedule = make_schedule(optimizer, config, total_steps)
+    schedule = make_schedule(optimizer, config, total_steps(config, len(data.train)))  # type: ignore[arg-type]
     state = TrainState(config, task, model, optimizer, device, schedule)
     try:
-        network = PrunedNetwork(state, data) if pruned else DenseNetwork(model)
+        network = PrunedNetwork(state, data) if settings.pruned else DenseNetwork(model)
     except (ValueError, TypeError) as error:
         raise CannotStart(str(error)) from error
     order = torch.Generator().manual_seed(config.model_seed)
     notes["optimizer"] = implementation
-    return Arm(name, state, data, network, order, EarlyStopping(config.patience), notes=notes)
+    notes["settings"] = config.to_json()
+    if settings.plan:
+        notes["plan"] = settings.plan
+    return Arm(settings.name, state, data, network, order, EarlyStopping(config.patience), notes=notes)
 
 
 def _begun(begin: Callable[..., Arm], checkpoints: Checkpoints, quiet: bool) -> Arm:
@@ -231,7 +244,12 @@ def _begun(begin: Callable[..., Arm], checkpoints: Checkpoints, quiet: bool) -> 
 
 
 def _run(
-    begin: Callable[..., Arm], checkpoints: Checkpoints, out: Path, stop: StopRequest, quiet: bool
+    begin: Callable[..., Arm],
+    checkpoints: Checkpoints,
+    out: Path,
+    given: RunConfig,
+    stop: StopRequest,
+    quiet: bool,
 ) -> dict[str, Any]:
     device = torch.device(checkpoints.identity.config.device)
     loaded = metrics.peak_memory_bytes(device)
@@ -241,17 +259,10 @@ def _run(
     arm.peak_before = max(arm.peak_before, loaded)
     arm.memory.held_before = held_before if can_reset else None
     (out / "arm.json").unlink(missing_ok=True)
-    write_json(out / CONFIG, arm.state.config.to_json())
-    done = train_epochs(arm, stop, out, checkpoints=checkpoints, quiet=quiet)
-    assert done.kept is not None
-    tested, facts = done.kept
-    test_loss, scores = evaluate(arm.state.task, tested, arm.data.test, device, arm.data.collate)
-    arm.network.write(out, tested)
+    write_json(out / CONFIG, given.to_json())
+    train_epochs(arm, stop, out, checkpoints=checkpoints, quiet=quiet)
     result = {
-        **{f"test_{name}": value for name, value in scores.items()},
-        "test_loss": test_loss,
-        **_costs(arm),
-        **facts,
+        **(_validated(arm) if arm.state.config.pilot else _tested(arm, out)),
         "memory_bytes_before_model": held_before,
         **arm.notes,
         "data": arm.data.description,
@@ -263,6 +274,32 @@ def _run(
     if not result["interrupted"]:
         remove_states(checkpoints.folder)
     return result
+
+
+def _tested(arm: Arm, out: Path) -> dict[str, Any]:
+    """Scores on the test part, what it cost and what became of the network, which is written to ``out``."""
+    assert arm.done.kept is not None
+    tested, facts = arm.done.kept
+    loss, scores = evaluate(arm.state.task, tested, arm.data.test, arm.state.device, arm.data.collate)
+    arm.network.write(out, tested)
+    return {
+        **{f"test_{name}": value for name, value in scores.items()},
+        "test_loss": loss,
+        **_costs(arm),
+        **facts,
+    }
+
+
+def _validated(arm: Arm) -> dict[str, Any]:
+    """What a pilot tells: the validation part's scores of the epoch that was the best, else of the last."""
+    history = arm.done.history
+    row = history[-1 if arm.done.best_epoch is None else arm.done.best_epoch - 1]
+    return {
+        **{name: value for name, value in row.items() if name.startswith("validation_")},
+        "steps": arm.done.steps,
+        "train_seconds": arm.done.seconds,
+        "interrupted": arm.done.ended == "interrupted",
+    }
 
 
 def exit_code(run: Callable[[], dict[str, Any]]) -> int:
@@ -285,8 +322,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of an arm's process; the return value is its exit code."""
     parser = argparse.ArgumentParser(prog="python -m dynaprune.experiment.train", description=__doc__)
     parser.add_argument("config", type=Path, help="JSON with the fields of RunConfig")
-    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--arm", required=True, help="NAME or NAME=VALUE")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lr", type=float, help="in place of that of the settings")
+    parser.add_argument("--sparse-rate", help="in place of that of the settings")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--pretrained", type=Path, help="weights of a pretraining: kept or taken here")
     parser.add_argument("--checkpoints", help="folder for the arm's checkpoints")
@@ -298,6 +337,8 @@ def main(arguments: list[str] | None = None) -> int:
         end_with_parent(given.parent)
     try:
         config = RunConfig.read(given.config)
+        own = {"lr": given.lr, "sparse_rate": given.sparse_rate}
+        config = replace(config, **{name: value for name, value in own.items() if value is not None})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -114,6 +114,9 @@ class Task:
     the report says of it; it runs once for both, where the option "pretrain_epochs" is above 0. In ``states``
     (`StateFiles`) it keeps what it goes on from where it is cut short.
 
+    ``narrower`` has, by the name of a control, the networks that it may take: given the options, those of
+    ever wider networks up to the whole one, for each width the usual one first, then others near it.
+
     ``evaluation_batch`` is the number of samples per forward pass in evaluations and trials, where the usual
     128 and 256 would take too much memory."""
 
@@ -136,6 +139,9 @@ class Task:
     predict: Callable[[Any], Any] = _likeliest_class
     score_of_loss: Callable[[float], dict[str, float]] | None = None
     pretrain: Callable[[nn.Module, TaskData, Any, torch.device, Any], dict[str, Any]] | None = None
+    narrower: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Sequence[dict[str, Any]]]]] = field(
+        default_factory=dict
+    )
 
 
 def task_names() -> list[str]:

@@ -12,6 +12,7 @@ between Dropout and Batch Normalization", CVPR 2019)."""
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 HUB_NAME, HUB_REVISION = "uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2"
 CLASSES, SIDE, PADDING = 10, 32, 4
+_NARROWEST, _WIDTHS = 16, 128  # the first stage has 8 channels at least
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
 _SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 
@@ -170,6 +172,14 @@ def build_model(data: TaskData, dropout: float) -> nn.Module:
     )
 
 
+def narrower(options: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Ever wider networks up to that of ``options``: every width that has other channels."""
+    widths: dict[tuple[int, ...], float] = {}
+    for number in range(_NARROWEST, math.floor(options["width"] * _WIDTHS) + 1):
+        widths.setdefault(resnet18_channels(number / _WIDTHS), number / _WIDTHS)
+    return [[{**options, "width": width}] for width in widths.values()]
+
+
 TASK = Task(
     name="cifar10",
     title="CIFAR-10 (32x32 photographs, ten classes), ResNet-18",
@@ -189,4 +199,5 @@ TASK = Task(
     },
     self_paced={"cost": "flops", "end": 0.5},
     options={"train_samples": 0, "width": 1.0},
+    narrower={"small": narrower},
 )

@@ -10,7 +10,8 @@ percent of the time of a training. No text is in two parts: reviews that occur t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,15 @@ from dynaprune.experiment.tasks.byte_pairs import kept_pairs, numbered, text_str
 from dynaprune.experiment.tasks.columns import require_columns, texts
 from dynaprune.experiment.tasks.data import read_table
 from dynaprune.experiment.tasks.imdb import HUB_NAME, HUB_REVISION, clean
-from dynaprune.experiment.tasks.llama import SIZES, build, llama_config, logits
+from dynaprune.experiment.tasks.llama import (
+    Size,
+    build,
+    llama_config,
+    logits,
+    narrower,
+    narrower_inside,
+    size_of,
+)
 from dynaprune.experiment.tasks.metric import NATS, PERPLEXITY
 from dynaprune.experiment.tasks.text import fingerprint
 
@@ -91,8 +100,7 @@ def _check(split: Split, options: Mapping[str, Any]) -> None:
     size, context, tokens = options["size"], options["context"], options["tokens"]
     if split.folds is not None:
         raise ValueError("the test part stays as it is in every run: repeat over --seeds, not over --folds")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    size_of(size)
     if context < 2:
         raise ValueError(f"context must be at least 2 tokens, got {context}")
     if tokens != 0 and tokens < context:
@@ -158,7 +166,13 @@ def load(split: Split, options: Mapping[str, Any]) -> LanguageData:
 def build_model(data: TaskData, dropout: float) -> nn.Module:
     """A Llama of the option ``size``."""
     entries = data.description["vocabulary"]["entries"]
-    return build(llama_config(SIZES[data.options["size"]], entries, data.options["context"], dropout))
+    return build(llama_config(size_of(data.options["size"]), entries, data.options["context"], dropout))
+
+
+def _options_of(
+    options: Mapping[str, Any], sizes: Callable[[Size], list[list[Size]]]
+) -> list[list[dict[str, Any]]]:
+    return [[{**options, "size": str(size)} for size in some] for some in sizes(size_of(options["size"]))]
 
 
 def losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -204,4 +218,8 @@ TASK = Task(
     evaluation_batch=32,
     forward=logits,
     losses=losses,
+    narrower={
+        "small": functools.partial(_options_of, sizes=narrower),
+        "small-inner": functools.partial(_options_of, sizes=narrower_inside),
+    },
 )
