@@ -16,12 +16,15 @@ from dynaprune.experiment import metrics
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.tasks import Task, TaskData
 from dynaprune.experiment.tasks.data import batches, training_batches
+from dynaprune.experiment.tasks.metric import ACCURACY
 from dynaprune.nn.to_device import to_device
 
 __all__ = [
+    "Evaluation",
     "TrainState",
     "closing_steps",
     "evaluate",
+    "evaluate_rows",
     "full_batches",
     "make_optimizer",
     "make_schedule",
@@ -131,7 +134,16 @@ class TrainState:
         return round(self.flops_per_sample[which] * self.config.batch_size)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss, the task's metrics, and by the name of each metric that is a mean over rows what every row
+    adds to it: float32 or uint8 ``[rows]`` on the host."""
+
+    loss: float
+    scores: dict[str, float]
+    rows: dict[str, torch.Tensor]
+
+
 def evaluate(
     task: Task,
     model: nn.Module,
@@ -140,6 +152,19 @@ def evaluate(
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Mean loss and the task's metrics over ``dataset``, with the model in evaluation mode meanwhile."""
+    found = evaluate_rows(task, model, dataset, device, collate)
+    return found.loss, found.scores
+
+
+@torch.no_grad()
+def evaluate_rows(
+    task: Task,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    device: torch.device,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Evaluation:
+    """As `evaluate`, row by row as well."""
     training = model.training
     model.eval()
     # One tensor filled in place: small ones kept between large ones would hold all of the heap.
@@ -157,7 +182,16 @@ def evaluate(
             guess += predictions.tolist() if isinstance(predictions, torch.Tensor) else predictions
     model.train(training)
     loss = float(losses.mean())
-    return loss, task.score(truth, guess) if task.score_of_loss is None else task.score_of_loss(loss)
+    scores = task.score(truth, guess) if task.score_of_loss is None else task.score_of_loss(loss)
+    rows = {}
+    for metric in task.metrics:
+        if metric.is_loss:
+            rows[metric.name] = losses.to("cpu", torch.float32)
+        elif metric == ACCURACY:
+            rows[metric.name] = torch.tensor(
+                [a == b for a, b in zip(truth, guess, strict=True)], dtype=torch.uint8
+            )
+    return Evaluation(loss, scores, rows)
 
 
 def full_batches(

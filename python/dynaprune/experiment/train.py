@@ -37,12 +37,13 @@ from dynaprune.experiment.state_files import Identity, StateFiles, remove_states
 from dynaprune.experiment.steps import (
     TrainState,
     closing_steps,
-    evaluate,
+    evaluate_rows,
     full_batches,
     make_optimizer,
     make_schedule,
 )
 from dynaprune.experiment.tasks import Task, TaskData, get_task
+from dynaprune.experiment.test_rows import write_test_rows
 from dynaprune.experiment.write import write_json
 from dynaprune.pruning.early_stopping import EarlyStopping
 from dynaprune.saving.durable import cannot_write
@@ -280,11 +281,12 @@ def _tested(arm: Arm, out: Path) -> dict[str, Any]:
     """Scores on the test part, what it cost and what became of the network, which is written to ``out``."""
     assert arm.done.kept is not None
     tested, facts = arm.done.kept
-    loss, scores = evaluate(arm.state.task, tested, arm.data.test, arm.state.device, arm.data.collate)
+    found = evaluate_rows(arm.state.task, tested, arm.data.test, arm.state.device, arm.data.collate)
     arm.network.write(out, tested)
+    write_test_rows(out, {f"test_{name}": rows for name, rows in found.rows.items()})
     return {
-        **{f"test_{name}": value for name, value in scores.items()},
-        "test_loss": loss,
+        **{f"test_{name}": value for name, value in found.scores.items()},
+        "test_loss": found.loss,
         **_costs(arm),
         **facts,
     }
