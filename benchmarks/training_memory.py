@@ -3,10 +3,11 @@
     python -m benchmarks.training_memory
     python -m benchmarks.training_memory --networks bert-base-mlm --sparsity 0.9 --block 64 --out FILE.csv
 
-Networks of transformers, built from their configurations with random weights: nothing is downloaded. Each arm
-takes real steps of AdamW (fused) on random tokens in a process of its own. The sparse one begins with
-``PruningConfig(initial_sparsity=...)``: random blocks, the same density in every layer that can be pruned;
-embeddings, norms and the classifier stay dense. Its pruner watches every step.
+Networks of transformers, built from their configurations, and ResNet-18 for CIFAR, with random weights:
+nothing is downloaded. Each arm takes real steps of AdamW (fused) on random tokens or images in a process of
+its own. The sparse one begins with ``PruningConfig(initial_sparsity=...)``: random blocks, the same density
+in every layer that can be pruned; embeddings, norms, the first convolution and the classifier stay dense. Its
+pruner watches every step.
 
 Every step is measured by ``dynaprune.memory_of_step``. The figures are those of the step with the highest
 peak. The resident set is the process's peak in as many steps before them, which are not measured, less what
@@ -21,25 +22,28 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.full_size import image_loss
 from dynaprune import PruningConfig, StepMemory, attach, memory_of_step
 from dynaprune.experiment.figure_text import shown
 from dynaprune.experiment.metrics import environment, held_bytes, memory_peak_from_now
 from dynaprune.experiment.write import write_csv
 
+OUT = Path(__file__).parent / "results" / "training_memory.csv"
 STEPS = 5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained. ``sparsity`` None: the dense network."""
+    """What is trained. ``sparsity`` None: the dense network; ``tokens``: of a text."""
 
     network: str
     batch: int
@@ -49,11 +53,50 @@ class Setting:
     sparsity: float | None = None
 
 
-def _bert(kind: str, setting: Setting, **sizes: int) -> nn.Module:
+class Network(NamedTuple):
+    """A network, the loss of one random batch, and the batch and block that it has by default."""
+
+    build: Callable[[Setting], nn.Module]
+    loss: Callable[[nn.Module, Setting, torch.Generator], Tensor]
+    batch: int
+    block: int
+
+
+def _bert(kind: str, setting: Setting, **sizes: Any) -> nn.Module:
     import transformers
 
     dropout = {"hidden_dropout_prob": setting.dropout, "attention_probs_dropout_prob": setting.dropout}
     return getattr(transformers, kind)(transformers.BertConfig(num_labels=2, **dropout, **sizes))
+
+
+def _llama(setting: Setting) -> nn.Module:
+    from dynaprune.experiment.tasks.llama import SIZES, build, llama_config
+    from dynaprune.experiment.tasks.lm import VOCABULARY
+
+    return build(llama_config(SIZES["base"], VOCABULARY, setting.tokens, setting.dropout))
+
+
+def _resnet(share: int, setting: Setting) -> nn.Module:
+    from dynaprune.experiment.tasks.resnet import CifarResNet
+
+    return CifarResNet([width // share for width in (64, 128, 256, 512)], dropout=setting.dropout)
+
+
+def _text_loss(model: nn.Module, setting: Setting, generator: torch.Generator) -> Tensor:
+    """Of the labels of texts, or of all their tokens where the model predicts tokens."""
+    config: Any = model.config
+    shape = setting.batch, setting.tokens
+    ids = torch.randint(config.vocab_size, shape, generator=generator)
+    labels = torch.randint(2, shape[:1], generator=generator) if _classifies(model) else ids
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+
+def _classifies(model: nn.Module) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _image_loss(model: nn.Module, setting: Setting, generator: torch.Generator) -> Tensor:
+    return image_loss(setting.batch)(model, generator)
 
 
 _TINY = {
@@ -63,30 +106,27 @@ _TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-NETWORKS: dict[str, Callable[[Setting], nn.Module]] = {
-    "bert-base": lambda setting: _bert("BertForSequenceClassification", setting),
-    "bert-base-mlm": lambda setting: _bert("BertForMaskedLM", setting),
-    "bert-tiny": lambda setting: _bert("BertForSequenceClassification", setting, **_TINY),
+_DEFAULT = ("bert-base", "bert-base-mlm", "lm-base", "resnet18", "resnet18-half")
+NETWORKS = {
+    "bert-base": Network(partial(_bert, "BertForSequenceClassification"), _text_loss, 4, 32),
+    "bert-base-mlm": Network(partial(_bert, "BertForMaskedLM"), _text_loss, 4, 32),
+    "bert-tiny": Network(partial(_bert, "BertForSequenceClassification", **_TINY), _text_loss, 4, 16),
+    "lm-base": Network(_llama, _text_loss, 2, 16),
+    "resnet18": Network(partial(_resnet, 1), _image_loss, 64, 16),
+    "resnet18-half": Network(partial(_resnet, 2), _image_loss, 64, 16),
 }
-
-
-def _batch(model: nn.Module, setting: Setting, generator: torch.Generator) -> dict[str, Tensor]:
-    config: Any = model.config
-    shape = setting.batch, setting.tokens
-    ids = torch.randint(config.vocab_size, shape, generator=generator)
-    labels = ids if setting.network.endswith("mlm") else torch.randint(2, shape[:1], generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def trained(setting: Setting, steps: int) -> dict[str, Any]:
     """The figures of ``steps`` measured steps, after as many that are not: bytes by name, and the losses."""
     torch.manual_seed(0)
     generator, device = torch.Generator().manual_seed(1), torch.device("cpu")
+    network = NETWORKS[setting.network]
     with torch.device("meta"):
-        NETWORKS[setting.network](setting)  # what it imports is there before memory is read
+        network.build(setting)  # what it imports is there before memory is read
     with memory_peak_from_now(device) as resident:
         before = held_bytes(device) or 0
-        model = NETWORKS[setting.network](setting).train()
+        model = network.build(setting).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         pruner = None
         if setting.sparsity is not None:
@@ -102,7 +142,7 @@ def trained(setting: Setting, steps: int) -> dict[str, Any]:
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            loss = model(**_batch(model, setting, generator)).loss
+            loss = network.loss(model, setting, generator)
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -166,45 +206,44 @@ def compared(setting: Setting, sparsity: float, steps: int) -> list[dict[str, An
     """Measures both arms of a network, prints their table and returns its rows."""
     dense, sparse = (in_a_process(each, steps) for each in (setting, replace(setting, sparsity=sparsity)))
     found = rows(dense, sparse)
-    print(f"{setting.network}\n\n{table(found)}\n")
+    print(f"{setting.network}, batch {setting.batch}, blocks of {setting.block}\n\n{table(found)}\n")
     for name, arm in (("dense", dense), ("sparse", sparse)):
         print(f"losses, {name}: {', '.join(f'{loss:.3f}' for loss in arm['losses'])}")
     print(flush=True)
-    return [{"network": setting.network, **row} for row in found]
+    shape = {"network": setting.network, "batch": setting.batch, "block": setting.block}
+    return [{**shape, **row} for row in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures dense and sparse arms, prints their tables, and writes a CSV file where asked."""
+    """Measures dense and sparse arms, prints their tables, and writes the CSV file after each network."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = ["bert-base", "bert-base-mlm"]
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=default)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(_DEFAULT))
     parser.add_argument("--sparsity", type=float, default=0.8, help="of the layers that can be pruned")
-    parser.add_argument("--block", type=int, default=32, help="edge of a block, 8 to 128")
-    parser.add_argument("--batch", type=int, default=4, help="texts in a batch")
+    parser.add_argument("--block", type=int, help="edge of a block, 8 to 128; by default the network's own")
+    parser.add_argument("--batch", type=int, help="texts or images; by default the network's own number")
     parser.add_argument("--tokens", type=int, default=128, help="tokens in a text")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=STEPS, help="measured steps, after as many that are not")
-    parser.add_argument("--out", type=Path, help="a CSV file to write")
+    parser.add_argument("--out", type=Path, default=OUT, help="the CSV file")
     options = parser.parse_args(arguments)
     if not 0 < options.sparsity < 1:
         parser.error(f"--sparsity must be above 0 and below 1, got {options.sparsity}")
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-    sizes = {key: getattr(options, key) for key in ("batch", "tokens", "block", "dropout")}
+    for name in ("steps", "batch"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            parser.error(f"--{name} must be at least 1, got {given}")
+    same = {key: getattr(options, key) for key in ("tokens", "dropout")}
     where = environment(torch.device("cpu"))
     machine = {
-        **{"sparsity": options.sparsity, **sizes, "steps": options.steps},
+        **{"sparsity": options.sparsity, **same, "steps": options.steps},
         **{key: where[key] for key in ("cpu", "cpu_kernels", "threads", "commit")},
         "torch": where["versions"]["torch"],
         "transformers": version("transformers"),
     }
-    found = [
-        row
-        for network in options.networks
-        for row in compared(Setting(network, **sizes), options.sparsity, options.steps)
-    ]
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, Any]] = []
+    for name in options.networks:
+        batch, block = options.batch or NETWORKS[name].batch, options.block or NETWORKS[name].block
+        found += compared(Setting(name, batch=batch, block=block, **same), options.sparsity, options.steps)
         write_csv(options.out, [{**row, **machine} for row in found])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     return 0

@@ -35,11 +35,13 @@ def test_the_training_state_falls_with_the_blocks_and_activations_stay(
     for arm in ("dense_bytes", "sparse_bytes"):
         assert sum(int(row[arm]) for row in parts) == int(peak[arm])
     assert found["index at the peak"]["dense_bytes"] == "0" and found["index at the peak"]["ratio"] == ""
-    assert "| training state |" in capsys.readouterr().out
+    assert "bert-tiny, batch 4, blocks of 16" in (printed := capsys.readouterr().out)
+    assert "| training state |" in printed
 
 
-def test_steps_are_those_of_a_real_training() -> None:
-    found = trained(Setting("bert-tiny", 4, 8, 16, 0.0, 0.5), 2)
+@pytest.mark.parametrize("network", ["bert-tiny", "resnet18-half"])
+def test_steps_are_those_of_a_real_training(network: str) -> None:
+    found = trained(Setting(network, 4, 8, 16, 0.0, 0.5), 2)
     assert len(found["losses"]) == 4 and len(set(found["losses"])) == 4
 
 
@@ -48,6 +50,7 @@ def test_steps_are_those_of_a_real_training() -> None:
     [
         ("--sparsity=1", "--sparsity must be above 0 and below 1, got 1"),
         ("--steps=0", "--steps must be at least 1, got 0"),
+        ("--batch=0", "--batch must be at least 1, got 0"),
         ("--networks=bert", "invalid choice: 'bert'"),
     ],
 )
