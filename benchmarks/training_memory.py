@@ -18,6 +18,7 @@ allocator keeps.
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,12 +55,13 @@ class Setting:
 
 
 class Network(NamedTuple):
-    """A network, the loss of one random batch, and the batch and block that it has by default."""
+    """A network, the loss of one random batch, and the batch, block and dropout that it has by default."""
 
     build: Callable[[Setting], nn.Module]
     loss: Callable[[nn.Module, Setting, torch.Generator], Tensor]
     batch: int
     block: int
+    dropout: float
 
 
 def _bert(kind: str, setting: Setting, **sizes: Any) -> nn.Module:
@@ -108,12 +110,12 @@ _TINY = {
 }
 _DEFAULT = ("bert-base", "bert-base-mlm", "lm-base", "resnet18", "resnet18-half")
 NETWORKS = {
-    "bert-base": Network(partial(_bert, "BertForSequenceClassification"), _text_loss, 4, 32),
-    "bert-base-mlm": Network(partial(_bert, "BertForMaskedLM"), _text_loss, 4, 32),
-    "bert-tiny": Network(partial(_bert, "BertForSequenceClassification", **_TINY), _text_loss, 4, 16),
-    "lm-base": Network(_llama, _text_loss, 2, 16),
-    "resnet18": Network(partial(_resnet, 1), _image_loss, 64, 16),
-    "resnet18-half": Network(partial(_resnet, 2), _image_loss, 64, 16),
+    "bert-base": Network(partial(_bert, "BertForSequenceClassification"), _text_loss, 4, 32, 0.1),
+    "bert-base-mlm": Network(partial(_bert, "BertForMaskedLM"), _text_loss, 4, 32, 0.1),
+    "bert-tiny": Network(partial(_bert, "BertForSequenceClassification", **_TINY), _text_loss, 4, 16, 0.1),
+    "lm-base": Network(_llama, _text_loss, 2, 16, 0.0),
+    "resnet18": Network(partial(_resnet, 1), _image_loss, 64, 16, 0.0),
+    "resnet18-half": Network(partial(_resnet, 2), _image_loss, 64, 16, 0.0),
 }
 
 
@@ -206,23 +208,39 @@ def compared(setting: Setting, sparsity: float, steps: int) -> list[dict[str, An
     """Measures both arms of a network, prints their table and returns its rows."""
     dense, sparse = (in_a_process(each, steps) for each in (setting, replace(setting, sparsity=sparsity)))
     found = rows(dense, sparse)
-    print(f"{setting.network}, batch {setting.batch}, blocks of {setting.block}\n\n{table(found)}\n")
+    shape = {key: getattr(setting, key) for key in ("network", "batch", "block", "dropout")}
+    print(f"{', '.join(f'{key} {value}' for key, value in shape.items())}\n\n{table(found)}\n")
     for name, arm in (("dense", dense), ("sparse", sparse)):
         print(f"losses, {name}: {', '.join(f'{loss:.3f}' for loss in arm['losses'])}")
     print(flush=True)
-    shape = {"network": setting.network, "batch": setting.batch, "block": setting.block}
     return [{**shape, **row} for row in found]
 
 
+def _setting(name: str, options: argparse.Namespace) -> Setting:
+    own = NETWORKS[name]
+    batch, block = options.batch or own.batch, options.block or own.block
+    dropout = own.dropout if options.dropout is None else options.dropout
+    return Setting(name, batch, options.tokens, block, dropout)
+
+
+def _write(path: Path, network: str, found: Sequence[dict[str, Any]]) -> None:
+    """Put the rows of a network into the file, in place of its earlier ones; those of others stay."""
+    others: list[dict[str, Any]] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            others = [row for row in csv.DictReader(file) if row["network"] != network]
+    write_csv(path, sorted([*others, *found], key=lambda row: list(NETWORKS).index(row["network"])))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures dense and sparse arms, prints their tables, and writes the CSV file after each network."""
+    """Measures dense and sparse arms, prints their tables, and writes the rows of each network."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(_DEFAULT))
     parser.add_argument("--sparsity", type=float, default=0.8, help="of the layers that can be pruned")
     parser.add_argument("--block", type=int, help="edge of a block, 8 to 128; by default the network's own")
     parser.add_argument("--batch", type=int, help="texts or images; by default the network's own number")
     parser.add_argument("--tokens", type=int, default=128, help="tokens in a text")
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, help="by default the network's own")
     parser.add_argument("--steps", type=int, default=STEPS, help="measured steps, after as many that are not")
     parser.add_argument("--out", type=Path, default=OUT, help="the CSV file")
     options = parser.parse_args(arguments)
@@ -231,20 +249,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("steps", "batch"):
         if (given := getattr(options, name)) is not None and given < 1:
             parser.error(f"--{name} must be at least 1, got {given}")
-    same = {key: getattr(options, key) for key in ("tokens", "dropout")}
     where = environment(torch.device("cpu"))
     machine = {
-        **{"sparsity": options.sparsity, **same, "steps": options.steps},
+        **{"sparsity": options.sparsity, "tokens": options.tokens, "steps": options.steps},
         **{key: where[key] for key in ("cpu", "cpu_kernels", "threads", "commit")},
         "torch": where["versions"]["torch"],
         "transformers": version("transformers"),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
     for name in options.networks:
-        batch, block = options.batch or NETWORKS[name].batch, options.block or NETWORKS[name].block
-        found += compared(Setting(name, batch=batch, block=block, **same), options.sparsity, options.steps)
-        write_csv(options.out, [{**row, **machine} for row in found])
+        found = compared(_setting(name, options), options.sparsity, options.steps)
+        _write(options.out, name, [{**row, **machine} for row in found])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     return 0
 

@@ -35,8 +35,19 @@ def test_the_training_state_falls_with_the_blocks_and_activations_stay(
     for arm in ("dense_bytes", "sparse_bytes"):
         assert sum(int(row[arm]) for row in parts) == int(peak[arm])
     assert found["index at the peak"]["dense_bytes"] == "0" and found["index at the peak"]["ratio"] == ""
-    assert "bert-tiny, batch 4, blocks of 16" in (printed := capsys.readouterr().out)
+    assert "network bert-tiny, batch 4, block 16, dropout 0.1" in (printed := capsys.readouterr().out)
     assert "| training state |" in printed
+
+
+def test_a_network_replaces_its_own_rows_only(tmp_path: Path) -> None:
+    def values() -> list[tuple[str, str]]:
+        with out.open() as file:
+            return [(row["network"], row["dense_bytes"]) for row in csv.DictReader(file)]
+
+    out = tmp_path / "training_memory.csv"
+    for network, size in (("resnet18", 1), ("bert-base", 2), ("resnet18", 3)):
+        training_memory._write(out, network, [{"network": network, "dense_bytes": size + i} for i in (0, 1)])
+    assert values() == [("bert-base", "2"), ("bert-base", "3"), ("resnet18", "3"), ("resnet18", "4")]
 
 
 @pytest.mark.parametrize("network", ["bert-tiny", "resnet18-half"])
