@@ -50,6 +50,26 @@ def test_settings_that_do_not_fit_are_told_by_the_command_line(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:block-sparse ops:RuntimeWarning")
+def test_an_arm_audits_its_swaps_and_counts_that_with_the_trials(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"initial_sparsity": 0.8, "target_sparsity": 0.8, "pruning": {"neurons": False}}
+    given |= {"epochs": 1, "calibration_samples": 64, "rewire": 0.3, "rewire_growth": "random"}
+    config = resolve("digits", **given, rewire_audit=2)
+    result = run_arm(config, "pruned", tmp_path, quiet=True)
+    audit = result["pruner"]["rewire_audit"]
+    assert audit["count"] == 2 and audit["blocks_tested"] == result["swaps_tested"] > 0
+    assert 0 <= result["swaps_failed"] <= result["swaps_tested"] < result["blocks_swapped"]
+    evaluations = sum(1 + len(event["p_values"]) for event in audit["events"])
+    assert result["trial_calls"] == evaluations >= 4
+    # A forward pass is at least a third of a step, but for the blocks that are suspended.
+    of_steps = result["data"]["sizes"][0] * result["flops_per_step_last"] / 32
+    assert result["flops_total"] == of_steps + result["flops_probes"] + result["flops_trials"]
+    assert 0.7 * 64 * evaluations * result["flops_per_step_last"] / 32 / 3 < result["flops_trials"]
+    rows = {row[0]: row[2] for row in table_rows({"baseline": None, "pruned": result, "ratios": {}})}
+    assert rows["of these tested as they went"] == f"{result['swaps_tested']:,}"
+    assert RunConfig.read(_written(tmp_path, config)) == config
+
+
+@pytest.mark.filterwarnings("ignore:block-sparse ops:RuntimeWarning")
 def test_an_arm_rewires_and_counts_what_measuring_gradients_took(tmp_path: Path) -> None:
     given: dict[str, Any] = {"initial_sparsity": 0.8, "target_sparsity": 0.8, "pruning": {"neurons": False}}
     given |= {"epochs": 1, "calibration_samples": 64, "rewire": 0.3, "rewire_until": 0.5}
@@ -66,5 +86,5 @@ def test_an_arm_rewires_and_counts_what_measuring_gradients_took(tmp_path: Path)
     assert result["flops_trials"] == result["removed_untested"] == result["blocks_removed"] == 0
     rows = {row[0]: row[2] for row in table_rows({"baseline": None, "pruned": result, "ratios": {}})}
     assert rows["blocks that changed places"] == f"{result['blocks_swapped']:,}"
-    assert "blocks that live or have lived" in rows
+    assert "blocks that live or have lived" in rows and "of these tested as they went" not in rows
     assert RunConfig.read(_written(tmp_path, config)) == config

@@ -73,6 +73,7 @@ def test_the_keys_of_the_json_stay() -> None:
         "classes", "rungs", "self_paced_share", "regrow", "neurons", "types", "include", "exclude",
         "observe_every", "batch_size", "compact", "seed", "units", "initial_sparsity", "initial_allocation",
         "mask_pretrained", "sparse_learning_rate", "rewire", "rewire_growth", "rewire_score", "rewire_until",
+        "rewire_audit",
     ]  # fmt: skip
 
 

@@ -15,7 +15,14 @@ from dynaprune.experiment.counted_trial import CountedTrial
 from dynaprune.experiment.length import total_steps
 from dynaprune.experiment.mask_record import MaskRecord
 from dynaprune.experiment.metrics import median_seconds
-from dynaprune.experiment.report import EVER_LIVED, NEVER_PRESENT, REMOVALS, SWAPPED
+from dynaprune.experiment.report import (
+    AUDIT_FAILED,
+    AUDITED,
+    EVER_LIVED,
+    NEVER_PRESENT,
+    REMOVALS,
+    SWAPPED,
+)
 from dynaprune.experiment.steps import TrainState, time_in_turn
 from dynaprune.experiment.tasks import TaskData
 from dynaprune.experiment.tasks.data import batches, training_batches
@@ -242,7 +249,13 @@ class PrunedNetwork(DenseNetwork):
     def _rewired(self, said: Mapping[str, Any]) -> dict[str, Any]:
         if not self.pruner.config.rewire:
             return {}
-        return {SWAPPED: said["blocks_swapped"], EVER_LIVED: said["blocks_ever_lived"]["share"]}
+        audit = said["rewire_audit"]
+        tested = {AUDITED: audit["blocks_tested"], AUDIT_FAILED: audit["blocks_failed"]}
+        return {
+            SWAPPED: said["blocks_swapped"],
+            **(tested if audit["count"] else {}),
+            EVER_LIVED: said["blocks_ever_lived"]["share"],
+        }
 
     def end_of_training(self) -> dict[str, Any]:
         """What the trials cost, and the pruner's own report."""

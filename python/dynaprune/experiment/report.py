@@ -10,6 +10,8 @@ from dynaprune.experiment.parts import marks
 from dynaprune.experiment.tasks import get_task
 
 __all__ = [
+    "AUDITED",
+    "AUDIT_FAILED",
     "COSTS",
     "EVER_LIVED",
     "NEVER_PRESENT",
@@ -42,6 +44,8 @@ COSTS = (
 NEVER_PRESENT = "blocks_never_present"
 # Blocks that changed places, and the share that lives or has lived; only where blocks were rewired.
 SWAPPED, EVER_LIVED = "blocks_swapped", "blocks_ever_lived"
+# Of those that went for others, how many an audit tested, and how many would have failed; only where one did.
+AUDITED, AUDIT_FAILED = "swaps_tested", "swaps_failed"
 # What went, and why it was allowed to.
 REMOVALS = (
     "neurons_removed",

@@ -37,6 +37,8 @@ _LABELS = {
     "target_reached": ("target reached", "truth"),
     "blocks_never_present": ("blocks that training began without", "count"),
     "blocks_swapped": ("blocks that changed places", "count"),
+    "swaps_tested": ("of these tested as they went", "count"),
+    "swaps_failed": ("of these not shown to be harmless", "count"),
     "blocks_ever_lived": ("blocks that live or have lived", "share"),
     "blocks_removed": ("blocks removed", "count"),
     "neurons_removed": ("neurons removed", "count"),

@@ -115,6 +115,9 @@ class RunConfig:
     rewire_until: Annotated[
         float | None, Option("fraction of training at which that stops; removals come after it")
     ] = None
+    rewire_audit: Annotated[
+        int | None, Option("so many of these events test what goes, which goes all the same")
+    ] = None
     steps: Annotated[
         int | None, Option("end after so many steps, in as many epochs as it takes; the schedule with them")
     ] = None
@@ -151,7 +154,7 @@ class RunConfig:
             except ValueError:
                 raise ValueError(f"sparse_rate must be 'auto' or a number, got {rate!r}") from None
         given = {"initial_sparsity": self.initial_sparsity, "sparse_learning_rate": rate}
-        names = ("rewire", "rewire_growth", "rewire_score", "rewire_until")
+        names = ("rewire", "rewire_growth", "rewire_score", "rewire_until", "rewire_audit")
         given.update({name: getattr(self, name) for name in names})
         return {name: value for name, value in given.items() if value is not None}
 

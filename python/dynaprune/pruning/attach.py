@@ -117,6 +117,10 @@ def _check(config: PruningConfig, trial: Any) -> Trial | None:
         raise ValueError(
             "expected a trial: self-paced pruning (target_sparsity=None) removes what passes it, nothing else"
         )
+    if config.rewire_audit and config.policy is None and found is None:
+        raise ValueError(
+            f"expected a trial beside rewire_audit={config.rewire_audit}: an audit tests what swaps drop"
+        )
     return found
 
 

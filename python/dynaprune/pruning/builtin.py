@@ -39,7 +39,15 @@ def rewiring_policy(config: PruningConfig) -> DropAndGrow:
     assert config.total_steps is not None
     until = max(2, math.floor(config.rewire_until * config.total_steps))
     interval = config.interval or max(1, min(REWIRING_INTERVAL, until // EVENTS_WANTED))
-    return DropAndGrow(config.rewire, until, interval, growth=config.rewire_growth, seed=config.seed)
+    return DropAndGrow(
+        config.rewire,
+        until,
+        interval,
+        growth=config.rewire_growth,
+        seed=config.seed,
+        rules=config.trial_rules,
+        audits=config.rewire_audit,
+    )
 
 
 def removing_policy(config: PruningConfig, trial: Trial | None) -> Policy:

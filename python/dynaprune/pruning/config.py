@@ -99,6 +99,7 @@ class PruningConfig:
     rewire_growth: str = Rewiring.rewire_growth
     rewire_score: str | None = Rewiring.rewire_score
     rewire_until: float = Rewiring.rewire_until
+    rewire_audit: int = Rewiring.rewire_audit
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
     rewiring: ClassVar[Rewiring]

@@ -49,6 +49,7 @@ def report(pruner: Standing) -> dict[str, Any]:
             "live": pruner.live_parameters,
         },
         "learning_rate_multipliers": {n: s.rate for n, s in structure.layers.items() if s.rate != 1},
+        "rewire_audit": None if pruner.policy.audit is None else pruner.policy.audit.report(),
         "trials": _trials(pruner.policy.trials, pruner.trial is not None, seconds),
         "observing": {
             "every": pruner.observer.every,

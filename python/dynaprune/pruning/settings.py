@@ -132,6 +132,8 @@ class Rewiring:
         rewire_score: what goes: None, what has the least ``score``; or "magnitude" or "random".
         rewire_until: fraction of training at which rewiring stops. What a higher ``target_sparsity`` asks for
             is removed after it, up to ``end``; an ``end`` before it gives way to 60% of what is left.
+        rewire_audit: so many events of rewiring, evenly spread, test the blocks that go as a removal would be
+            tested. They go whatever comes of it; the report counts those that would have failed. 0: none.
         regrow: fraction of the blocks that an event removes which returns, where the dense gradient is
             largest; cosine-annealed to 0 at ``end``. 0: none.
     """
@@ -140,6 +142,7 @@ class Rewiring:
     rewire_growth: str = GRADIENT
     rewire_score: str | None = None
     rewire_until: float = 0.75
+    rewire_audit: int = 0
     regrow: float = 0.0
 
     def __post_init__(self) -> None:
@@ -148,7 +151,13 @@ class Rewiring:
         if self.rewire_score is not None:
             one_of("rewire_score", self.rewire_score, DROP_SCORES)
         fraction("rewire_until", self.rewire_until)
+        count("rewire_audit", self.rewire_audit, least=0)
         fraction("regrow", self.regrow, zero=True)
+        if self.rewire_audit and not self.rewire:
+            raise ValueError(
+                f"expected rewire beside rewire_audit, got {self.rewire} and {self.rewire_audit}: there is "
+                "no swap to test"
+            )
         if self.rewire and self.regrow:
             raise ValueError(
                 f"expected rewire or regrow, got {self.rewire} and {self.regrow}: regrow lets part of what "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynaprune.pruning.decide.neuron_choice import Unit, Width
 from dynaprune.pruning.decide.neuron_order import NeuronFigures
+from dynaprune.pruning.decide.swap_audit import SwapAudit
 from dynaprune.pruning.decide.trial import Losses
 from dynaprune.pruning.decide.trials import Trials
 from dynaprune.pruning.edit.edits import Cut, Grow, Release, Rewire
@@ -109,12 +110,14 @@ class Policy(Protocol):
             slots.
         swaps_by_gradient: blocks may change places by the dense gradient, which layers then measure before an
             event, over the mean squares of the inputs. Such blocks need no spare slots.
+        audit: what trials say of drops that go without one, for the report; None for a policy without swaps.
     """
 
     interval: int = 100
     trials: Trials | None = None
     grows: bool = False
     swaps_by_gradient: bool = False
+    audit: SwapAudit | None = None
 
     @abstractmethod
     def due(self, step: int) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from dynaprune.pruning.decide.allocation import Selection
 
 
 def droppable(scores: Tensor, live: Tensor, protected: Tensor) -> Tensor:
@@ -40,6 +43,24 @@ def largest(values: Tensor, among: Tensor, count: int) -> Tensor:
     """The ``count`` blocks of the largest values ``among`` the blocks given; ties go by block number."""
     wanted = torch.where(among, values, -torch.inf).reshape(-1)
     return _first(torch.sort(wanted, descending=True, stable=True).indices, among, count)
+
+
+def spread(scores: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> Selection:
+    """The ``chosen`` blocks of all layers in one order, of which any prefix has about the same share of each
+    layer's, the lowest scores first.
+
+    Args:
+        scores: float ``[rows, columns]`` by layer. chosen: bool of the same shapes.
+    """
+    numbers, keys, before = [], [], 0
+    for name, mask in chosen.items():
+        count = int(mask.sum())
+        numbers.append(_ascending(scores[name], mask)[:count].cpu() + before)
+        keys.append((torch.arange(count, dtype=torch.float64) + 0.5) / max(count, 1))
+        before += mask.numel()
+    order = torch.cat(numbers)[torch.cat(keys).argsort(stable=True)]
+    shapes = {name: mask.shape for name, mask in chosen.items()}
+    return Selection(order, shapes, {name: mask.device for name, mask in chosen.items()})
 
 
 def random_keys(shape: torch.Size, seed: int, step: int, name: str) -> Tensor:
