@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaprune_kernels import BlockLayout, ConvGeometry, reference
+from dynaprune_kernels.backends.pointwise import convolutions
 from dynaprune_kernels.backends.problem import Problem
 
 Call = Callable[[], Tensor]
@@ -110,8 +111,8 @@ def call(case: Case, operands: Operands, backend: ModuleType) -> Call:
     """The op on one of our backends (``backends.triton``, ``backends.cpu``, ``reference``)."""
     layout, x, dy, values, _ = operands
     block = (case.block, case.block)
-    function = getattr(backend, case.op)
     conv = () if case.conv is None else (case.conv,)
+    function = getattr(convolutions(backend, case.conv, x, dy) if case.conv else backend, case.op)
     if case.op.endswith("forward"):
         return lambda: function(x, values, None, layout.index, case.out, *conv)
     if case.op.endswith("dgrad"):

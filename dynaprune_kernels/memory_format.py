@@ -34,6 +34,11 @@ def suggests_channels_last(image: Tensor) -> bool:
     return False
 
 
+def only_contiguous(image: Tensor) -> bool:
+    """Whether ``[N, C, H, W]`` is contiguous and not channels-last at the same time."""
+    return image.is_contiguous() and not image.is_contiguous(memory_format=torch.channels_last)
+
+
 def answers_channels_last(image: Tensor, wanted: bool | None) -> bool:
     """Whether a convolution of ``image`` is answered in channels-last memory; by default as ``image`` is."""
     if image.device.type == "cuda" and image.dtype == torch.float64:

@@ -12,14 +12,6 @@ using cpu::ConvShape;
 using cpu::Lists;
 using torch::headeronly::MemoryFormat;
 
-// A convolution that multiplies every pixel by the same matrix: channels-last memory is then a matrix of pixels x
-// channels, and the index that of a linear layer.
-bool is_linear(const ConvShape& s) {
-  return s.kernel_h * s.kernel_w * s.stride_h * s.stride_w * s.groups == 1 && s.padding_h == 0 && s.padding_w == 0 &&
-         s.x_channels_last && s.y_channels_last;
-}
-cpu::LinearShape linear_shape(const ConvShape& s) { return {s.images * s.height * s.width, s.in, s.out, s.bi, s.bo}; }
-
 // The sizes of a convolution of an [images, in, height, width] input to `out` channels in bi x bo blocks.
 ConvShape conv_shape(const char* op, const int64_t* input, int64_t out, int64_t bi, int64_t bo,
                      const Ints& conv) {
@@ -112,13 +104,9 @@ Gradients gradients(const char* op, const Tensor& dy, const Tensor& x, int64_t b
   return g;
 }
 
-void run_wgrad(const char* op, const Gradients& g, const LayoutView& layout, const void* values, void* dvalues,
-               void* sums) {
+void run_wgrad(const Gradients& g, const LayoutView& layout, const void* values, void* dvalues, void* sums) {
   const void *dy = g.dy.const_data_ptr(), *x = g.x.const_data_ptr();
-  if (is_linear(g.shape))
-    cpu::kernels().linear_wgrad(g.dtype, linear_shape(g.shape), layout, TorchWorkers(), dy, x, values, dvalues, sums);
-  else
-    cpu::kernels().conv2d_wgrad(g.dtype, g.shape, layout, TorchWorkers(), dy, x, values, dvalues, sums);
+  cpu::kernels().conv2d_wgrad(g.dtype, g.shape, layout, TorchWorkers(), dy, x, values, dvalues, sums);
 }
 
 Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
@@ -139,12 +127,8 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional
   }
   Tensor y = new_image(x, s.images, s.out, s.out_h, s.out_w, channels_last);
   const void* offsets = dense_bias ? dense_bias->const_data_ptr() : nullptr;
-  if (is_linear(s))
-    cpu::kernels().linear_forward(dtype, linear_shape(s), layout, TorchWorkers(), input.tensor.const_data_ptr(),
-                                  values.const_data_ptr(), offsets, y.mutable_data_ptr());
-  else
-    cpu::kernels().conv2d_forward(dtype, s, layout, TorchWorkers(), input.tensor.const_data_ptr(),
-                                  values.const_data_ptr(), offsets, y.mutable_data_ptr());
+  cpu::kernels().conv2d_forward(dtype, s, layout, TorchWorkers(), input.tensor.const_data_ptr(),
+                                values.const_data_ptr(), offsets, y.mutable_data_ptr());
   return y;
 }
 
@@ -162,12 +146,8 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, const Tensor& index,
   check_output_gradient(op, dy, s);
   const LayoutView layout = view_conv(op, index, s, values.size(0), Lists::columns);
   Tensor dx = new_image(dy, s.images, s.in, s.height, s.width, channels_last);
-  if (is_linear(s))
-    cpu::kernels().linear_dgrad(dtype, linear_shape(s), layout, TorchWorkers(), gradient.tensor.const_data_ptr(),
-                                values.const_data_ptr(), dx.mutable_data_ptr());
-  else
-    cpu::kernels().conv2d_dgrad(dtype, s, layout, TorchWorkers(), gradient.tensor.const_data_ptr(),
-                                values.const_data_ptr(), dx.mutable_data_ptr());
+  cpu::kernels().conv2d_dgrad(dtype, s, layout, TorchWorkers(), gradient.tensor.const_data_ptr(),
+                              values.const_data_ptr(), dx.mutable_data_ptr());
   return dx;
 }
 
@@ -177,7 +157,7 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const Gradients g = gradients(op, dy, x, bi, bo, conv);
   const LayoutView layout = view_conv(op, index, g.shape, capacity, Lists::rows);
   Tensor dvalues = torch::stable::new_empty(x, {capacity, bi, bo});
-  run_wgrad(op, g, layout, nullptr, dvalues.mutable_data_ptr(), nullptr);
+  run_wgrad(g, layout, nullptr, dvalues.mutable_data_ptr(), nullptr);
   return dvalues;
 }
 
@@ -189,7 +169,7 @@ std::tuple<Tensor, Tensor> conv2d_wgrad_saliency(const Tensor& dy, const Tensor&
   const LayoutView layout = view_conv(op, index, g.shape, values.size(0), Lists::rows);
   Tensor dvalues = torch::stable::new_empty(x, {values.size(0), values.size(1), values.size(2)});
   Tensor sums = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
-  run_wgrad(op, g, layout, values.const_data_ptr(), dvalues.mutable_data_ptr(), sums.mutable_data_ptr());
+  run_wgrad(g, layout, values.const_data_ptr(), dvalues.mutable_data_ptr(), sums.mutable_data_ptr());
   return {dvalues, sums};
 }
 
@@ -200,11 +180,7 @@ Tensor conv2d_probe(const Tensor& dy, const Tensor& x, const Tensor& index, int6
   const LayoutView layout = view_conv(op, index, g.shape, capacity, Lists::rows);
   Tensor norms = torch::stable::new_empty(x, {layout.rows * layout.columns}, sum_dtype(g.dtype));
   const void *gradient = g.dy.const_data_ptr(), *input = g.x.const_data_ptr();
-  if (is_linear(g.shape))
-    cpu::kernels().linear_probe(g.dtype, linear_shape(g.shape), layout, TorchWorkers(), gradient, input,
-                                norms.mutable_data_ptr());
-  else
-    cpu::kernels().conv2d_probe(g.dtype, g.shape, layout, TorchWorkers(), gradient, input, norms.mutable_data_ptr());
+  cpu::kernels().conv2d_probe(g.dtype, g.shape, layout, TorchWorkers(), gradient, input, norms.mutable_data_ptr());
   return norms;
 }
 

@@ -1,5 +1,4 @@
 // The emulated launchers of core/conv2d.cu for Python.
-#include "core/launch/linear.cu"  // pointwise convolutions
 #include "core/launch/conv2d.cu"
 #include "emulation/conv2d_call.h"
 

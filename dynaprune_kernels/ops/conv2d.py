@@ -55,13 +55,20 @@ define(
 
 
 def _backend(
-    op: str, x: Tensor, outputs: int, channels: int, capacity: int, block: Block, conv: ConvGeometry
+    op: str,
+    images: tuple[Tensor, ...],
+    outputs: int,
+    channels: int,
+    capacity: int,
+    block: Block,
+    conv: ConvGeometry,
+    channels_last: bool = True,
 ) -> ModuleType | OverPixels:
     if conv.pointwise:
         op = op.replace("conv2d", "linear")
-    inputs = channels // conv.groups * conv.taps
+    inputs, x = channels // conv.groups * conv.taps, images[0]
     problem = Problem(op, x.dtype, block, _tokens(x), outputs, inputs, capacity)
-    return convolutions(select(problem, x.device), conv)
+    return convolutions(select(problem, x.device), conv, *images, channels_last=channels_last)
 
 
 def _blocks(dy: Tensor, x: Tensor, block: Sequence[int], conv: list[int]) -> int:
@@ -86,7 +93,14 @@ def _forward(
 ) -> Tensor:
     geometry = ConvGeometry(*conv)
     backend = _backend(
-        "conv2d_forward", x, out_channels, x.shape[1], values.shape[0], Block.of(values), geometry
+        "conv2d_forward",
+        (x,),
+        out_channels,
+        x.shape[1],
+        values.shape[0],
+        Block.of(values),
+        geometry,
+        channels_last,
     )
     return backend.conv2d_forward(x, values, bias, index, out_channels, geometry, channels_last)
 
@@ -102,7 +116,14 @@ def _dgrad(
 ) -> Tensor:
     geometry = ConvGeometry(*conv)
     backend = _backend(
-        "conv2d_dgrad", dy, dy.shape[1], input_size[1], values.shape[0], Block.of(values), geometry
+        "conv2d_dgrad",
+        (dy,),
+        dy.shape[1],
+        input_size[1],
+        values.shape[0],
+        Block.of(values),
+        geometry,
+        channels_last,
     )
     return backend.conv2d_dgrad(dy, values, index, input_size, geometry, channels_last)
 
@@ -110,7 +131,7 @@ def _dgrad(
 @implement("block_sparse_conv2d_wgrad")
 def _wgrad(dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], conv: list[int]) -> Tensor:
     geometry = ConvGeometry(*conv)
-    backend = _backend("conv2d_wgrad", x, dy.shape[1], x.shape[1], capacity, Block(*block), geometry)
+    backend = _backend("conv2d_wgrad", (x, dy), dy.shape[1], x.shape[1], capacity, Block(*block), geometry)
     return backend.conv2d_wgrad(dy, x, index, capacity, Block(*block), geometry)
 
 
@@ -120,7 +141,7 @@ def _wgrad_saliency(
 ) -> tuple[Tensor, Tensor]:
     geometry = ConvGeometry(*conv)
     backend = _backend(
-        "conv2d_wgrad", x, dy.shape[1], x.shape[1], values.shape[0], Block.of(values), geometry
+        "conv2d_wgrad", (x, dy), dy.shape[1], x.shape[1], values.shape[0], Block.of(values), geometry
     )
     return backend.conv2d_wgrad_saliency(dy, x, values, index, geometry)
 
@@ -130,7 +151,7 @@ def _probe(
     dy: Tensor, x: Tensor, index: Tensor, capacity: int, block: list[int], conv: list[int], probe: Tensor
 ) -> Tensor:
     geometry = ConvGeometry(*conv)
-    backend = _backend("conv2d_probe", x, dy.shape[1], x.shape[1], capacity, Block(*block), geometry)
+    backend = _backend("conv2d_probe", (x, dy), dy.shape[1], x.shape[1], capacity, Block(*block), geometry)
     return backend.conv2d_probe(dy, x, index, capacity, Block(*block), geometry, probe)
 
 

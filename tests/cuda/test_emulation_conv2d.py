@@ -38,7 +38,7 @@ CASES = [
     Case(1, 16, 16, (3, 3), (16, 16), (1, 1), (1, 1), (2, 2), mask="live"),
     Case(1, 32, 16, (3, 3), (16, 16), mask="dead"),
     Case(2, 24, 40, (3, 2), (16, 32), (1, 1), (2, 2), (0, 0), mask="one", dtype="bfloat16"),
-    Case(2, 24, 40, (3, 2), (16, 32), (1, 1), (1, 1), (0, 0)),  # runs as a linear layer
+    Case(2, 24, 40, (3, 2), (16, 32), (1, 1), (1, 1), (0, 0)),  # pointwise
     Case(1, 130, 136, (2, 7), (128, 128), (1, 3), padding=(0, 1)),
     Case(1, 130, 136, (3, 2), (128, 128), (1, 1), (2, 1), (0, 0), mask="cross", dtype="float32"),
     # Several tiles of pixels; then sums over pixels in two parts.

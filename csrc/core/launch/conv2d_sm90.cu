@@ -1,7 +1,7 @@
 // Launchers of the Hopper kernels of convolutions: which pixels copies walk through.
 #include "core/gather/pixels_sm90.h"
 
-#include "core/launch/conv2d_sm90.h"
+#include "core/launchers_sm90.h"
 #include "core/launch/run_sm90.h"
 
 namespace dynaprune::cuda {

@@ -1,11 +1,9 @@
 // Launchers of the linear kernels.
 #include "core/kernels/linear_sm80.h"
-#include "core/kernels/sum_splits.h"
-#include "core/launch/variants.h"
+#include "core/launch/tiles_sm80.h"
 #include "core/launchers.h"
-#include "core/scheduler/splits.h"
 #ifdef DYNAPRUNE_SM90A
-#include "core/launch/linear_sm90.h"
+#include "core/launchers_sm90.h"
 #endif
 
 namespace dynaprune::cuda {
@@ -16,35 +14,24 @@ cudaError_t launch_product(const Target& target, DType dtype, Precision precisio
                            const Blocks& blocks, const void* a, const void* values, const void* bias, void* y) {
   const int64_t lists = DGRAD ? blocks.lists : blocks.rows;
   const int64_t inner_size = DGRAD ? shape.out : shape.in, outer_size = DGRAD ? shape.in : shape.out;
-  const int log_inner = log_of_width(DGRAD ? blocks.bo : blocks.bi);
-  // Where there are few tiles, smaller ones keep more of the device busy.
-  const bool small = shape.tokens <= 64 || ceil_div(shape.tokens, int64_t(128)) * lists < 2 * target.sm_count;
-  const int64_t programs = ceil_div(shape.tokens, int64_t(small ? 64 : 128)) * lists;
-  if (log_inner < 0 || !fits_int32(inner_size) || !fits_int32(outer_size) || !fits_int32(programs) ||
-      !fits_int32(blocks.capacity << log_inner))  // a wrong index may make a list so long
-    return cudaErrorInvalidValue;
-  return with_arithmetic(dtype, precision, [&](auto arithmetic) {
-    return with_width(DGRAD ? blocks.bi : blocks.bo, [&](auto width) {
-      using T = typename decltype(arithmetic)::Element;
-      const LinearProduct<T> product{view_of(blocks),
-                                     static_cast<const T*>(a),
-                                     static_cast<const T*>(values),
-                                     static_cast<const T*>(bias),
-                                     static_cast<T*>(y),
-                                     shape.tokens,
-                                     shape.a_stride,
-                                     int(inner_size),
-                                     int(outer_size),
-                                     log_inner};
-      const auto start = [&](auto rows) {
-        constexpr int kProducts = decltype(arithmetic)::kProducts;
-        using Tile = ProductTile<T, decltype(rows)::value, decltype(width)::value, kProducts, DGRAD>;
-        return launch(linear_product_kernel<Tile>, {unsigned(programs)}, Tile::kThreads, Tile::kSharedBytes,
-                      target.stream, product);
-      };
-      return small ? start(std::integral_constant<int, 64>{}) : start(std::integral_constant<int, 128>{});
-    });
-  });
+  if (!fits_int32(inner_size) || !fits_int32(outer_size)) return cudaErrorInvalidValue;
+  const auto start = [&](auto tile, int64_t row_tiles, int log_inner) {
+    using Tile = decltype(tile);
+    using T = typename Tile::Element;
+    const LinearProduct<T> product{view_of(blocks),
+                                   static_cast<const T*>(a),
+                                   static_cast<const T*>(values),
+                                   static_cast<const T*>(bias),
+                                   static_cast<T*>(y),
+                                   shape.tokens,
+                                   shape.a_stride,
+                                   int(inner_size),
+                                   int(outer_size),
+                                   log_inner};
+    return launch(linear_product_kernel<Tile>, {unsigned(row_tiles * lists)}, Tile::kThreads, Tile::kSharedBytes,
+                  target.stream, product);
+  };
+  return with_product_tile<DGRAD>(target, dtype, precision, blocks, shape.tokens, lists, start);
 }
 
 template <class T>
@@ -89,26 +76,16 @@ cudaError_t linear_wgrad(Target target, DType dtype, Precision precision, Linear
   if (runs_sm90(target, dtype, shape, blocks))
     return linear_wgrad_sm90(target, dtype, shape, blocks, dy, x, values, dvalues, wg, workspace);
 #endif
-  const int log_bi = log_of_width(blocks.bi);
-  if (log_bi < 0) return cudaErrorInvalidValue;
-  const GradientPlan plan = plan_gradient(target, blocks, shape.tokens);
-  if (!fits_int32(shape.in) || !fits_int32(shape.out) || !fits_int32(plan.programs)) return cudaErrorInvalidValue;
-  float* partial = plan.splits == 1 ? nullptr : static_cast<float*>(workspace);
-  return with_arithmetic(dtype, precision, [&](auto arithmetic) {
-    return with_width(blocks.bo, [&](auto width) {
-      using T = typename decltype(arithmetic)::Element;
-      using Tile = GradientTile<T, decltype(width)::value, decltype(arithmetic)::kProducts>;
-      const LinearGradient<T> gradient = gradient_of<T>(shape, blocks, dy, x);
-      const GradientOutput<T> output{partial, static_cast<T*>(dvalues), static_cast<const T*>(values), wg};
-      const cudaError_t started =
-          launch(linear_wgrad_kernel<Tile>, {unsigned(plan.programs), unsigned(plan.splits)}, Tile::kThreads,
-                 Tile::kSharedBytes, target.stream, gradient, log_bi, plan.positions_per_split, output);
-      if (started != cudaSuccess || plan.splits == 1) return started;
-      const SplitSums sums{partial,        plan.splits, int(blocks.bi), int(blocks.bo), int(blocks.columns),
-                           shape.in, shape.out};
-      return sum_splits(target, gradient.view, sums, output.values, output.dvalues, wg);
-    });
-  });
+  if (!fits_int32(shape.in) || !fits_int32(shape.out)) return cudaErrorInvalidValue;
+  const WeightSizes weight{int(blocks.columns), shape.in, shape.out};
+  const GradientTarget to{values, dvalues, wg, workspace};
+  const auto start = [&](auto tile, const GradientPlan& plan, int log_bi, const auto& output) {
+    using Tile = decltype(tile);
+    return launch(linear_wgrad_kernel<Tile>, {unsigned(plan.programs), unsigned(plan.splits)}, Tile::kThreads,
+                  Tile::kSharedBytes, target.stream, gradient_of<typename Tile::Element>(shape, blocks, dy, x), log_bi,
+                  plan.positions_per_split, output);
+  };
+  return with_gradient_tile(target, dtype, precision, blocks, shape.tokens, weight, to, start);
 }
 
 cudaError_t linear_probe(Target target, DType dtype, Precision precision, LinearShape shape, Blocks blocks,

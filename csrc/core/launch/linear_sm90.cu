@@ -1,7 +1,7 @@
 // Launchers of the Hopper kernels of linear layers.
 #include "core/gather/tokens_sm90.h"
 
-#include "core/launch/linear_sm90.h"
+#include "core/launchers_sm90.h"
 #include "core/launch/run_sm90.h"
 
 namespace dynaprune::cuda {
