@@ -1,0 +1,75 @@
+"""The grid of rates: which arms it runs, what it reads of them, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from benchmarks import rate_grid
+from dynaprune.cli import app
+
+
+def _finish(folder: Path, losses: list[float]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "arm.json").write_text(json.dumps({"flops_total": 7, "train_seconds": 1.25}), encoding="utf-8")
+    with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["epoch", "validation_loss"], *enumerate(losses, 1)])
+
+
+def test_a_grid_is_the_dense_network_and_every_density_with_every_multiplier() -> None:
+    cells = list(rate_grid.cells("transformer"))
+    assert cells[0].density == 1
+    assert {(cell.density, cell.multiplier) for cell in cells[1:]} == {
+        (density, multiplier) for density in (0.5, 0.25, 0.1) for multiplier in (1, 2, 4, 8)
+    }
+    assert len({cell.folder for cell in cells}) == len(cells) == 13
+
+
+@pytest.mark.parametrize("network", rate_grid.NETWORKS)
+def test_its_commands_are_what_the_command_line_takes(network: str, tmp_path: Path) -> None:
+    train = get_command(app).commands["train"]  # type: ignore[attr-defined]
+    for cell in rate_grid.cells(network):
+        command = cell.command("data", tmp_path, tmp_path)
+        given = train.make_context("train", command[4:]).params
+        assert given["arm"] == ("baseline" if cell.density == 1 else "pruned")
+        assert given["seed"] == 100 and given["epochs"] in (None, 5)
+        if cell.density < 1:
+            assert given["initial_sparsity"] == given["target_sparsity"] == 1 - cell.density
+            assert float(given["sparse_rate"]) == cell.multiplier
+
+
+def test_finished_cells_stay_and_the_table_has_the_lowest_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = list(rate_grid.cells("batchnorm"))
+    _finish(tmp_path / cells[0].folder, [2.0, 1.5, 1.75])
+    ran = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        assert options["env"]["OMP_NUM_THREADS"] == "1"
+        folder = Path(command[command.index("--out") + 1])
+        ran.append(folder.name)
+        if len(ran) == 3:
+            return subprocess.CompletedProcess(command, 9)
+        _finish(folder, [1.0])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = ["batchnorm", "--data", "data", "--out", str(tmp_path)]
+    assert rate_grid.main(arguments) == 9
+    assert ran == [cell.folder for cell in cells[1:4]]
+    assert rate_grid.main(arguments) == 0
+    assert ran[3:] == [cell.folder for cell in cells[3:]]
+    with (tmp_path / "batchnorm.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13
+    assert rows[0] == {
+        "network": "batchnorm", "density": "1", "multiplier": "1", "validation_loss": "1.5", "flops": "7",
+        "seconds": "1.2",
+    }  # fmt: skip
