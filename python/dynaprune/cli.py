@@ -288,6 +288,9 @@ def table_command(
         Path | None, typer.Option("--out", help="write the table to this file instead of printing it")
     ] = None,
     format: Annotated[str, typer.Option("--format", help="markdown or csv")] = "markdown",
+    chart: Annotated[
+        Path | None, typer.Option(help="draw quality over FLOPs and over time into this PNG file")
+    ] = None,
 ) -> None:
     """Print the table over tasks from finished runs of compare: each figure of both arms, their difference
     or ratio, and the interval of each."""
@@ -300,19 +303,28 @@ def table_command(
         _fail(f"--format must be one of {', '.join(formats)}, got {format!r}")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         _fail(f"--out must be a file in a folder that exists, got {out}")
+    if chart is not None and (chart.suffix != ".png" or chart.is_dir() or not chart.parent.is_dir()):
+        _fail(f"--chart must be a .png file in a folder that exists, got {chart}")
     try:
-        text = formats[format](read_results(runs))
+        results = read_results(runs)
+        text = formats[format](results)
     except ValueError as error:
         _fail(error)
+    try:
+        if out is not None:
+            write_text(out, text)
+        if chart is not None:
+            from dynaprune.experiment.pictures.costs import write_costs
+
+            write_costs(chart, results)
+    except OSError as error:
+        typer.echo(f"error: {cannot_write(error)}", err=True)
+        raise typer.Exit(1) from None
     if out is None:
         typer.echo(text, nl=False)
-    else:
-        try:
-            write_text(out, text)
-        except OSError as error:
-            typer.echo(f"error: {cannot_write(error)}", err=True)
-            raise typer.Exit(1) from None
-        typer.echo(f"wrote {out}")
+    for written in (out, chart):
+        if written is not None:
+            typer.echo(f"wrote {written}", err=out is None)
 
 
 @app.command("info")

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 
 from dynaprune.experiment import repeat as repeating
-from dynaprune.experiment.repeat import corrected_interval, plan, repeat, summarise, summary_markdown
+from dynaprune.experiment.paired import of_folds
+from dynaprune.experiment.repeat import plan, repeat
 from dynaprune.experiment.report import build_report
 from dynaprune.experiment.run_config import RunConfig
+from dynaprune.experiment.summary import summarise
+from dynaprune.experiment.summary_text import summary_markdown
 
 
 def test_the_interval_against_a_hand_computation() -> None:
     """J = 4 differences 1, 2, 3, 6: mean 3, s^2 = (4 + 1 + 0 + 9) / 3 = 14/3, n_test/n_train = 1/4, so the
     variance of the mean is (1/4 + 1/4) * 14/3 = 7/3. Student's t with 3 degrees of freedom: 3.18245
     two-sided, 2.35336 one-sided (printed tables)."""
-    found = corrected_interval([1.0, 2.0, 3.0, 6.0], test_rows=20, train_rows=80)
+    found = of_folds([1.0, 2.0, 3.0, 6.0], test_rows=20, train_rows=80)
     error = math.sqrt(7 / 3)
     assert found["mean"] == 3
     assert found["standard_error"] == pytest.approx(error)
@@ -31,23 +34,23 @@ def test_the_interval_against_a_hand_computation() -> None:
 
 def test_the_one_sided_bound_is_on_the_side_of_the_worse() -> None:
     differences = [1.0, 2.0, 3.0, 6.0]
-    higher = corrected_interval(differences, 20, 80)
-    lower = corrected_interval([-d for d in differences], 20, 80, lower_is_better=True)
+    higher = of_folds(differences, 20, 80)
+    lower = of_folds([-d for d in differences], 20, 80, lower_is_better=True)
     assert lower["high_one_sided"] == -(higher["low_one_sided"] or 0) and "low_one_sided" not in lower
-    assert corrected_interval([0.5], 1, 4, lower_is_better=True)["high_one_sided"] is None
+    assert of_folds([0.5], 1, 4, lower_is_better=True)["high_one_sided"] is None
 
 
 def test_the_interval_is_wider_than_that_of_independent_runs() -> None:
     differences = [0.1, -0.2, 0.3, 0.0, 0.2]
-    independent = corrected_interval(differences, 1e-12, 1.0)
-    shared = corrected_interval(differences, 1, 4)
+    independent = of_folds(differences, 1e-12, 1.0)
+    shared = of_folds(differences, 1, 4)
     factor = math.sqrt((1 / 5 + 1 / 4) / (1 / 5))
     assert independent["standard_error"] is not None
     assert shared["standard_error"] == pytest.approx(factor * independent["standard_error"])
 
 
 def test_one_run_has_a_mean_and_no_interval() -> None:
-    assert corrected_interval([0.5], 1, 4) == {
+    assert of_folds([0.5], 1, 4) == {
         "mean": 0.5,
         "standard_error": None,
         "low": None,
@@ -55,9 +58,9 @@ def test_one_run_has_a_mean_and_no_interval() -> None:
         "low_one_sided": None,
     }
     with pytest.raises(ValueError, match="at least one difference"):
-        corrected_interval([], 1, 4)
+        of_folds([], 1, 4)
     with pytest.raises(ValueError, match="positive row counts"):
-        corrected_interval([1.0], 0, 4)
+        of_folds([1.0], 0, 4)
 
 
 def test_the_plan_has_every_fold_of_every_seed() -> None:
@@ -93,7 +96,7 @@ def test_the_summary_pairs_the_arms_and_names_the_worst_run() -> None:
     summary = summarise(reports, planned=5)
     assert (summary["runs"], summary["complete"], summary["target_reached_in_all"]) == (3, False, True)
     accuracy = summary["differences"]["test_accuracy"]
-    expected = corrected_interval([0.02, 0.01, 0.0], 20, 70)
+    expected = of_folds([0.02, 0.01, 0.0], 20, 70)
     assert {k: accuracy[k] for k in expected} == pytest.approx(expected)
     sparsity = summary["promises"]["pruned.sparsity"]
     assert (sparsity["worst_run"], sparsity["worst"]) == ("seed-0-fold-1", pytest.approx(0.65))

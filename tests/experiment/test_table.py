@@ -14,9 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dynaprune.cli import app
-from dynaprune.experiment.repeat import corrected_interval, plan, summarise
+from dynaprune.experiment.paired import of_folds
+from dynaprune.experiment.repeat import plan
 from dynaprune.experiment.report import build_report
 from dynaprune.experiment.run_config import RunConfig
+from dynaprune.experiment.summary import summarise
 from dynaprune.experiment.table import table_csv, table_markdown
 from dynaprune.experiment.task_results import read_results
 from dynaprune.experiment.write import write_json
@@ -86,7 +88,7 @@ def rows(folders: list[Path]) -> dict[tuple[str, str, str], dict[str, str]]:
     return {(row["task"], row["figure"], row["of"]): row for row in found}
 
 
-def test_every_figure_is_the_mean_over_the_runs_with_the_corrected_interval(tmp_path: Path) -> None:
+def test_every_figure_is_the_mean_over_the_runs_with_the_of_folds(tmp_path: Path) -> None:
     reports = repeated(tmp_path / "runs").values()
     found = rows([tmp_path / "runs"])
     expected: dict[tuple[str, str], list[float]] = {
@@ -105,7 +107,7 @@ def test_every_figure_is_the_mean_over_the_runs_with_the_corrected_interval(tmp_
     }
     for (figure, of), values in expected.items():
         row = found["digits", figure, of]
-        wanted = corrected_interval(values, SIZES[2], SIZES[0])
+        wanted = of_folds(values, SIZES[2], SIZES[0])
         assert row["runs"] == "6"
         assert float(row["mean"]) == pytest.approx(statistics.mean(values))
         for bound in ("low", "high"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = ["check_report", "is_number", "read_arm", "read_json", "read_report"]
 
 # Fields of the configuration that tell runs of the same settings apart.
 OF_A_RUN = ("seed", "fold")
+_CONTROL = re.compile(r"[a-z-]{1,30}")
 _HISTORY = ("arm", "epoch", "step", "train_loss", "validation_loss", "best")
 _NO_NUMBERS = {"arm": None, "best": ("True", "False"), "target_reached": ("True", "False")}
 
@@ -78,9 +80,22 @@ def check_report(path: Path, report: dict[str, Any], costs: Sequence[str] = ()) 
             raise _wrong(path, f"config.{key}", "a whole number", value)
     for arm in ("baseline", "pruned"):
         _check_figures(path, f"{arm}.", report[arm], (*scores_of(report["task"]), *costs), report["task"])
+    _check_controls(path, report, costs)
     if report["baseline"]["data"]["sizes"] != report["pruned"]["data"]["sizes"]:
         sizes = report["pruned"]["data"]["sizes"]
         raise _wrong(path, "pruned.data.sizes", "those of the baseline", sizes)
+
+
+def _check_controls(path: Path, report: dict[str, Any], costs: Sequence[str]) -> None:
+    """Reports without controls have no word of them."""
+    controls = report.get("controls", {})
+    if not isinstance(controls, dict) or not all(_CONTROL.fullmatch(name) for name in controls):
+        raise _wrong(path, "controls", "an object of arms by name", controls)
+    for name, arm in controls.items():
+        if not isinstance(arm, dict):
+            raise _wrong(path, f"controls.{name}", "an object", arm)
+        needed = (*scores_of(report["task"]), *costs)
+        _check_figures(path, f"controls.{name}.", arm, needed, report["task"])
 
 
 def _check_figures(

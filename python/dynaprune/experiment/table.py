@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dynaprune.experiment.figure_text import difference_kind
 from dynaprune.experiment.saved_results import is_number
+from dynaprune.experiment.summary_text import INTERVALS, OVER_ROWS
 from dynaprune.experiment.task_results import Figure, TaskResults
 
 __all__ = ["table_csv", "table_markdown"]
@@ -31,9 +32,10 @@ def _described(results: TaskResults) -> list[tuple[str, str]]:
 def _notes(results: Sequence[TaskResults]) -> list[str]:
     """How to read the table, and where each task was measured."""
     notes = [
-        "Means over the runs; in brackets the two-sided 95 % interval, corrected-resampled (Nadeau, Bengio "
-        "2003): variance factor 1/J + n_test/n_train for J runs, Student's t with J - 1 degrees of freedom.",
-        "Differences are pruned - baseline, ratios pruned / baseline, both paired by run.",
+        "Means over the runs; in brackets the two-sided 95 % interval.",
+        *_intervals(results),
+        "Differences are pruned - baseline, ratios pruned / baseline, both paired by run; those of a control "
+        "name it, and are pruned - control and control / baseline.",
         "The dense twin is the same network dense and without dropout, timed in turn with the pruned one.",
     ]
     single = [each.task for each in results if len(each.runs) == 1]
@@ -57,6 +59,14 @@ def _notes(results: Sequence[TaskResults]) -> list[str]:
         if note := _said_of_data(each, "note"):
             notes.append(f"{each.task}: {note}")
     return [f"- {_cell(note)}" for note in notes]
+
+
+def _intervals(results: Sequence[TaskResults]) -> list[str]:
+    """Which interval the figures of each task have."""
+    kinds = {"corrected": [each for each in results if each.resampled]}
+    kinds["t"] = [each for each in results if not each.resampled]
+    said = [f"{', '.join(e.task for e in of)}: {INTERVALS[kind]}." for kind, of in kinds.items() if of]
+    return [*said, *([OVER_ROWS] if kinds["t"] else [])]
 
 
 def _said_of_data(results: TaskResults, key: str) -> str | None:

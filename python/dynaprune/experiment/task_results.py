@@ -10,15 +10,19 @@ from typing import Any
 
 from dynaprune.experiment.figure_text import difference_kind, shown
 from dynaprune.experiment.memory_figures import KINDS
-from dynaprune.experiment.repeat import corrected_interval
+from dynaprune.experiment.paired import of_rows, of_runs, resampled
 from dynaprune.experiment.report import OF_A_MACHINE, ratios, scores_of
 from dynaprune.experiment.saved_results import OF_A_RUN, check_report, is_number, read_json
+from dynaprune.experiment.summary import arm_of
+from dynaprune.experiment.tasks import get_task
 from dynaprune.experiment.tasks.metric import KNOWN, Metric
+from dynaprune.experiment.test_rows import read_test_rows
 
 __all__ = ["Figure", "Run", "TaskResults", "read_results"]
 
 _RUN_FOLDER = re.compile(r"seed-\d+(-fold-\d+)?")
 _SCORE = re.compile(r"test_[a-z0-9_]{1,40}")
+_OF_CONTROLS = ("train_seconds", "memory_bytes_tensors", "flops_total", "step_seconds_last")
 _OF_BOTH = ("weights", "gradients", "optimizer", "activations", "temporaries")
 # key, label, kind, how the pruned arm is set beside the baseline (None: it has no counterpart there)
 _FIGURES = (
@@ -54,10 +58,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table for one task: ``interval`` is that of `corrected_interval`.
+    """One line of the table for one task: ``interval`` is that of `of_runs`.
 
-    ``of`` is baseline, pruned, difference (pruned - baseline), ratio (pruned / baseline) or dense twin;
-    ``kind`` one of the kinds of `report_text.shown`."""
+    ``of`` is baseline, pruned, difference (pruned - baseline), the same over test rows, ratio (pruned /
+    baseline) or dense twin; or a control's name, "pruned - NAME", the same over test rows, or "ratio of NAME"
+    (NAME / baseline). ``kind`` is one of the kinds of `figure_text.shown`."""
 
     label: str
     of: str
@@ -84,6 +89,16 @@ class TaskResults:
         """Mean numbers of training and test rows."""
         sizes = [run.report["baseline"]["data"]["sizes"] for run in self.runs]
         return sum(s[0] for s in sizes) / len(sizes), sum(s[2] for s in sizes) / len(sizes)
+
+    @property
+    def resampled(self) -> bool:
+        """Whether each run has a test part of its own."""
+        return resampled(get_task(self.task).fixed_test, self.runs[0].report["config"])
+
+    @property
+    def controls(self) -> list[str]:
+        """The controls of any run."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.report.get("controls", {})))
 
     def figures(self) -> list[Figure]:
         """Every figure that all runs of the task have."""
@@ -115,22 +130,45 @@ class TaskResults:
             self._one(found, label, "baseline", kind, lambda r: r["baseline"].get(key))
         self._one(found, label, "pruned", kind, lambda r: r["pruned"].get(key))
         if compared == "difference":
-            self._one(found, label, "difference", difference_kind(kind), lambda r: _difference(r, key))
+            self._differences(found, label, difference_kind(kind), key, "baseline", "difference")
         elif compared == "ratio":
             self._one(found, label, "ratio", "ratio", lambda r: ratios(r["baseline"], r["pruned"]).get(key))
+        for name in self.controls if key in _OF_CONTROLS or compared == "difference" else ():
+            self._control(found, label, kind, key, compared, name)
+
+    def _control(
+        self, found: list[Figure], label: str, kind: str, key: str, compared: str | None, name: str
+    ) -> None:
+        self._one(found, label, name, kind, lambda r: (arm_of(r, name) or {}).get(key))
+        if compared == "difference":
+            self._differences(found, label, difference_kind(kind), key, name, f"pruned - {name}")
+        else:
+            of = f"ratio of {name}"
+            self._one(found, label, of, "ratio", lambda r: ratios(r["baseline"], arm_of(r, name)).get(key))
+
+    def _differences(self, found: list[Figure], label: str, kind: str, key: str, other: str, of: str) -> None:
+        self._one(found, label, of, kind, lambda r: _difference(r, key, other))
+        if self.resampled or not all(is_number(_difference(run.report, key, other)) for run in self.runs):
+            return
+        rows = [
+            tuple(read_test_rows(run.path / arm).get(key) for arm in (other, "pruned")) for run in self.runs
+        ]
+        over_rows = of_rows(rows)  # type: ignore[arg-type]
+        if over_rows is not None:
+            found.append(Figure(label, f"{of} over test rows", kind, dict(over_rows)))
 
     def _one(
         self, found: list[Figure], label: str, of: str, kind: str, value: Callable[[dict[str, Any]], Any]
     ) -> None:
         values = [value(run.report) for run in self.runs]
         if all(is_number(v) for v in values):
-            train, test = self.rows
-            found.append(Figure(label, of, kind, corrected_interval([float(v) for v in values], test, train)))
+            numbers = [float(v) for v in values]
+            found.append(Figure(label, of, kind, of_runs(numbers, self.rows, resampled=self.resampled)))
 
 
-def _difference(report: dict[str, Any], key: str) -> float | None:
-    baseline, pruned = report["baseline"].get(key), report["pruned"].get(key)
-    return pruned - baseline if is_number(pruned) and is_number(baseline) else None
+def _difference(report: dict[str, Any], key: str, other: str) -> float | None:
+    value, pruned = (arm_of(report, other) or {}).get(key), report["pruned"].get(key)
+    return pruned - value if is_number(pruned) and is_number(value) else None
 
 
 def _number(value: float | None, kind: str) -> str:

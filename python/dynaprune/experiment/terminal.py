@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dynaprune.experiment.repeat import difference_rows
 from dynaprune.experiment.report_text import table_rows
+from dynaprune.experiment.summary_text import control_rows, difference_rows
 
 __all__ = ["print_report", "print_summary"]
 
@@ -45,11 +45,18 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
     table = Table(
         title=f"{summary['task']}, {summary['runs']} of {summary['runs_planned']} runs", title_justify="left"
     )
-    for name in ("", "baseline", "pruned", "difference", "95 % interval"):
+    for name in ("", "baseline", "pruned", "difference", "95 % interval", "over test rows"):
         table.add_column(name, justify="right" if name else "left")
     for *row, _ in difference_rows(summary):
         table.add_row(*row)
     console.print(table)
+    if rows := control_rows(summary):
+        table = Table()
+        for name in ("control", "FLOPs", "time", "", "control", "pruned", "difference", "95 % interval"):
+            table.add_column(name, justify="left" if name == "" else "right")
+        for cells in rows:
+            table.add_row(*cells[:8])
+        console.print(table)
     promises = Table()
     for name in ("", "mean", "least", "most", "worst in"):
         promises.add_column(name, justify="right" if name else "left")

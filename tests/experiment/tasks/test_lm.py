@@ -19,12 +19,14 @@ from typer.testing import CliRunner
 from dynaprune.cli import app
 from dynaprune.experiment import epochs
 from dynaprune.experiment.metrics import flops_of
+from dynaprune.experiment.paired import of_seeds
 from dynaprune.experiment.progress import EpochProgress
-from dynaprune.experiment.repeat import corrected_interval, summarise, summary_markdown
 from dynaprune.experiment.report import build_report
 from dynaprune.experiment.run_config import RunConfig, resolve
 from dynaprune.experiment.saved_results import read_report
 from dynaprune.experiment.steps import evaluate
+from dynaprune.experiment.summary import summarise
+from dynaprune.experiment.summary_text import summary_markdown
 from dynaprune.experiment.table import table_csv, table_markdown
 from dynaprune.experiment.task_results import read_results
 from dynaprune.experiment.tasks import Split, get_task
@@ -241,7 +243,7 @@ def test_the_number_of_training_tokens_is_a_setting(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"size": "huge"}, "size must be one of tiny, small, base, got 'huge'"),
+        ({"size": "huge"}, "size must be one of tiny, small, base, or LAYERSxWIDTH.*got 'huge'"),
         ({"context": 1}, "context must be at least 2 tokens, got 1"),
         ({"tokens": 15}, r"tokens must be 0 \(all\) or at least a block of 16, got 15"),
         ({"tokens": -1}, "at least a block of 16, got -1"),
@@ -309,12 +311,13 @@ def test_summary_and_table_name_nats_and_bound_the_side_that_is_worse(tmp_path: 
     summary = summarise(reports, 3)
     write_json(tmp_path / "summary.json", summary)
     found = summary["differences"]["test_nats"]
-    expected = corrected_interval([p - b for b, p in pairs.values()], 40, 60, lower_is_better=True)
+    expected = of_seeds([p - b for b, p in pairs.values()], lower_is_better=True)
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     assert found["high_one_sided"] > found["mean"] > 0
     assert summary["each"]["seed-1"]["nats"] == [4.1, 4.11]
     text = summary_markdown(summary)
-    assert "| | baseline | pruned | difference | 95 % interval, two-sided | one-sided upper bound |" in text
+    columns = "difference | 95 % interval, two-sided | over test rows | one-sided upper bound"
+    assert f"| | baseline | pruned | {columns} |" in text
     assert f"| test nats per token | 4.0000 | 4.0067 | {found['mean']:+.4f} |" in text
     assert f"| {found['high_one_sided']:+.4f} |" in text and "| test perplexity |" in text
     results = read_results([tmp_path])

@@ -21,7 +21,7 @@ from dynaprune.experiment.pictures.style import STYLE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_all", "draw_curves", "draw_density", "draw_masks"]
+__all__ = ["draw_all", "draw_curves", "draw_density", "draw_masks", "save_figure"]
 
 
 def draw_all(out: Path, report: dict[str, Any]) -> list[str]:
@@ -30,15 +30,15 @@ def draw_all(out: Path, report: dict[str, Any]) -> list[str]:
     with plt.rc_context(STYLE):
         rows = _read_history(out / "history.csv")
         if rows:
-            _save(draw_curves(rows, report), out / "curves.png")
+            save_figure(draw_curves(rows, report), out / "curves.png")
             drawn.append("curves.png")
         densities = out / "pruned" / "density.csv"
         steps = max((float(r["step"]) for r in rows if r["arm"] == "pruned"), default=0.0)
         if densities.is_file() and steps:
-            _save(draw_density(densities, steps, report), out / "density.png")
+            save_figure(draw_density(densities, steps, report), out / "density.png")
             drawn.append("density.png")
         if _has_masks(out / "pruned" / "masks.json"):
-            _save(draw_masks(out / "pruned", report), out / "masks.png")
+            save_figure(draw_masks(out / "pruned", report), out / "masks.png")
             drawn.append("masks.png")
     return drawn
 
@@ -48,7 +48,8 @@ def _has_masks(path: Path) -> bool:
     return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["shapes"])
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG file, all at once or not at all, and close it."""
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, bbox_inches="tight", pad_inches=0.25)
     plt.close(figure)

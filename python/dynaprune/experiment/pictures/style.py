@@ -9,10 +9,23 @@ from matplotlib.colors import LinearSegmentedColormap
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ACCENT", "COLOURS", "INK", "LIFE", "PAPER", "RULE", "SOFT", "STYLE", "WEIGHT", "heading"]
+__all__ = [
+    "ACCENT",
+    "COLOURS",
+    "COLOURS_OF_CONTROLS",
+    "INK",
+    "LIFE",
+    "PAPER",
+    "RULE",
+    "SOFT",
+    "STYLE",
+    "WEIGHT",
+    "heading",
+]
 
 PAPER, INK, SOFT, RULE = "#fbfaf6", "#1f2937", "#6b7280", "#e3e0d8"
 COLOURS = {"baseline": "#9a9184", "pruned": "#0b7a75"}
+COLOURS_OF_CONTROLS = ("#d1603d", "#3b6ea8", "#b8860b", "#7b4f9d", "#5d7d32", "#a83b6e", "#4a4a4a")
 ACCENT = "#d1603d"
 LIFE = LinearSegmentedColormap.from_list("life", ["#f1eee5", "#bfe0d2", "#5fb3a3", "#0b7a75", "#08324a"])
 WEIGHT = LinearSegmentedColormap.from_list("weight", ["#7cc5b4", "#0b7a75", "#08324a"])

@@ -114,6 +114,8 @@ class Task:
     the report says of it; it runs once for both, where the option "pretrain_epochs" is above 0. In ``states``
     (`StateFiles`) it keeps what it goes on from where it is cut short.
 
+    ``fixed_test``: every seed has the same test part, as long as there are no folds.
+
     ``narrower`` has, by the name of a control, the networks that it may take: given the options, those of
     ever wider networks up to the whole one, for each width the usual one first, then others near it.
 
@@ -133,6 +135,7 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     uses_data_folder: bool = True
+    fixed_test: bool = True
     evaluation_batch: int | None = None
     forward: Callable[[nn.Module, Any], Any] = _call_model
     losses: Callable[[Any, torch.Tensor], torch.Tensor] = _cross_entropy_per_sample

@@ -46,4 +46,5 @@ TASK = Task(
     defaults={"pruning": {"end": 0.25}},
     self_paced={"interval": 40, "end": 0.5},
     uses_data_folder=False,
+    fixed_test=False,
 )

@@ -39,7 +39,7 @@ class Metric:
 
     @property
     def one_sided(self) -> str:
-        """Key of the one-sided bound that says how bad the difference may be (see `corrected_interval`)."""
+        """Key of the one-sided bound that says how bad the difference may be (see `of_seeds`)."""
         return "high_one_sided" if self.lower_is_better else "low_one_sided"
 
 
