@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dynaprune.integrations.transformers import DynaPruneCallback
     from dynaprune.nn import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear, swap_back, swap_layers
     from dynaprune.pruning.attach import attach
+    from dynaprune.pruning.budget import steps_for_budget
     from dynaprune.pruning.config import PruningConfig
     from dynaprune.pruning.decide.calibration import CalibrationTrial
     from dynaprune.pruning.decide.policy import Policy, View
@@ -60,6 +61,7 @@ _HOMES = {
     "prepare": "dynaprune.pruning.prepare",
     "recalibrate_batch_norm": "dynaprune.pruning.recalibration",
     "save": "dynaprune.saving.checkpoint",
+    "steps_for_budget": "dynaprune.pruning.budget",
     "swap_back": "dynaprune.nn",
     "swap_layers": "dynaprune.nn",
 }
@@ -98,6 +100,7 @@ __all__ = [
     "prepare",
     "recalibrate_batch_norm",
     "save",
+    "steps_for_budget",
     "swap_back",
     "swap_layers",
 ]

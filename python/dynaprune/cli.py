@@ -159,7 +159,10 @@ def compare_command(
     ] = None,
     controls: Annotated[
         str | None,
-        typer.Option(help="further arms, with commas: small,small-inner,short,static,gradual-early"),
+        typer.Option(
+            help="further arms, with commas: small,small-inner,small-time=WIDTH,short,static,"
+            "gradual-early,stretch=FACTOR"
+        ),
     ] = None,
     pilot: Pilot = False,
     pilot_rates: PilotRates = None,
@@ -259,7 +262,7 @@ def train_command(
     from dynaprune.experiment.train import exit_code, run_arm
 
     try:
-        name = arm_name(arm)
+        arm_name(arm)
         if pilot:
             _pilot(config, [arm], out, pilot_rates, pilot_multipliers, quiet=quiet, resuming=resuming)
             return
@@ -267,7 +270,7 @@ def train_command(
         rates = rates or find_rates(out)
         if rates is not None:
             config = with_rate(config, arm, read_rates(rates, config, [arm]))
-        if arm_is_finished(out, name, config):
+        if arm_is_finished(out, arm, config):
             typer.echo(f"{out / 'arm.json'} is there already: the {arm} arm has finished")
             return
     except ArmFailed as error:

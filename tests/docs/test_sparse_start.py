@@ -14,7 +14,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "sparse-start.md"
 
 def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    first, groups, meta, trained = re.findall(
+    first, groups, budget, meta, trained = re.findall(
         r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL
     )
     exec(compile(first, DOCUMENT.name, "exec"), names)
@@ -25,6 +25,9 @@ def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["pruner"].report()["blocks_never_present"] == 922
     exec(compile(groups, DOCUMENT.name, "exec"), names)
     assert [group["sparse_multiplier"] for group in names["optimizer"].param_groups] == [1.0, 4.0, 5.2]
+    exec(compile(budget, DOCUMENT.name, "exec"), names)
+    assert 300 < names["steps"] < 900 and names["config"].total_steps == names["steps"]
+    assert f"{names['steps']} sparse steps" in capsys.readouterr().out
     exec(compile(meta, DOCUMENT.name, "exec"), names)
     tokens = torch.randint(0, 256, (2, 8))
     names["model"](tokens, labels=tokens).loss.backward()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 from dynaprune.experiment import compare as comparison
 from dynaprune.experiment import pilot as pilots
@@ -14,13 +16,13 @@ from dynaprune.experiment.arm_settings import ArmSettings
 from dynaprune.experiment.controls import ARMS, CONTROLS, arm_name, arm_settings, check_controls
 from dynaprune.experiment.controls_text import controls_table
 from dynaprune.experiment.length import passes, samples_until, total_steps, with_steps
-from dynaprune.experiment.out_folder import check_unfinished
+from dynaprune.experiment.out_folder import check_unfinished, check_value
 from dynaprune.experiment.pilot import Grid, _best, _beyond, _Point
 from dynaprune.experiment.planned_flops import flops_of_dense, flops_of_pruned
 from dynaprune.experiment.rates import collect, read_rates, with_rate
 from dynaprune.experiment.report import build_report
 from dynaprune.experiment.run_config import RunConfig, resolve
-from dynaprune.experiment.tasks import get_task
+from dynaprune.experiment.tasks import TaskData, get_task
 from dynaprune.experiment.tasks.cifar10 import narrower as narrower_images
 from dynaprune.experiment.tasks.llama import SIZES, Size, narrower, narrower_inside, size_of
 from dynaprune.experiment.train import CannotStart, run_arm
@@ -43,13 +45,18 @@ def sparse_lm(folder: Path, **given: Any) -> RunConfig:
     return resolve("lm", options={"size": "tiny", "context": 16}, **settings)
 
 
+def _given(name: str) -> str:
+    """A control with its value, where it needs one."""
+    return "small-time=2x32x4x2x88" if name == "small-time" else name
+
+
 @pytest.fixture(scope="module")
 def arms(folder: Path) -> dict[str, ArmSettings]:
     """Every control of a tiny language model."""
     config = sparse_lm(folder)
     task = get_task("lm")
     data = task.load(config.split(), config.options)
-    return {name: arm_settings(name, config, task, data) for name in CONTROLS}
+    return {name: arm_settings(_given(name), config, task, data) for name in CONTROLS}
 
 
 def test_controls_of_equal_flops_are_near_those_of_the_pruned_arm(arms: dict[str, ArmSettings]) -> None:
@@ -78,7 +85,7 @@ def test_controls_of_the_method_differ_in_one_part(arms: dict[str, ArmSettings])
 def test_planned_flops_are_those_that_a_training_counts(arm: str, folder: Path, tmp_path: Path) -> None:
     """Exact but for the order in which gradual removals round to whole blocks."""
     config = sparse_lm(folder)
-    result = run_arm(config, arm, tmp_path, quiet=True)
+    result = run_arm(config, _given(arm), tmp_path, quiet=True)
     task = get_task("lm")
     planned = result.get("plan", {}).get("flops_planned")
     if planned is None:
@@ -89,6 +96,8 @@ def test_planned_flops_are_those_that_a_training_counts(arm: str, folder: Path, 
     assert json.loads((tmp_path / "config.json").read_text())["options"]["size"] == "tiny"
     if arm == "short":
         assert result["steps"] == result["plan"]["steps"] < 40
+    if arm == "stretch":
+        assert result["steps"] == 80 and result["plan"]["ratio_planned"] == pytest.approx(2, abs=0.3)
     if arm in ("static", "gradual-early"):
         assert result["sparsity"] == pytest.approx(0.5, abs=0.02) and result["target_reached"]
         assert result["trial_calls"] == 0 and result.get("blocks_swapped", 0) == 0
@@ -112,7 +121,8 @@ def test_a_training_ends_after_its_steps(folder: Path, tmp_path: Path) -> None:
 
 def test_arms_are_named_or_refused() -> None:
     assert arm_name("small") == "small" and arm_name("pruned") == "pruned"
-    for wrong in ("sparse", "small=3", "small=", ""):
+    assert arm_name("stretch=40%") == arm_name("stretch") == "stretch"
+    for wrong in ("sparse", "small=3", "small=", "", "small-time", "stretch="):
         with pytest.raises(ValueError, match="got"):
             arm_name(wrong)
     check_controls(["small", "short"])
@@ -129,6 +139,49 @@ def test_a_control_that_cannot_be_made_says_why(folder: Path, tmp_path: Path) ->
     with pytest.raises(CannotStart, match="expected a target_sparsity"):
         run_arm(resolve("digits", device="cpu", self_paced=True), "short", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stretched_arm_has_as_many_steps_as_it_is_given(folder: Path) -> None:
+    config, task = sparse_lm(folder), get_task("lm")
+    data = task.load(config.split(), config.options)
+    dense = flops_of_dense(config, task, data)
+    for given, steps in (("stretch=3", 120), ("stretch=0.5", 20)):
+        found = arm_settings(given, config, task, data)
+        assert found.config.steps == found.plan["steps"] == steps and found.plan["asked"] == given
+        assert found.pruned and found.config.rewire == 0.3
+        assert found.config.warmup_steps == round(100 * steps / 40)
+    within = arm_settings("stretch=90%", config, task, data)
+    assert within.config.steps is not None and within.config.steps > 40
+    assert flops_of_pruned(within.config, task, data) <= 0.9 * dense
+    longer = with_steps(config, within.config.steps + 1, len(data.train))  # type: ignore[arg-type]
+    assert flops_of_pruned(longer, task, data) > 0.9 * dense
+    for wrong in ("stretch=x", "stretch=-1", "stretch=nan%", "small-time=huge"):
+        with pytest.raises(ValueError, match=r"expected stretch|size must be"):
+            arm_settings(wrong, config, task, data)
+
+
+def test_an_arm_of_another_value_is_refused(tmp_path: Path) -> None:
+    check_value(tmp_path, {"plan": {"asked": "stretch=3"}}, "stretch=3")
+    check_value(tmp_path, {}, "baseline")
+    for result, arm in (({"plan": {"asked": "stretch=3"}}, "stretch"), ({"plan": {}}, "stretch=3")):
+        with pytest.raises(ValueError, match="holds the arm stretch"):
+            check_value(tmp_path, result, arm)
+
+
+def test_controls_of_photographs() -> None:
+    """small and small-time of the ResNet: narrower, and near the FLOPs of the sparse start."""
+    part = TensorDataset(torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6))
+    sparse = {"initial_sparsity": 0.8, "target_sparsity": 0.8}
+    config = resolve("cifar10", device="cpu", options={"width": 0.5}, **sparse)
+    said = {"mean": [0.5] * 3, "deviation": [0.25] * 3}
+    data = TaskData(part, part, part, 10, said, options=dict(config.options))
+    small = arm_settings("small", config, get_task("cifar10"), data)
+    assert small.plan["ratio_planned"] == pytest.approx(1, abs=0.15)
+    assert 0.15 < small.config.options["width"] < 0.35
+    timed = arm_settings("small-time=0.25", config, get_task("cifar10"), data)
+    assert timed.config.options["width"] == 0.25 and timed.plan["width"] == 0.25
+    with pytest.raises(ValueError, match=r"expected small-time=width like 1\.0, got 'x'"):
+        arm_settings("small-time=x", config, get_task("cifar10"), data)
 
 
 def test_sizes_are_read_as_they_are_written() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from dynaprune.experiment.arm_process import CANNOT_START, ArmFailed, run_in_process
 from dynaprune.experiment.controls import ARMS, CONTROLS, arm_name
 from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
-from dynaprune.experiment.out_folder import CONFIG, check_settings
+from dynaprune.experiment.out_folder import CONFIG, check_settings, check_value
 from dynaprune.experiment.rates import with_rate
 from dynaprune.experiment.report import OF_A_MACHINE, build_report
 from dynaprune.experiment.report_text import write_markdown
@@ -35,9 +35,10 @@ def _finished_arm(folder: Path, arm: str, config: RunConfig) -> dict[str, Any] |
     ValueError where its files are damaged, where it has other settings, or where it was trained on another
     device or with other threads than this process has: the arms could not be compared. Another processor is
     allowed, and the report says so."""
-    found = read_arm(folder, arm, config.task)
+    found = read_arm(folder, arm_name(arm), config.task)
     if found is None:
         return None
+    check_value(folder, found["result"], arm)
     if (folder / CONFIG).is_file():
         check_settings(folder, read_json(folder / CONFIG), config)
     import torch
@@ -147,7 +148,7 @@ def _compare(
         check_settings(out, read_json(config_path), config)
     begun = [name for name in names.values() if (out / name).exists()]
     for arm, name in names.items():  # all of them before any is trained
-        kept = _finished_arm(out / name, name, given[arm])
+        kept = _finished_arm(out / name, arm, given[arm])
         if kept is not None:
             arms[name], environment = kept["result"], kept["environment"]
             remove_states(resuming.folder(name, out / name))

@@ -5,6 +5,7 @@ pruned arm's schedule plans. Controls have no dropout, as the pruned arm has non
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,14 +13,28 @@ from typing import Any
 from dynaprune.experiment.arm_settings import BASELINE, PRUNED, ArmSettings, shortened_for_pilot
 from dynaprune.experiment.length import samples_until, total_steps, with_steps
 from dynaprune.experiment.narrower import nearest_width
-from dynaprune.experiment.planned_flops import flops_of_dense, flops_of_pruned, flops_of_sample, rows_of
+from dynaprune.experiment.planned_flops import (
+    flops_of_dense,
+    flops_of_pruned,
+    flops_of_pruned_by_steps,
+    flops_of_sample,
+    rows_of,
+)
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.tasks import Task, TaskData
 
 __all__ = ["ARMS", "CONTROLS", "arm_name", "arm_settings", "check_controls"]
 
 ARMS = (BASELINE, PRUNED)
-_OF_SPARSE = ("initial_sparsity", "sparse_rate", "rewire", "rewire_growth", "rewire_score", "rewire_until")
+_OF_SPARSE = (
+    "initial_sparsity",
+    "sparse_rate",
+    "rewire",
+    "rewire_growth",
+    "rewire_score",
+    "rewire_until",
+    "rewire_audit",
+)
 _RAMP_END = 0.3
 
 
@@ -104,14 +119,69 @@ def gradual_early(asked: Asked) -> ArmSettings:
     return ArmSettings("gradual-early", config, pruned=True, plan=plan)
 
 
+def small_time(asked: Asked) -> ArmSettings:
+    """Dense and narrower, of the width that is given: one that was measured to take the pruned arm's time."""
+    name = asked.task.width_option
+    if name is None:
+        raise ValueError(f"{asked.task.name} has no width for the control small-time")
+    config, default = _never_sparse(asked.config), asked.task.options[name]
+    assert asked.value is not None
+    try:
+        width = type(default)(asked.value)
+    except ValueError:
+        raise ValueError(f"expected small-time={name} like {default!r}, got {asked.value!r}") from None
+    config = replace(config, options={**config.options, name: width})
+    target = flops_of_pruned(asked.config, asked.task, asked.data)
+    plan = {name: width, **_planned(flops_of_dense(config, asked.task, asked.data), target)}
+    return ArmSettings("small-time", config, pruned=False, plan=plan)
+
+
+def stretch(asked: Asked) -> ArmSettings:
+    """The pruned arm with more steps: a factor of its own, or for a share of the dense training's FLOPs."""
+    config, rows, value = asked.config, rows_of(asked.data), asked.value or "2"
+    number = _positive(value.removesuffix("%"), f"stretch=FACTOR or stretch=SHARE%, got {value!r}")
+    planned = flops_of_pruned_by_steps(config, asked.task, asked.data)
+    usual = total_steps(config, rows)
+    steps = max(1, round(number * usual))
+    if value.endswith("%"):
+        steps = _most_steps(planned, number / 100 * flops_of_dense(config, asked.task, asked.data))
+    config = replace(with_steps(config, steps, rows), dropout=0.0)
+    plan = {"steps": steps, **_planned(planned(steps), planned(usual))}
+    return ArmSettings("stretch", config, pruned=True, plan=plan)
+
+
+def _positive(text: str, expected: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"expected {expected}")
+    return number
+
+
+def _most_steps(flops: Callable[[int], float], budget: float) -> int:
+    few, many = 0, 1
+    while flops(many) <= budget:
+        few, many = many, 2 * many
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if flops(middle) <= budget else (few, middle)
+    if few == 0:
+        raise ValueError(f"expected a budget of at least one step, got {budget:.4g} FLOPs")
+    return few
+
+
 CONTROLS: dict[str, Callable[[Asked], ArmSettings]] = {
     "small": small,
     "small-inner": small_inner,
     "short": short,
     "static": static,
     "gradual-early": gradual_early,
+    "small-time": small_time,
+    "stretch": stretch,
 }
-_WITH_VALUE: dict[str, bool] = {}  # the controls that take one, and whether they need it
+_WITH_VALUE = {"small-time": True, "stretch": False}  # the controls that take one, and whether they need it
 
 
 def arm_name(arm: str) -> str:
@@ -148,7 +218,10 @@ def arm_settings(arm: str, config: RunConfig, task: Task, data: TaskData) -> Arm
     if name in ARMS:
         found = ArmSettings(name, config, name == PRUNED)
     else:
-        found = CONTROLS[name](Asked(config, task, data, arm.partition("=")[2] or None))
+        value = arm.partition("=")[2] or None
+        found = CONTROLS[name](Asked(config, task, data, value))
+        if value is not None:
+            found = replace(found, plan={"asked": arm, **found.plan})
     if config.pilot:
         found = replace(found, config=shortened_for_pilot(found.config, rows_of(data)))
     return found

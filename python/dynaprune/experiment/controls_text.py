@@ -69,10 +69,12 @@ def _rate(arm: dict[str, Any]) -> str:
     return f"{rate:g}" + ("" if sparse is None else f", sparse layers x{sparse}")
 
 
+_OF_PLANS = ("asked", "flops_", "ratio_")
+
+
 def _told(arm: dict[str, Any]) -> str:
     plan = arm.get("plan", {})
-    own = {name: value for name, value in plan.items() if not name.startswith(("flops_", "ratio_"))}
-    said = [f"{name} {value}" for name, value in own.items()]
+    said = [f"{name} {value}" for name, value in plan.items() if not name.startswith(_OF_PLANS)]
     if arm.get("sparsity"):
         said.append(f"sparsity {shown(arm['sparsity'], 'share')}")
     return ", ".join(said)

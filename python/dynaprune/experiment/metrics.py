@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynaprune.pruning.counted_flops import flops_and_probes, flops_of
+
 __all__ = [
     "environment",
     "flops_and_probes",
@@ -35,26 +37,6 @@ STEPS_TIMED = 20
 def median_seconds(seconds: list[float]) -> float | None:
     """The median, or None of nothing."""
     return statistics.median(seconds) if seconds else None
-
-
-def flops_of(run: Callable[[], Any]) -> tuple[Any, int]:
-    """``(run(), its floating point operations)`` by torch's counter: block-sparse ops count their live
-    blocks, and so are products that torch's counter leaves out (see `dynaprune.experiment.flop_formulas`)."""
-    result, flops, of_probes = flops_and_probes(run)
-    return result, flops + of_probes
-
-
-def flops_and_probes(run: Callable[[], Any]) -> tuple[Any, int, int]:
-    """As `flops_of`, but what measuring the dense gradient at dead blocks took comes by itself, last."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from dynaprune.experiment.flop_formulas import uncounted_by_torch
-
-    with FlopCounterMode(display=False, custom_mapping=uncounted_by_torch()) as counter:
-        result = run()
-    by_op = counter.get_flop_counts().get("Global", {})
-    probes = sum(flops for op, flops in by_op.items() if "gradient_probe" in str(op))
-    return result, int(counter.get_total_flops()) - int(probes), int(probes)
 
 
 def training_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

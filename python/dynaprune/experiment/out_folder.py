@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ from dynaprune.experiment.sole_writer import LOCK_NAME
 
 _OF_PILOTS = ("pilot", "pilot.json")
 
-__all__ = ["CONFIG", "arm_is_finished", "check_empty", "check_settings", "check_unfinished"]
+__all__ = [
+    "CONFIG",
+    "arm_is_finished",
+    "check_empty",
+    "check_settings",
+    "check_unfinished",
+    "check_value",
+]
 
 CONFIG = "config.json"
 
@@ -51,8 +58,17 @@ def check_unfinished(out: Path, config: RunConfig, arms: Sequence[str] = ()) -> 
     check_settings(out, read_json(out / CONFIG), config)
 
 
+def check_value(folder: Path, result: Mapping[str, Any], arm: str) -> None:
+    """ValueError unless the ``result`` in ``folder`` is of the ``arm`` as it is given now: NAME or
+    NAME=VALUE."""
+    plan = result.get("plan", {})
+    asked = plan.get("asked", arm.partition("=")[0])
+    if asked != arm:
+        raise ValueError(f"{folder} holds the arm {asked}, here {arm}: choose another --out")
+
+
 def arm_is_finished(out: Path, arm: str, config: RunConfig) -> bool:
-    """Whether ``out`` holds this ``arm`` of these settings, trained to its end.
+    """Whether ``out`` holds this ``arm`` (NAME or NAME=VALUE) of these settings, trained to its end.
 
     ValueError unless ``out`` is new, empty, or holds an arm of these settings, finished or cut short, whose
     files are whole."""
@@ -60,4 +76,7 @@ def arm_is_finished(out: Path, arm: str, config: RunConfig) -> bool:
         check_empty(out)
         return False
     check_settings(out, read_json(out / CONFIG), config)
-    return read_arm(out, arm, config.task) is not None
+    found = read_arm(out, arm.partition("=")[0], config.task)
+    if found is not None:
+        check_value(out, found["result"], arm)
+    return found is not None

@@ -13,7 +13,7 @@ from dynaprune.experiment.arm_process import run_in_process
 from dynaprune.experiment.arm_settings import PRUNED
 from dynaprune.experiment.controls import arm_name
 from dynaprune.experiment.interrupts import ArmInterrupts, signals_taken
-from dynaprune.experiment.out_folder import CONFIG, check_settings
+from dynaprune.experiment.out_folder import CONFIG, check_settings, check_value
 from dynaprune.experiment.rates import PILOT_FILE, PILOT_FOLDER, PILOT_SEED, collect
 from dynaprune.experiment.run_config import Resuming, RunConfig
 from dynaprune.experiment.saved_results import read_json
@@ -101,7 +101,7 @@ def _pilot_arm(
         tried: dict[_Point, dict[str, Any]] = {}
         for point in _points(own, name, grid, tried, lower=metric.lower_is_better):
             given = replace(own, lr=point.rate, **_sparse_rate(point))
-            result = _finished(folder / point.folder, given)
+            result = _finished(folder / point.folder, arm, given)
             if result is None:
                 within = resuming.within(f"pilot-{name}-{point.folder}")
                 found = run_in_process(
@@ -122,11 +122,12 @@ def _sparse_rate(point: _Point) -> dict[str, Any]:
     return {} if point.multiplier is None else {"sparse_rate": f"{point.multiplier:g}"}
 
 
-def _finished(folder: Path, given: RunConfig) -> dict[str, Any] | None:
+def _finished(folder: Path, arm: str, given: RunConfig) -> dict[str, Any] | None:
     if not (folder / "arm.json").is_file():
         return None
     check_settings(folder, read_json(folder / CONFIG), given)
     found: dict[str, Any] = read_json(folder / "arm.json")["result"]
+    check_value(folder, found, arm)
     return None if found["interrupted"] else found
 
 

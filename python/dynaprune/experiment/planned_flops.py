@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,14 @@ from dynaprune.experiment.tasks.data import batches
 from dynaprune.pruning.planned_flops import FlopsOfSample, planned_flops
 from dynaprune.pruning.prepare import prepare
 
-__all__ = ["flops_of_dense", "flops_of_pruned", "flops_of_sample", "with_options"]
+__all__ = [
+    "flops_of_dense",
+    "flops_of_pruned",
+    "flops_of_pruned_by_steps",
+    "flops_of_sample",
+    "rows_of",
+    "with_options",
+]
 
 _SAMPLES = 2
 
@@ -66,11 +73,20 @@ def flops_of_pruned(config: RunConfig, task: Task, data: TaskData) -> float:
     Raises:
         ValueError: settings whose FLOPs are known afterwards only.
     """
+    return flops_of_pruned_by_steps(config, task, data)(total_steps(config, rows_of(data)))
+
+
+def flops_of_pruned_by_steps(config: RunConfig, task: Task, data: TaskData) -> Callable[[int], float]:
+    """FLOPs of a training of the pruned arm as a function of its steps.
+
+    Raises:
+        ValueError: settings whose FLOPs are known afterwards only.
+    """
     rows = rows_of(data)
-    pruning = config.pruning_config(total_steps(config, rows), data.classes)
     seen = functools.partial(samples_until, config=config, rows=rows)
-    if pruning.target_sparsity is None:
-        return planned_flops(pruning, FlopsOfSample(0.0, 0.0), seen)
+    pruning = config.pruning_config(total_steps(config, rows), data.classes)
+    planned_flops(pruning, FlopsOfSample(0.0, 0.0), seen)  # whether it can be
+    assert pruning.target_sparsity is not None
     dense, dense_forward = flops_of_sample(config, task, data)
     begins, forward = dense, dense_forward
     if pruning.initial_sparsity:
@@ -78,4 +94,5 @@ def flops_of_pruned(config: RunConfig, task: Task, data: TaskData) -> float:
     ends = begins
     if not pruning.stands_still:
         ends, _ = flops_of_sample(config, task, data, pruning.target_sparsity)
-    return planned_flops(pruning, FlopsOfSample(begins, ends, dense_forward - forward), seen)
+    of_sample = FlopsOfSample(begins, ends, dense_forward - forward)
+    return lambda steps: planned_flops(config.pruning_config(steps, data.classes), of_sample, seen)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dynaprune.pruning.builtin import removing_policy, rewiring_policy
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.gradual import Gradual
 from dynaprune.pruning.decide.growth import GRADIENT
-from dynaprune.pruning.decide.pace import CubicPace, Standstill
+from dynaprune.pruning.decide.pace import CubicPace
 from dynaprune.pruning.settings import BLOCKS
 
 
@@ -48,20 +48,24 @@ def planned_flops(
         )
     if config.policy is not None or config.regrow:
         raise ValueError("expected the built-in policy without regrow, to know the FLOPs before training")
-    removing = removing_policy(config, None)
-    assert isinstance(removing, Gradual) and isinstance(removing.pace, (CubicPace, Standstill))
     spent, since, now = 0.0, 0, of_sample.begins
-    for step in range(1, config.total_steps + 1):
-        if not isinstance(removing.pace, CubicPace) or not removing.pace.due(step):
-            continue
+    for step, done in _removals(config):
         seen = samples_until(step)
         spent, since = spent + now * (seen - since), seen
-        done = (removing.pace.sparsity(step) - config.initial_sparsity) / (
-            config.target_sparsity - config.initial_sparsity
-        )
         now = of_sample.begins + done * (of_sample.ends - of_sample.begins)
     spent += now * (samples_until(config.total_steps) - since)
     return spent + of_sample.probe * _probed(config, samples_until)
+
+
+def _removals(config: PruningConfig) -> Iterator[tuple[int, float]]:
+    """Steps after which blocks go, and how much of the way to the target is done then."""
+    removing = removing_policy(config, None)
+    assert isinstance(removing, Gradual) and config.target_sparsity is not None
+    pace, initial = removing.pace, config.initial_sparsity
+    if not isinstance(pace, CubicPace):
+        return
+    for step in (*range(pace.start_step + pace.interval, pace.end_step, pace.interval), pace.end_step):
+        yield step, (pace.sparsity(step) - initial) / (config.target_sparsity - initial)
 
 
 def _probed(config: PruningConfig, samples_until: Callable[[int], int]) -> int:

@@ -116,6 +116,7 @@ class Task:
 
     ``fixed_test``: every seed has the same test part, as long as there are no folds.
 
+    ``width_option`` is the option that makes the network narrower, by hand.
     ``narrower`` has, by the name of a control, the networks that it may take: given the options, those of
     ever wider networks up to the whole one, for each width the usual one first, then others near it.
 
@@ -142,6 +143,7 @@ class Task:
     predict: Callable[[Any], Any] = _likeliest_class
     score_of_loss: Callable[[float], dict[str, float]] | None = None
     pretrain: Callable[[nn.Module, TaskData, Any, torch.device, Any], dict[str, Any]] | None = None
+    width_option: str | None = None
     narrower: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Sequence[dict[str, Any]]]]] = field(
         default_factory=dict
     )

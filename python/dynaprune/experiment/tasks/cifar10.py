@@ -199,5 +199,6 @@ TASK = Task(
     },
     self_paced={"cost": "flops", "end": 0.5},
     options={"train_samples": 0, "width": 1.0},
+    width_option="width",
     narrower={"small": narrower},
 )

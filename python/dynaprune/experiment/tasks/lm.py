@@ -218,6 +218,7 @@ TASK = Task(
     evaluation_batch=32,
     forward=logits,
     losses=losses,
+    width_option="size",
     narrower={
         "small": functools.partial(_options_of, sizes=narrower),
         "small-inner": functools.partial(_options_of, sizes=narrower_inside),
