@@ -11,11 +11,13 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from dynaprune.pruning.decide.looks import FUTILE, few_bear_the_harm, plan_looks, predictive_power
 from dynaprune.pruning.decide.significance import harm_p_values
 
 THRESHOLD = 0.01
@@ -108,17 +110,83 @@ def rises(draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int) 
         yield draw(generator, min(CHUNK, draws - start), n, noise) + mean
 
 
-def acceptance(draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int) -> tuple[float, float]:
-    """Share accepted by (one test at THRESHOLD, an event of RUNGS independent sets at THRESHOLD / RUNGS)."""
-    p = torch.cat([harm_p_values(d, 1.0) for d in rises(draw, draws * RUNGS, n, noise, mean, seed)])
-    event = (p < THRESHOLD / RUNGS).view(-1, RUNGS).any(1)
-    return float((p < THRESHOLD).double().mean()), float(event.double().mean())
+class Tested(NamedTuple):
+    """What tests of one set came to: `passed` bool [draws], `used` the share of the samples looked at."""
+
+    passed: Tensor
+    used: Tensor
+
+
+def looked_at(p_values: Callable[[int], Tensor], n: int, early: bool) -> Tested:
+    """Tests at THRESHOLD / RUNGS of n samples that come in quarters.
+
+    Args:
+        p_values: of the first so many samples.
+        early: whether half of the samples may accept.
+    """
+    looks = plan_looks([n // 4] * 4, THRESHOLD / RUNGS, early=early)
+    passed = torch.zeros(())
+    running, used = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.float64)
+    for look in looks:
+        p = p_values(look.samples)
+        share = look.samples / n
+        used = torch.where(running, share, used)
+        passed = torch.where(running & (p < look.level), torch.ones(()), passed)
+        running = running & ~(p < look.level)
+        if share < 1:
+            power = torch.from_numpy(predictive_power(p.numpy(), share, looks[-1].level))
+            running = running & ~(power < FUTILE)
+    return Tested(passed.bool(), used)
+
+
+def test_of(d: Tensor, early: bool) -> Tested:
+    """The test of a set with the paired rises `d` [draws, n]."""
+    return looked_at(lambda m: harm_p_values(d[..., :m], 1.0), d.shape[-1], early)
+
+
+class Levels(NamedTuple):
+    """Shares accepted: by one test at THRESHOLD of all samples; by an event of RUNGS independent sets of all
+    samples; by an event with three looks at each, in a run that has seen a set of the same kind, and in one
+    that has seen harmless sets only. `used` is the share of the samples that a test of the third looked at.
+    """
+
+    single: float
+    whole: float
+    event: float
+    unwarned: float
+    used: float
+
+
+def acceptance(draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int) -> Levels:
+    """How often removals of this kind are accepted."""
+    found = []
+    for d in rises(draw, draws * (RUNGS + 1), n, noise, mean, seed):
+        # Of every four sets the first is what the run saw before: all its samples were looked at.
+        sets = d.view(-1, RUNGS + 1, n)
+        before, now = sets[:, 0], sets[:, 1:]
+        p = harm_p_values(now, 1.0)
+        shut, open_ = test_of(now, False), test_of(now, True)
+        warned = few_bear_the_harm(before, 1.0).unsqueeze(1)
+        passed, used = (torch.where(warned, s, o).double() for s, o in zip(shut, open_, strict=True))
+        columns = [p < THRESHOLD, p < THRESHOLD / RUNGS, passed, open_.passed, used]
+        found.append(torch.stack([column.double() for column in columns]))
+    single, whole, event, unwarned, used = torch.cat(found, 1)
+    any_of = [x.amax(1).mean() for x in (whole, event, unwarned)]
+    return Levels(*map(float, (single.mean(), *any_of, used.mean())))
 
 
 def single_rung_power(draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int) -> float:
     """Share accepted by one test at THRESHOLD / RUNGS: what the largest set meets."""
-    p = torch.cat([harm_p_values(d, 1.0) for d in rises(draw, draws, n, noise, mean, seed)])
-    return float((p < THRESHOLD / RUNGS).double().mean())
+    return power_and_use(draw, draws, n, noise, mean, seed)[0]
+
+
+def power_and_use(
+    draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int
+) -> tuple[float, float]:
+    """Share accepted by one test at THRESHOLD / RUNGS with three looks, and share of the samples used."""
+    tests = [test_of(d, True) for d in rises(draw, draws, n, noise, mean, seed)]
+    passed, used = (torch.cat(column).double() for column in zip(*tests, strict=True))
+    return float(passed.mean()), float(used.mean())
 
 
 def class_acceptance(
@@ -129,8 +197,10 @@ def class_acceptance(
     draw = with_classes(in_class, elsewhere)
     passed = []
     for start in range(0, draws, 500):
-        p = harm_p_values(draw(generator, min(500, draws - start), n, noise), 1.0) < THRESHOLD / RUNGS
-        passed.append(torch.stack([p[0], p.all(0)]))
+        d = draw(generator, min(500, draws - start), n, noise)
+        without = test_of(d[0], True).passed
+        with_check = looked_at(lambda m, d=d: harm_p_values(d[..., :m], 1.0).amax(0), n, True).passed
+        passed.append(torch.stack([without, with_check]))
     return torch.cat(passed, 1).double().mean(1).tolist()
 
 
@@ -151,19 +221,25 @@ def uncorrected(draw: Draw, draws: int, n: int, noise: float, seed: int) -> tupl
 def level_tables(draws: int, seed: int) -> tuple[str, dict[int, float]]:
     """Markdown of the levels (worst over the noise levels), and the worst promised level by n."""
     lines = [
-        "| harm at the tolerance, n = 1,024 | plain t, event | Johnson, event | one test | **event** |",
-        "|---|---|---|---|---|",
+        "| harm at the tolerance, n = 1,024 | plain t, event | Johnson, event | one test | one look, event "
+        "| **three looks, event** | of the samples | the first such harm |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     by_size: dict[str, list[float]] = {}
     for name, (draw, noises, promised) in SHAPES.items():
-        single, event = zip(*(acceptance(draw, draws, 1024, s, 1.0, seed) for s in noises), strict=True)
+        found = [acceptance(draw, draws, 1024, s, 1.0, seed) for s in noises]
+        worst = Levels(*(max(column) for column in zip(*found, strict=True)))
+        used = sum(each.used for each in found) / len(found)
         other = [uncorrected(draw, draws, 1024, s, seed) for s in noises]
         plain, johnson = (max(column) for column in zip(*other, strict=True))
         label = name if promised else f"{name} (harder)"
-        lines.append(f"| {label} | {plain:.2%} | {johnson:.2%} | {max(single):.2%} | **{max(event):.2%}** |")
-        by_size[name] = [max(event)]
+        lines.append(
+            f"| {label} | {plain:.2%} | {johnson:.2%} | {worst.single:.2%} | {worst.whole:.2%} "
+            f"| **{worst.event:.2%}** | {used:.2f} | {worst.unwarned:.2%} |"
+        )
+        by_size[name] = [worst.event]
         for n in SIZES[1:]:
-            by_size[name].append(max(acceptance(draw, draws, n, s, 1.0, seed)[1] for s in noises))
+            by_size[name].append(max(acceptance(draw, draws, n, s, 1.0, seed).event for s in noises))
         print(name, [f"{x:.4f}" for x in by_size[name]], flush=True)
     lines += [
         "",
@@ -173,8 +249,8 @@ def level_tables(draws: int, seed: int) -> tuple[str, dict[int, float]]:
     for name, levels in by_size.items():
         label = name if SHAPES[name][2] else f"{name} (harder)"
         lines.append(f"| {label} | " + " | ".join(f"{level:.2%}" for level in levels) + " |")
-    worst = {n: max(by_size[name][i] for name in SHAPES if SHAPES[name][2]) for i, n in enumerate(SIZES)}
-    return "\n".join(lines), worst
+    worst_of = {n: max(by_size[name][i] for name in SHAPES if SHAPES[name][2]) for i, n in enumerate(SIZES)}
+    return "\n".join(lines), worst_of
 
 
 def power_tables(draws: int, seed: int) -> str:
@@ -194,8 +270,9 @@ def power_tables(draws: int, seed: int) -> str:
     ]
     for name, draw, n, means in rows:
         for mean in means:
-            cells = [single_rung_power(draw, draws, n, s, mean, seed) for s in noises]
-            lines.append(f"| {mean:g}, {name}, n = {n:,} | " + " | ".join(f"{c:.1%}" for c in cells) + " |")
+            cells = [power_and_use(draw, draws, n, s, mean, seed) for s in noises]
+            shown = " | ".join(f"{power:.1%} ({used:.2f})" for power, used in cells)
+            lines.append(f"| {mean:g}, {name}, n = {n:,} | {shown} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynaprune.experiment.metrics import flops_of
@@ -23,8 +23,15 @@ class CountedTrial:
         self.seconds = 0.0
 
     def __call__(self) -> Any:
+        return self._counted(self._trial)
+
+    def part(self, first: int, last: int) -> Any:
+        """Losses of some parts of the samples; a call of its own."""
+        return self._counted(lambda: self._trial.part(first, last))
+
+    def _counted(self, evaluate: Callable[[], Any]) -> Any:
         started = time.perf_counter()
-        losses, flops = flops_of(self._trial)
+        losses, flops = flops_of(evaluate)
         self.calls += 1
         self.flops += flops
         self.seconds += time.perf_counter() - started

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 
 from torch import Tensor
 
 from dynaprune.neurons.tracer import NeuronTracer
-from dynaprune.nn.calibration_mode import calibration_mode
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.neuron_order import GroupFigures, NeuronFigures
 from dynaprune.pruning.decide.policy import LayerView, View, WholeNeurons
-from dynaprune.pruning.decide.trial import Losses, Trial
+from dynaprune.pruning.decide.trial import Trial
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.event_losses import EventLosses
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.observe.scores import make_score
 from dynaprune.pruning.settings import BLOCKS
@@ -84,26 +84,21 @@ def _layer(
     )
 
 
-def losses_without(structure: Structure, trial: Trial) -> Callable[[Mapping[str, Tensor]], Losses]:
+def losses_without(structure: Structure, trial: Trial) -> EventLosses[Mapping[str, Tensor]]:
     """``losses(masks)`` of one event: the trial's, with the blocks of ``masks`` suspended.
 
-    The first call draws the event's samples. Values and slots stay as they are.
+    Values and slots stay as they are.
     """
-    drawn = False
 
-    def losses(masks: Mapping[str, Tensor]) -> Losses:
-        nonlocal drawn
-        if not drawn:
-            trial.redraw()
-            drawn = True
+    @contextmanager
+    def suspended(masks: Mapping[str, Tensor]) -> Iterator[None]:
         layouts = [(structure.layers[name].layer.layout, blocks) for name, blocks in masks.items()]
         try:
             for layout, blocks in layouts:
                 layout.suspend_(blocks)
-            with nullcontext() if trial.isolates_itself else calibration_mode(structure.model):
-                return trial()
+            yield
         finally:
             for layout, _ in layouts:
                 layout.resume_()
 
-    return losses
+    return EventLosses(structure.model, trial, suspended)

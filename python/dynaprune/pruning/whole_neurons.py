@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
-from contextlib import nullcontext
+from collections.abc import Container, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -16,14 +16,14 @@ from dynaprune.neurons.silence import silenced_outputs, silent_outputs
 from dynaprune.neurons.silent_cut import find_silent_cut
 from dynaprune.neurons.tracer import NeuronTracer
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.nn.calibration_mode import calibration_mode
 from dynaprune.nn.shape import layer_shape, original_widths
 from dynaprune.pruning.config import PruningConfig
 from dynaprune.pruning.decide.neuron_choice import Unit, Width
 from dynaprune.pruning.decide.policy import WholeNeurons
-from dynaprune.pruning.decide.trial import Losses, Trial
+from dynaprune.pruning.decide.trial import Trial
 from dynaprune.pruning.edit.edits import Cut
 from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.event_losses import EventLosses
 from dynaprune.pruning.observe.score import Score
 
 
@@ -133,18 +133,10 @@ def _widths(structure: Structure, units: Sequence[Unit], config: PruningConfig) 
 
 def _losses_without(
     model: nn.Module, trial: Trial, groups: Sequence[NeuronGroup]
-) -> Callable[[Sequence[Unit]], Losses]:
-    """``losses(units)`` of one event, while these are silent. The first call draws the trial's samples."""
-    drawn = False
+) -> EventLosses[Sequence[Unit]]:
+    """``losses(units)`` of one event, while these are silent."""
 
-    def losses(units: Sequence[Unit]) -> Losses:
-        nonlocal drawn
-        if not drawn:
-            trial.redraw()
-            drawn = True
-        silent = silenced_outputs(model, [groups[unit.number] for unit in units])
-        quiet = nullcontext() if trial.isolates_itself else calibration_mode(model)
-        with silent_outputs(model, silent), quiet:
-            return trial()
+    def suspended(units: Sequence[Unit]) -> AbstractContextManager[None]:
+        return silent_outputs(model, silenced_outputs(model, [groups[unit.number] for unit in units]))
 
-    return losses
+    return EventLosses(model, trial, suspended)

@@ -20,23 +20,32 @@ def rise(n=200, seed=0, mean=0.0):
 
 @pytest.mark.parametrize(("name", "noise"), PROMISED)
 def test_harm_at_the_tolerance_is_accepted_in_at_most_2_percent_of_the_events(name, noise):
-    single, event = acceptance(SHAPES[name][0], 5000, 1024, noise, 1.0, seed=17)
-    assert single <= 0.02
-    assert event <= 0.02
+    found = acceptance(SHAPES[name][0], 5000, 1024, noise, 1.0, seed=17)
+    assert found.single <= 0.02
+    assert found.whole <= 0.02
+    assert found.event <= 0.02
+    assert found.unwarned <= 0.02
 
 
 def test_the_tabled_level_is_the_one_simulated():
     """Worst promised shape at n = 256, from fresh draws: within four standard errors of the table."""
-    worst = max(acceptance(SHAPES[name][0], 5000, 256, noise, 1.0, seed=23)[1] for name, noise in PROMISED)
+    worst = max(acceptance(SHAPES[name][0], 5000, 256, noise, 1.0, seed=23).event for name, noise in PROMISED)
     tabled = MEASURED_LEVELS[256]
     assert abs(worst - tabled) < 4 * math.sqrt(tabled * (1 - tabled) / 5000) + 0.002
     assert MEASURED_LEVELS[1024] <= 0.02
 
 
 def test_gaussian_level_is_the_nominal_one_and_not_far_below():
-    single, event = acceptance(SHAPES["Gaussian"][0], 5000, 1024, 10.0, 1.0, seed=3)
-    assert 0.006 < single < 0.014  # 15,000 tests: 0.01 within five standard errors
-    assert 0.004 < event < 0.016
+    found = acceptance(SHAPES["Gaussian"][0], 5000, 1024, 10.0, 1.0, seed=3)
+    assert 0.006 < found.single < 0.014  # 15,000 tests: 0.01 within five standard errors
+    assert 0.004 < found.event < 0.016
+    assert 0.25 < found.used < 0.6  # most harmful sets are stopped before their last look
+
+
+def test_rare_harm_passes_early_only_where_the_run_has_not_seen_any():
+    found = acceptance(SHAPES["in 0.5% of the samples"][0], 3000, 1024, 3.0, 1.0, seed=9)
+    assert found.whole < 0.03 and found.event < 0.045
+    assert found.unwarned > 0.15  # what docs/trial.md says cannot be helped
 
 
 @pytest.mark.parametrize(

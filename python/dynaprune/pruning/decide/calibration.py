@@ -91,7 +91,7 @@ class CalibrationTrial:
         self.draws = 0
         self.in_training_mode = False
         self._batches: list[list[int]] = []
-        self._cached: list[Any] | None = None
+        self._cached: dict[int, Any] = {}
 
     def redraw(self) -> None:
         """Draw the samples of the next event, without replacement."""
@@ -99,7 +99,7 @@ class CalibrationTrial:
         chosen = torch.randperm(len(self.dataset), generator=generator)[: self.samples]
         batches = -(-self.samples // self.batch_size)
         self._batches = [part.tolist() for part in chosen.tensor_split(batches)]
-        self._cached = None
+        self._cached = {}
         self.draws += 1
 
     def try_batch(self) -> None:
@@ -136,13 +136,23 @@ class CalibrationTrial:
 
         Raises ValueError when the loss is not one floating-point figure per sample.
         """
+        return self.part(0, len(self.parts()))
+
+    def parts(self) -> tuple[int, ...]:
+        """Samples of each batch."""
         if not self._batches:
             self.redraw()
+        return tuple(map(len, self._batches))
+
+    def part(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """As a call, of the batches from ``first`` up to but not including ``last``."""
+        if not 0 <= first < last <= len(self.parts()):
+            raise ValueError(f"expected batches among {len(self.parts())}, got {first} to {last}")
         losses: list[Tensor] = []
         classes: list[Tensor] = []
         seed = self.seed * 1_000_003 + self.draws
         with calibration_mode(self.model, seed=seed, training=self.in_training_mode), self.context():
-            for expected, batch in self._fetch():
+            for expected, batch in self._fetch(first, last):
                 found, label = _split(self.loss(self.model, self.move(batch)))
                 _check_batch(found, label, expected)
                 losses.append(found.double())
@@ -163,7 +173,7 @@ class CalibrationTrial:
         if set(state) != {"seed", "draws"}:
             raise ValueError(f"expected the keys ['draws', 'seed'], got {sorted(state)}")
         self.seed, self.draws = int(state["seed"]), int(state["draws"])
-        self._batches, self._cached = [], None
+        self._batches, self._cached = [], {}
         if self.draws > 0:
             self.draws -= 1
             self.redraw()
@@ -171,18 +181,15 @@ class CalibrationTrial:
     def _to_device(self, batch: Any) -> Any:
         return to_device(batch, _device(self.model))
 
-    def _fetch(self) -> Iterator[tuple[int, Any]]:
-        if self._cached is not None:
-            yield from zip(map(len, self._batches), self._cached, strict=True)
-            return
-        kept: list[Any] = []
-        for indices in self._batches:
-            batch = self.collate([self.dataset[i] for i in indices])
-            if self.cache:
-                kept.append(batch)
+    def _fetch(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        for number in range(first, last):
+            indices = self._batches[number]
+            batch = self._cached.get(number)
+            if batch is None:
+                batch = self.collate([self.dataset[i] for i in indices])
+                if self.cache:
+                    self._cached[number] = batch
             yield len(indices), batch
-        if self.cache:
-            self._cached = kept
 
 
 def _split(found: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynaprune.pruning.decide.allocation import Selection, select
+from dynaprune.pruning.decide.by_size import BySize
 from dynaprune.pruning.decide.growth import growth_fraction, select_growth
 from dynaprune.pruning.decide.neuron_order import whole_neurons_first
 from dynaprune.pruning.decide.pace import PaceWithInterval
@@ -89,7 +90,7 @@ class Gradual(Policy):
             return [Release(selection.first(found), UNTESTED)], found
         losses, trials = view.losses, self.trials
         assert trials is not None
-        event = trials.run(view.step, found, lambda n: losses({} if n is None else selection.first(n)))
+        event = trials.run(view.step, found, BySize(losses, lambda n: selection.first(n) if n else {}))
         accepted, releases = event.accepted_size or 0, []
         if accepted:
             passed = selection.first(accepted)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynaprune.pruning.decide.by_size import BySize
 from dynaprune.pruning.decide.neuron_choice import Choice, Unit, choose, in_order
 from dynaprune.pruning.decide.pace import PaceWithInterval
 from dynaprune.pruning.decide.policy import Policy, View, WholeNeurons
@@ -83,7 +84,7 @@ class GradualNeurons(Policy):
     def _tested(self, view: View, whole: WholeNeurons, chosen: Choice, wish: int) -> list[Cut]:
         losses, trials, count = whole.losses, self.trials, len(chosen.units)
         assert losses is not None and trials is not None
-        event = trials.run(view.step, count, lambda n: losses(chosen.units[:n] if n else []))
+        event = trials.run(view.step, count, BySize(losses, lambda n: chosen.units[:n]))
         accepted = event.accepted_size or 0
         passed = math.floor(chosen.weights(accepted))
         left = max(0, view.live_weights - passed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -36,6 +36,17 @@ class Trial(Protocol):
         """Continue the sampling of a saved run."""
 
 
+@runtime_checkable
+class TrialInParts(Trial, Protocol):
+    """A trial that can evaluate some of its samples by themselves: tests then end early where they can."""
+
+    def parts(self) -> Sequence[int]:
+        """Samples of each part, as last drawn; none where it evaluates all of them or nothing."""
+
+    def part(self, first: int, last: int) -> Losses:
+        """Losses of the parts from ``first`` up to but not including ``last``, in the order of a call."""
+
+
 class FunctionTrial:
     """A trial made of any callable: what it has of :class:`Trial` is used, the rest has defaults."""
 
@@ -47,6 +58,17 @@ class FunctionTrial:
 
     def __call__(self) -> Losses:
         return self._losses()
+
+    def parts(self) -> Sequence[int]:
+        parts = getattr(self._losses, "parts", None)
+        return parts() if callable(parts) else ()
+
+    def part(self, first: int, last: int) -> Losses:
+        part: Any = getattr(self._losses, "part", None)
+        if not callable(part):
+            raise TypeError("expected a trial with parts() to have part(first, last), got none")
+        found: Losses = part(first, last)
+        return found
 
     def redraw(self) -> None:
         if callable(redraw := getattr(self._losses, "redraw", None)):

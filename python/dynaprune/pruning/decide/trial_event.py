@@ -2,11 +2,13 @@
 
 The event knows nothing of layers or masks. It is given the sizes of the candidate sets, largest first, and a
 function that returns per-sample losses with a set suspended; it answers with the largest set whose removal
-passes the paired test (`paired_test.py`), and with every figure a report needs.
+passes the paired test (`significance.py`), and with every figure a report needs.
 
 `threshold` is the nominal probability, per event, of accepting a removal that raises the mean loss by the
 tolerance or more. The event makes up to `len(candidates)` tests, each at `threshold / len(candidates)`
-(Bonferroni), and stops at the first that passes. The level really reached is measured in `docs/trial.md`.
+(Bonferroni), and stops at the first that passes. A trial that can evaluate its samples in parts is looked at
+up to three times per test (`looks.py`), and ends early where a set clearly passes or has no hope left. The
+level really reached is measured in `docs/trial.md`.
 
 Two limits hold the harm of what is accepted:
 
@@ -25,17 +27,22 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dynaprune.pruning.decide.significance import PairedTest, check_losses, paired_test
+from dynaprune.pruning.decide.event_samples import EventSamples
+from dynaprune.pruning.decide.looks import few_bear_the_harm, plan_looks
+from dynaprune.pruning.decide.significance import PairedTest, paired_test
 from dynaprune.pruning.decide.trial import Losses
 from dynaprune.pruning.decide.trial_rules import TrialRules, TrialState
+from dynaprune.pruning.decide.verdict import Verdict, verdict_at
 from dynaprune.saving.json_values import json_value
 
 
 @dataclass(frozen=True)
 class TrialRung:
-    """The test of one candidate set. `level` is what `test.p_value` has to stay below."""
+    """The test of one candidate set, at the look that ended it. `level` is what `test.p_value` has to stay
+    below, there if the set was accepted, and else at the last look."""
 
     size: int
     level: float
@@ -52,7 +59,7 @@ class TrialEvent:
     `accepted_index` and `accepted_size` are None when nothing passed; then nothing may be removed by trial.
     `baseline_loss` and `tolerance` are None when the event ended before they were known; `reason` says why it
     ended. `left_out` samples had no finite loss as the model stands. An event with too many of them (see
-    `MAX_LEFT_OUT`) is not `usable`: nothing was tested.
+    `MAX_LEFT_OUT`) is not `usable`: nothing was tested. `evaluated` counts losses, of all sets together.
     """
 
     accepted_index: int | None
@@ -69,6 +76,7 @@ class TrialEvent:
     reason: str
     left_out: int
     usable: bool
+    evaluated: int
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, fit for JSON (figures that are not finite become None)."""
@@ -124,6 +132,8 @@ def run_event(
         evaluate: `evaluate(None)` returns the losses as the model stands, `evaluate(size)` those with the
             `size` least important units suspended (and resumed before it returns): [n] per-sample losses, or
             (losses, classes [n] or None). Every call of one event sees the same samples in the same order.
+            Where it has `parts()`, the samples of each part, `evaluate.part(size, first, last)` returns the
+            losses of the parts from `first` up to but not including `last`.
         state: carried from event to event; updated in place.
         rules: thresholds and tolerances; default `TrialRules()`.
 
@@ -138,99 +148,126 @@ def run_event(
     rules = TrialRules() if rules is None else rules
     sizes = _checked_sizes(candidates)
     started = time.perf_counter()
-    level = rules.threshold / len(sizes)
     draft = _Draft(state, rules)
     if state.allowance_left(rules) <= 0:
         return draft.finish(started, "the allowance of the run is spent")
-    losses, classes = _losses_and_classes(evaluate(None))
-    check_losses(losses, classes)
-    draft.evaluations += 1
-    finite, given = losses.detach().isfinite(), losses.numel()
-    draft.left_out = given - int(finite.sum())
-    if draft.left_out > MAX_LEFT_OUT * given:
-        draft.usable = False
-        said = f"{draft.left_out} of {given} losses of the model as it stands are not finite"
-        return draft.finish(started, said)
-    losses, classes = losses[finite], None if classes is None else classes[finite.to(classes.device)]
-    draft.samples = losses.numel()
-    draft.baseline = float(losses.detach().double().mean())
-    if draft.scale is None:
-        draft.scale = _scale(rules, draft.baseline, classes)
-    left = max(0.0, rules.allowance * draft.scale - state.spent)
-    draft.tolerance = min(max(rules.tolerance * draft.baseline, rules.absolute_tolerance * draft.scale), left)
-    if draft.tolerance <= 0:
-        return draft.finish(started, "the tolerance is 0: no test can show that a removal harms less")
+    draft.samples = samples = EventSamples(evaluate)
+    if state.scale is None and rules.classes is None:
+        samples.extend(None)  # the scale is taken from all of them
     for size in sizes:
-        before = time.perf_counter()
-        removed, _ = _losses_and_classes(evaluate(size))
-        check_losses(removed, None)
-        if removed.numel() == given:
-            removed = removed[finite.to(removed.device)]
-        test = paired_test(removed, losses, draft.tolerance, classes)
-        if draft.add(size, level, test, time.perf_counter() - before):
+        if said := draft.test(size, rules.threshold / len(sizes)):
+            return draft.finish(started, said)
+        if draft.accepted is not None:
             break
     return draft.finish(started, draft.rungs[-1].reason)
 
 
 @dataclass
 class _Draft:
-    """An event in the making. The state changes only in `finish`, so an error leaves it as it was."""
+    """An event in the making. The state changes only in `finish`, so an error leaves it as it was.
+
+    `early` says whether sets may be accepted before the last look (see `TrialState`).
+    """
 
     state: TrialState
     rules: TrialRules
     rungs: list[TrialRung] = field(default_factory=list)
-    evaluations: int = 0
-    samples: int | None = None
+    samples: EventSamples | None = None
     baseline: float | None = None
     tolerance: float | None = None
     accepted: int | None = None
     charged: float = 0.0
     scale: float | None = None
-    left_out: int = 0
     usable: bool = True
+    early: bool | None = None
 
     def __post_init__(self) -> None:
-        self.scale = self.state.scale
+        self.scale, self.early = self.state.scale, self.state.early
 
-    def add(self, size: int, level: float, test: PairedTest, seconds: float) -> bool:
-        """Enter the test of a candidate set, and say whether it passed."""
-        self.evaluations += 1
-        accepted = test.p_value < level
-        reason = test.reason or _verdict(test, level, accepted)
-        self.rungs.append(TrialRung(size, level, test, accepted, reason, seconds))
-        if accepted:
+    def test(self, size: int, level: float) -> str:
+        """Test a candidate set; the answer is why the event ends, empty where it goes on."""
+        samples, started = self.samples, time.perf_counter()
+        assert samples is not None
+        if not samples.parts:
+            samples.extend(None)
+        looks = plan_looks(samples.parts, level, early=self.early is True)
+        without: list[Tensor] = []
+        for look in looks:
+            if said := self._know(samples, look.last):
+                return said
+            assert self.tolerance is not None
+            without.append(samples.without(size, look.first, look.last))
+            losses, classes = samples.first(look.last)
+            removed = torch.cat(without)
+            test = paired_test(removed, losses, self.tolerance, classes)
+            self._note(look is looks[-1], removed, losses, test)
+            if ended := verdict_at(test, look, looks[-1]):
+                break
+        self._add(size, ended, test, time.perf_counter() - started)
+        return ""
+
+    def _know(self, samples: EventSamples, last: int) -> str:
+        """Know the losses as the model stands, of the parts before ``last``, and the tolerance from them."""
+        samples.extend(last)
+        given = samples.total
+        if samples.left_out > MAX_LEFT_OUT * given:
+            self.usable = False
+            return f"{samples.left_out} of {given} losses of the model as it stands are not finite"
+        self.baseline = float(samples.within.detach().double().mean())
+        if self.scale is None:
+            self.scale = _scale(self.rules, self.baseline, samples.classes)
+        rules, left = self.rules, max(0.0, self.rules.allowance * self.scale - self.state.spent)
+        wanted = max(rules.tolerance * self.baseline, rules.absolute_tolerance * self.scale)
+        self.tolerance = min(wanted, left)
+        return "" if self.tolerance > 0 else "the tolerance is 0: no test can show that a removal harms less"
+
+    def _note(self, last: bool, removed: Tensor, losses: Tensor, test: PairedTest) -> None:
+        """Whether harm falls on few samples decides whether fewer than all of them may accept."""
+        if test.reason or self.early is False:
+            return
+        rise = removed.detach().to("cpu", torch.float64) - losses.detach().to("cpu", torch.float64)
+        if bool(few_bear_the_harm(rise, self.tolerance or 0.0)):
+            self.early = False
+        elif last:
+            self.early = True
+
+    def _add(self, size: int, verdict: Verdict, test: PairedTest, seconds: float) -> None:
+        self.rungs.append(TrialRung(size, verdict.level, test, verdict.accepted, verdict.reason, seconds))
+        if verdict.accepted:
             self.accepted = len(self.rungs) - 1
             self.charged = max(0.0, test.mean_rise)
-        return accepted
 
     def finish(self, started: float, reason: str) -> TrialEvent:
         state, seconds = self.state, time.perf_counter() - started
-        state.scale = self.scale
+        done = self.samples or EventSamples(lambda size: torch.empty(0))
+        known = done.total - done.left_out if self.usable and done.total else None
+        state.scale, state.early = self.scale, self.early
         state.spent += self.charged
         state.events += 1
         state.accepted += self.accepted is not None
-        state.evaluations += self.evaluations
+        state.evaluations += done.evaluations
         state.seconds += seconds
-        state.left_out += self.left_out
+        state.left_out += done.left_out
         state.unusable += not self.usable
         state.unusable_in_a_row = 0 if self.usable else state.unusable_in_a_row + 1
-        if self.samples is not None:
-            state.smallest_sample = min(self.samples, state.smallest_sample or self.samples)
+        if known is not None:
+            state.smallest_sample = min(known, state.smallest_sample or known)
         return TrialEvent(
             accepted_index=self.accepted,
             accepted_size=None if self.accepted is None else self.rungs[self.accepted].size,
             rungs=tuple(self.rungs),
-            samples=self.samples,
+            samples=known,
             baseline_loss=self.baseline,
             tolerance=self.tolerance,
             threshold=self.rules.threshold,
-            measured_level=None if self.samples is None else measured_level(self.samples),
+            measured_level=None if known is None else measured_level(known),
             charged=self.charged,
             allowance_left=state.allowance_left(self.rules),
             seconds=seconds,
             reason=reason,
-            left_out=self.left_out,
+            left_out=done.left_out,
             usable=self.usable,
+            evaluated=done.evaluated,
         )
 
 
@@ -243,25 +280,9 @@ def _checked_sizes(candidates: Sequence[int]) -> list[int]:
     return sizes
 
 
-def _losses_and_classes(evaluation: Losses) -> tuple[Tensor, Tensor | None]:
-    if isinstance(evaluation, Tensor):
-        return evaluation, None
-    if isinstance(evaluation, tuple) and len(evaluation) == 2:
-        return evaluation
-    got = type(evaluation).__name__
-    raise TypeError(f"expected a trial to return losses [n] or (losses [n], classes [n] or None), got {got}")
-
-
 def _scale(rules: TrialRules, baseline: float, classes: Tensor | None) -> float:
     if rules.classes is not None:
         return math.log(rules.classes)
     if classes is not None and (count := int(classes.unique().numel())) >= 2:
         return math.log(count)
     return max(0.0, baseline)
-
-
-def _verdict(test: PairedTest, level: float, accepted: bool) -> str:
-    comparison = f"p = {test.p_value:.2g} {'<' if accepted else '>='} {level:.2g}"
-    if not accepted and test.p_mean < level:
-        return f"class {test.worst_class} alone may bear the whole tolerance: {comparison}"
-    return comparison

@@ -47,7 +47,9 @@ class TrialState:
 
     `smallest_sample` is the least n of any event: the level that n really has belongs in the report.
     `left_out` counts samples without a finite loss, `unusable` the events that had too many of them, and
-    `unusable_in_a_row` those since the last usable one.
+    `unusable_in_a_row` those since the last usable one. `early` says whether sets may be accepted before the
+    last look: None until all samples of a set were looked at, False for good once few of them bore much of
+    the harm (see `looks.few_bear_the_harm`): fewer samples would miss it.
     """
 
     scale: float | None = None
@@ -60,6 +62,7 @@ class TrialState:
     left_out: int = 0
     unusable: int = 0
     unusable_in_a_row: int = 0
+    early: bool | None = None
 
     def allowance_left(self, rules: TrialRules) -> float:
         """Nats of mean loss that further removals may still add; infinite before the first event."""
@@ -74,13 +77,13 @@ class TrialState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over every figure of a `state_dict`; ValueError when the keys do not fit.
 
-        States of earlier versions have no counts of unusable losses.
+        States of earlier versions have no counts of unusable losses, and none of looks.
         """
         names = {item.name for item in fields(self)}
-        if not names - _COUNTS_OF_LOSSES <= set(state) <= names:
+        if not names - _LATER <= set(state) <= names:
             raise ValueError(f"expected a trial state with the keys {sorted(names)}, got {sorted(state)}")
         for name, value in state.items():
             setattr(self, name, value)
 
 
-_COUNTS_OF_LOSSES = {"left_out", "unusable", "unusable_in_a_row"}
+_LATER = {"left_out", "unusable", "unusable_in_a_row", "early"}
