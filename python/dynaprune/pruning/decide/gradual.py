@@ -62,12 +62,11 @@ class Gradual(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trials is not None
-        return {"trial_state": self.trials.state.state_dict(), "events": list(self.trials.events)}
+        return self.trials.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert self.trials is not None
-        self.trials.state.load_state_dict(state["trial_state"])
-        self.trials.events = list(state["events"])
+        self.trials.load_state_dict(state)
 
     def decide(self, view: View) -> list[Release | Grow]:
         wish = self.pace.wish(view.step, view.units, view.live_units)

@@ -11,7 +11,7 @@ from dynaprune.pruning.decide.neuron_choice import Choice, Unit, choose, in_orde
 from dynaprune.pruning.decide.pace import PaceWithInterval
 from dynaprune.pruning.decide.policy import Policy, View, WholeNeurons
 from dynaprune.pruning.decide.trial_rules import TrialRules
-from dynaprune.pruning.decide.trials import Trials
+from dynaprune.pruning.decide.trials import NEURONS, Trials
 from dynaprune.pruning.edit.edits import FORCED, PASSED, UNTESTED, Cut
 
 _TRIES = 4
@@ -49,12 +49,11 @@ class GradualNeurons(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trials is not None
-        return {"trial_state": self.trials.state.state_dict(), "events": list(self.trials.events)}
+        return self.trials.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert self.trials is not None
-        self.trials.state.load_state_dict(state["trial_state"])
-        self.trials.events = list(state["events"])
+        self.trials.load_state_dict(state)
 
     def decide(self, view: View) -> list[Cut]:
         wish = math.ceil(self._share * self.pace.wish(view.step, view.weights, view.live_weights))
@@ -84,7 +83,7 @@ class GradualNeurons(Policy):
     def _tested(self, view: View, whole: WholeNeurons, chosen: Choice, wish: int) -> list[Cut]:
         losses, trials, count = whole.losses, self.trials, len(chosen.units)
         assert losses is not None and trials is not None
-        event = trials.run(view.step, count, BySize(losses, lambda n: chosen.units[:n]))
+        event = trials.run(view.step, count, BySize(losses, lambda n: chosen.units[:n]), NEURONS)
         accepted = event.accepted_size or 0
         passed = math.floor(chosen.weights(accepted))
         left = max(0, view.live_weights - passed)

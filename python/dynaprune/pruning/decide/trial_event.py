@@ -192,6 +192,7 @@ class _Draft:
             samples.extend(None)
         looks = plan_looks(samples.parts, level, early=self.early is True)
         without: list[Tensor] = []
+        verdict: Verdict | None = None
         for look in looks:
             if said := self._know(samples, look.last):
                 return said
@@ -201,9 +202,11 @@ class _Draft:
             removed = torch.cat(without)
             test = paired_test(removed, losses, self.tolerance, classes)
             self._note(look is looks[-1], removed, losses, test)
-            if ended := verdict_at(test, look, looks[-1]):
+            verdict = verdict_at(test, look, looks[-1])
+            if verdict is not None:
                 break
-        self._add(size, ended, test, time.perf_counter() - started)
+        assert verdict is not None, "the last look always has a verdict"
+        self._add(size, verdict, test, time.perf_counter() - started)
         return ""
 
     def _know(self, samples: EventSamples, last: int) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dynaprune.pruning.decide.ladder import Ladder
 from dynaprune.pruning.decide.trial import Losses
 from dynaprune.pruning.decide.trial_event import TrialEvent, candidate_sizes, run_event
 from dynaprune.pruning.decide.trial_rules import TrialRules, TrialState
 
+BLOCKS, NEURONS = "blocks", "neurons"
 UNUSABLE_IN_A_ROW = 3
 
 
@@ -20,22 +22,29 @@ class Trials:
 
     Attributes:
         events: of every event its figures, plain values.
+        ladder: where candidate sets begin.
     """
 
     rules: TrialRules
     state: TrialState = field(default_factory=TrialState)
     events: list[dict[str, Any]] = field(default_factory=list)
+    ladder: Ladder = field(default_factory=Ladder)
 
-    def run(self, step: int, wish: int, losses: Callable[[int | None], Losses]) -> TrialEvent:
-        """Try ``wish`` units, then fewer.
+    def run(
+        self, step: int, wish: int, losses: Callable[[int | None], Losses], kind: str = BLOCKS
+    ) -> TrialEvent:
+        """Try up to ``wish`` units, then fewer.
 
         Args:
+            kind: of the units, each with a ladder of its own.
             losses: of the model without so many of the least important units; None: as it stands.
 
         Raises:
             RuntimeError: the third event in a row without usable losses; the first warns.
         """
-        event = run_event(candidate_sizes(wish, self.rules.rungs), losses, self.state, self.rules)
+        sizes = candidate_sizes(self.ladder.first(kind, wish), self.rules.rungs)
+        event = run_event(sizes, losses, self.state, self.rules)
+        self.ladder.note(kind, event)
         if not event.usable:
             said = (
                 f"the trial at step {step} says nothing: {event.reason}. Nothing is removed on its account. "
@@ -55,3 +64,17 @@ class Trials:
         p_values = [rung.test.p_value for rung in event.rungs]
         said = {"step": step, "wish": wish, "passed": passed, "forced": forced, "p_values": p_values}
         self.events.append({**said, **summary})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain values."""
+        return {
+            "trial_state": self.state.state_dict(),
+            "events": list(self.events),
+            "ladder": self.ladder.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; those of earlier versions have less."""
+        self.state.load_state_dict(state["trial_state"])
+        self.events = list(state["events"])
+        self.ladder.load_state_dict(state.get("ladder", {}))
