@@ -10,6 +10,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,9 +140,9 @@ def looked_at(p_values: Callable[[int], Tensor], n: int, early: bool) -> Tested:
     return Tested(passed.bool(), used)
 
 
-def test_of(d: Tensor, early: bool) -> Tested:
-    """The test of a set with the paired rises `d` [draws, n]."""
-    return looked_at(lambda m: harm_p_values(d[..., :m], 1.0), d.shape[-1], early)
+def of_the_first(d: Tensor) -> Callable[[int], Tensor]:
+    """p-values of the first so many samples of `d` [draws, n], each computed once."""
+    return cache(lambda count: harm_p_values(d[..., :count], 1.0))
 
 
 class Levels(NamedTuple):
@@ -164,8 +165,9 @@ def acceptance(draw: Draw, draws: int, n: int, noise: float, mean: float, seed: 
         # Of every four sets the first is what the run saw before: all its samples were looked at.
         sets = d.view(-1, RUNGS + 1, n)
         before, now = sets[:, 0], sets[:, 1:]
-        p = harm_p_values(now, 1.0)
-        shut, open_ = test_of(now, False), test_of(now, True)
+        p_values = of_the_first(now)
+        p = p_values(n)
+        shut, open_ = looked_at(p_values, n, False), looked_at(p_values, n, True)
         warned = few_bear_the_harm(before, 1.0).unsqueeze(1)
         passed, used = (torch.where(warned, s, o).double() for s, o in zip(shut, open_, strict=True))
         columns = [p < THRESHOLD, p < THRESHOLD / RUNGS, passed, open_.passed, used]
@@ -184,7 +186,7 @@ def power_and_use(
     draw: Draw, draws: int, n: int, noise: float, mean: float, seed: int
 ) -> tuple[float, float]:
     """Share accepted by one test at THRESHOLD / RUNGS with three looks, and share of the samples used."""
-    tests = [test_of(d, True) for d in rises(draw, draws, n, noise, mean, seed)]
+    tests = [looked_at(of_the_first(d), n, True) for d in rises(draw, draws, n, noise, mean, seed)]
     passed, used = (torch.cat(column).double() for column in zip(*tests, strict=True))
     return float(passed.mean()), float(used.mean())
 
@@ -198,8 +200,9 @@ def class_acceptance(
     passed = []
     for start in range(0, draws, 500):
         d = draw(generator, min(500, draws - start), n, noise)
-        without = test_of(d[0], True).passed
-        with_check = looked_at(lambda m, d=d: harm_p_values(d[..., :m], 1.0).amax(0), n, True).passed
+        p_values = of_the_first(d)
+        without = looked_at(lambda m, p=p_values: p(m)[0], n, True).passed
+        with_check = looked_at(lambda m, p=p_values: p(m).amax(0), n, True).passed
         passed.append(torch.stack([without, with_check]))
     return torch.cat(passed, 1).double().mean(1).tolist()
 

@@ -20,7 +20,11 @@ from dynaprune.nn import BlockSparseLayer
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 _BLOCK = re.compile(r"(<!-- needs downloads -->\n)?```python\n(.*?)```", re.DOTALL)
 # What makes the tutorial's run short: text as it stands there, and what the test puts in its place.
-_SHORTER = {"epochs = 15": "epochs = 2", "test_size=0.2": "test_size=0.9"}
+_SHORTER = {
+    "epochs = 15": "epochs = 2",
+    "test_size=0.2": "test_size=0.9",
+    "trial_budget=0.2": "trial_budget=None",
+}
 
 
 def blocks(section: str) -> list[tuple[bool, str]]:

@@ -74,6 +74,7 @@ def small_digits(**given: Any) -> RunConfig:
         "max_grad_norm": 1.0,
         "target_sparsity": 0.6,
         "calibration_samples": 128,
+        "trial_budget": 0.5,
         "block_size": 8,
     }
     config = resolve("digits", **{**settings, **given})

@@ -30,7 +30,18 @@ from dynaprune.saving.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n"
-SHORT = ("--epochs", 4, "--seed", 1, "--target-sparsity", 0.6, "--calibration-samples", 128)
+SHORT = (
+    "--epochs",
+    4,
+    "--seed",
+    1,
+    "--target-sparsity",
+    0.6,
+    "--calibration-samples",
+    128,
+    "--trial-budget",
+    1,
+)
 
 
 def _start(*arguments: object) -> subprocess.Popen[str]:

@@ -35,7 +35,7 @@ def test_the_setting_reaches_the_pruner() -> None:
 
 
 def small(units: str) -> RunConfig:
-    config = small_digits(units=units, target_sparsity=0.7)
+    config = small_digits(units=units, target_sparsity=0.7, trial_budget=1.0)
     return replace(config, pruning={"end": 0.5, "interval": 4})
 
 

@@ -35,7 +35,8 @@ def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32, row
 
 
 def settings(**changes: Any) -> PruningConfig:
-    """Three quarters of the blocks go, untested, in an event every third step up to half of training."""
+    """Three quarters of the blocks go, untested, in an event every third step up to half of training. Trials
+    may cost what they like."""
     chosen: dict[str, Any] = {
         "target_sparsity": 0.75,
         "block_size": 8,
@@ -43,6 +44,7 @@ def settings(**changes: Any) -> PruningConfig:
         "interval": 3,
         "observe_every": 1,
         "neurons": False,
+        "trial_budget": None,
     }
     return PruningConfig(**{**chosen, **changes})
 

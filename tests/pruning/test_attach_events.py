@@ -89,12 +89,12 @@ def test_the_largest_candidate_that_passes_goes() -> None:
     assert trial.densities == [1.0, 24 / 96, 60 / 96, 78 / 96]
     live = BLOCKS - event["forced"]
     wish = live - 24
-    trial.free = event["forced"] + wish // 4
+    trial.free = event["forced"] + 2
     trial.densities.clear()
     train(model, optimizer, pruner.policy.pace.catch_up_interval, 12)
     event = pruner.report()["trials"]["events"][1]
-    assert trial.densities == [n / 96 for n in (live, live - wish, live - wish // 2, live - wish // 4)]
-    assert (event["wish"], event["passed"]) == (wish, wish // 4)
+    assert trial.densities == [n / 96 for n in (live, live - 9, live - 4, live - 2)]  # 9 is half of 18
+    assert (event["wish"], event["passed"]) == (wish, 2)
 
 
 class Noisy(nn.Module):

@@ -23,6 +23,7 @@ STEPS = 12
 
 def settings(**changes: Any) -> PruningConfig:
     chosen: dict[str, Any] = {"units": "neurons", "target_sparsity": 0.5, "total_steps": STEPS, "interval": 1}
+    chosen["trial_budget"] = None
     return PruningConfig(**{**chosen, **changes})
 
 

@@ -29,6 +29,7 @@ def settings(**changes: Any) -> PruningConfig:
     """Half of the weights go with their neurons, in an event every third step up to half of training."""
     chosen: dict[str, Any] = {
         "units": "neurons", "target_sparsity": 0.5, "total_steps": STEPS, "interval": 3, "observe_every": 1,
+        "trial_budget": None,
     }  # fmt: skip
     return PruningConfig(**{**chosen, **changes})
 

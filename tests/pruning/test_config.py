@@ -74,6 +74,7 @@ def test_the_keys_of_the_json_stay() -> None:
         "observe_every", "batch_size", "compact", "seed", "units", "initial_sparsity", "initial_allocation",
         "mask_pretrained", "sparse_learning_rate", "rewire", "rewire_growth", "rewire_score", "rewire_until",
         "rewire_audit",
+        "trial_budget",
     ]  # fmt: skip
 
 

@@ -97,6 +97,9 @@ class RunConfig:
     weight_decay: Annotated[float, Option("L2, or AdamW's decay", literal=True)] = 1e-4
     dropout: Annotated[float, Option("the baseline's dropout", literal=True)] = 0.5
     calibration_samples: Annotated[int, Option("training samples per trial evaluation; 0: no trial")] = 1024
+    trial_budget: Annotated[
+        float | None, Option("share of the training's FLOPs that trials may cost [default: 0.05]")
+    ] = None
     initial_sparsity: Annotated[
         float | None, Option("share of weights that the pruned arm leaves out from the first step, 0..1")
     ] = None
@@ -143,10 +146,10 @@ class RunConfig:
             batch_size=self.batch_size,
             classes=classes,
             seed=self.model_seed,
-            **{"neurons": True, **self.pruning, **self._sparse()},
+            **{"neurons": True, **self.pruning, **self._if_given()},
         )
 
-    def _sparse(self) -> dict[str, Any]:
+    def _if_given(self) -> dict[str, Any]:
         rate: str | float | None = self.sparse_rate
         if rate is not None and rate != "auto":
             try:
@@ -154,7 +157,7 @@ class RunConfig:
             except ValueError:
                 raise ValueError(f"sparse_rate must be 'auto' or a number, got {rate!r}") from None
         given = {"initial_sparsity": self.initial_sparsity, "sparse_learning_rate": rate}
-        names = ("rewire", "rewire_growth", "rewire_score", "rewire_until", "rewire_audit")
+        names = ("trial_budget", "rewire", "rewire_growth", "rewire_score", "rewire_until", "rewire_audit")
         given.update({name: getattr(self, name) for name in names})
         return {name: value for name, value in given.items() if value is not None}
 

@@ -14,11 +14,14 @@ from dynaprune.pruning.decide.pace import LATEST_END, CubicPace, PaceWithInterva
 from dynaprune.pruning.decide.policy import Policy
 from dynaprune.pruning.decide.rewire_first import RewireFirst
 from dynaprune.pruning.decide.trial import Trial
+from dynaprune.pruning.decide.trial_budget import TrialBudget
 from dynaprune.pruning.decide.trial_event import minimum_interval
+from dynaprune.pruning.decide.trial_rules import TrialRules
 from dynaprune.pruning.settings import BLOCKS, BOTH, Schedule
 
 EVENTS_WANTED, EVENTS_AT_LEAST = 20, 10
 SELF_PACED_INTERVAL = 50
+DEFAULT_BUDGET = 0.05
 REWIRING_INTERVAL = 100
 NEURONS_OF_BOTH = 0.5
 
@@ -55,12 +58,15 @@ def removing_policy(config: PruningConfig, trial: Trial | None) -> Policy:
     samples = None if trial is None else trial.samples
     pace: PaceWithInterval = Standstill(config.initial_sparsity)
     if not config.stands_still:
-        start, end = config.rewiring.span(config.start, config.end)
-        schedule = replace(config.schedule, start=start, end=end)
-        pace = make_pace(schedule, config.rungs, samples, config.initial_sparsity, config.rewiring.latest_end)
+        start, stop = config.rewiring.span(config.start, config.end)
+        schedule, latest = replace(config.schedule, start=start, end=stop), config.rewiring.latest_end
+        pace = make_pace(schedule, config.trial_rules, samples, config.initial_sparsity, latest)
+    end: int | None = getattr(pace, "end_step", None)
+    budget = TrialBudget.of(config.trial_budget, config.total_steps, end, samples, config.batch_size)
     blocks = Gradual(
         pace,
         config.trial_rules,
+        budget,
         allocation=config.allocation,
         per_flop=config.cost == "flops",
         whole_neurons=tries_neurons(config, trial),
@@ -70,7 +76,7 @@ def removing_policy(config: PruningConfig, trial: Trial | None) -> Policy:
     if config.units == BLOCKS:
         return blocks
     share = NEURONS_OF_BOTH if config.units == BOTH else 1.0
-    neurons = GradualNeurons(pace, config.trial_rules, allocation=config.allocation, share=share)
+    neurons = GradualNeurons(pace, config.trial_rules, budget, allocation=config.allocation, share=share)
     return ByTurns(neurons, blocks) if config.units == BOTH else neurons
 
 
@@ -83,7 +89,7 @@ def tries_neurons(config: PruningConfig, trial: Trial | None) -> bool:
 
 def make_pace(
     schedule: Schedule,
-    rungs: int,
+    rules: TrialRules,
     samples: int | None,
     initial: float = 0.0,
     latest_end: float = LATEST_END,
@@ -91,14 +97,15 @@ def make_pace(
     """The pace that the schedule asks for, with its default interval.
 
     Args:
-        rungs: candidate sets of a trial.
+        rules: of the trials, whose budget spaces the events.
         samples: of a trial's call; None: not known, or there is no trial.
         initial: sparsity that training begins with.
         latest_end: fraction of training by which the schedule has to end.
     """
     affordable, steps = 1, schedule.total_steps
     if samples is not None and schedule.batch_size is not None:
-        affordable = minimum_interval(samples, schedule.batch_size, rungs)
+        share = rules.trial_budget or DEFAULT_BUDGET
+        affordable = minimum_interval(samples, schedule.batch_size, rules.rungs, share)
     if schedule.target_sparsity is None:
         start = 0 if steps is None else math.floor(schedule.start * steps)
         end = None if steps is None else max(start + 1, math.floor(schedule.end * steps))

@@ -100,6 +100,7 @@ class PruningConfig:
     rewire_score: str | None = Rewiring.rewire_score
     rewire_until: float = Rewiring.rewire_until
     rewire_audit: int = Rewiring.rewire_audit
+    trial_budget: float | None = TrialRules.trial_budget
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
     rewiring: ClassVar[Rewiring]

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
-from torch import nn
-
 from dynaprune.nn.calibration_mode import calibration_mode
 from dynaprune.pruning.decide.trial import Losses, Trial, TrialInParts
+from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.trial_meter import TrialMeter
 
 Units = TypeVar("Units")
 
@@ -21,10 +21,14 @@ class EventLosses(Generic[Units]):
     """
 
     def __init__(
-        self, model: nn.Module, trial: Trial, suspended: Callable[[Units], AbstractContextManager[object]]
+        self,
+        structure: Structure,
+        trial: Trial,
+        suspended: Callable[[Units], AbstractContextManager[object]],
     ) -> None:
         """Evaluate ``trial`` in ``suspended(units)``, a context in which these do not work."""
-        self._model, self._trial, self._suspended = model, trial, suspended
+        self._model, self._trial, self._suspended = structure.model, trial, suspended
+        self._meter = TrialMeter(structure)
         self._drawn = False
 
     def __call__(self, units: Units) -> Losses:
@@ -46,6 +50,10 @@ class EventLosses(Generic[Units]):
             raise ValueError(f"expected a trial's parts to have at least 1 sample each, got {found}")
         return found
 
+    def cost(self) -> float:
+        """What all calls together have cost, in FLOPs of a dense step; 0 where that is not counted."""
+        return self._meter.steps
+
     def part(self, units: Units, first: int, last: int) -> Losses:
         """Losses of the parts from ``first`` up to but not including ``last``."""
         trial = self._trial
@@ -55,7 +63,7 @@ class EventLosses(Generic[Units]):
     def _of(self, units: Units, losses: Callable[[], Losses]) -> Losses:
         self._draw()
         quiet = nullcontext() if self._trial.isolates_itself else calibration_mode(self._model)
-        with self._suspended(units), quiet:
+        with self._suspended(units), quiet, self._meter.running():
             return losses()
 
     def _draw(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dynaprune.pruning.decide.trial_budget import TrialBudget
 from dynaprune.pruning.decide.trial_rules import TrialState
 from dynaprune.pruning.decide.trials import Trials
 from dynaprune.pruning.edit.structure import Structure
@@ -87,6 +88,8 @@ def _trials(trials: Trials | None, given: bool, seconds: float) -> dict[str, Any
         "smallest_sample": state.smallest_sample,
         "samples_left_out": state.left_out,
         "unusable": state.unusable,
+        "early": state.early,
+        "budget": (TrialBudget() if trials is None else trials.budget).figures(),
         "seconds": state.seconds,
         "share": _share(state.seconds, seconds),
     }

@@ -27,6 +27,7 @@ def state_of(pruner: Standing) -> dict[str, Any]:
         "compactions": structure.compactions,
         "observe_every": pruner.observer.every,
         "rows": dict(structure.tokens),
+        "step_flops": structure.step_flops,
         "score": {
             "name": pruner.score.name,
             "layers": {n: {k: t.clone() for k, t in s.statistics.items()} for n, s in states.items()},
@@ -123,6 +124,10 @@ def adopt(pruner: Standing, state: Mapping[str, Any]) -> None:
     structure.groups.load_state_dict(state.get("groups", {}))
     structure.neurons.load_state_dict(state.get("neurons", {}))
     structure.tokens = dict(state["rows"])
+    if "step_flops" in state:
+        structure.step_flops = float(state["step_flops"])
+    else:  # states of earlier versions have none
+        structure.note_step_flops()
     structure.units = int(state["units_total"])
     structure.version, structure.compactions = int(state["structure_version"]), int(state["compactions"])
     pruner.tracer.refused = dict(removals["neurons_refused"])

@@ -101,4 +101,4 @@ def losses_without(structure: Structure, trial: Trial) -> EventLosses[Mapping[st
             for layout, _ in layouts:
                 layout.resume_()
 
-    return EventLosses(structure.model, trial, suspended)
+    return EventLosses(structure, trial, suspended)

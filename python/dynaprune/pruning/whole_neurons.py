@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
-from torch import nn
-
 from dynaprune.neurons.cut_plan import CutReport
 from dynaprune.neurons.groups import NeuronGroup, NeuronMap
 from dynaprune.neurons.silence import silenced_outputs, silent_outputs
@@ -93,7 +91,7 @@ def whole_neurons(
     return WholeNeurons(
         units,
         _widths(structure, units, config),
-        None if trial is None else _losses_without(model, trial, groups),
+        None if trial is None else _losses_without(structure, trial, groups),
         cannot_go,
         cut,
     )
@@ -132,11 +130,12 @@ def _widths(structure: Structure, units: Sequence[Unit], config: PruningConfig) 
 
 
 def _losses_without(
-    model: nn.Module, trial: Trial, groups: Sequence[NeuronGroup]
+    structure: Structure, trial: Trial, groups: Sequence[NeuronGroup]
 ) -> EventLosses[Sequence[Unit]]:
     """``losses(units)`` of one event, while these are silent."""
 
     def suspended(units: Sequence[Unit]) -> AbstractContextManager[None]:
+        model = structure.model
         return silent_outputs(model, silenced_outputs(model, [groups[unit.number] for unit in units]))
 
-    return EventLosses(model, trial, suspended)
+    return EventLosses(structure, trial, suspended)

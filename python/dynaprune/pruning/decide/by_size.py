@@ -20,6 +20,11 @@ class BySize:
         found: Losses = self._losses(self._units(size or 0))
         return found
 
+    def cost(self) -> float:
+        """What it has cost so far (see ``TrialBudget``); 0 where that is not counted."""
+        cost = getattr(self._losses, "cost", None)
+        return float(cost()) if callable(cost) else 0.0
+
     def parts(self) -> Sequence[int]:
         parts = getattr(self._losses, "parts", None)
         return tuple(parts()) if callable(parts) else ()

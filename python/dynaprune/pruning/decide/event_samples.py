@@ -39,6 +39,11 @@ class EventSamples:
         """Samples of the event."""
         return sum(self.parts)
 
+    @property
+    def unknown(self) -> int:
+        """Samples whose losses as the model stands are not known yet."""
+        return sum(self.parts[len(self._finite) :])
+
     def extend(self, last: int | None) -> None:
         """Know the losses as the model stands of the parts before ``last``, or of all.
 

@@ -15,6 +15,7 @@ from dynaprune.pruning.decide.growth import growth_fraction, select_growth
 from dynaprune.pruning.decide.neuron_order import whole_neurons_first
 from dynaprune.pruning.decide.pace import PaceWithInterval
 from dynaprune.pruning.decide.policy import LayerView, Policy, View
+from dynaprune.pruning.decide.trial_budget import TrialBudget
 from dynaprune.pruning.decide.trial_rules import TrialRules
 from dynaprune.pruning.decide.trials import Trials
 from dynaprune.pruning.edit.edits import FORCED, PASSED, UNTESTED, Grow, Release
@@ -33,6 +34,7 @@ class Gradual(Policy):
         self,
         pace: PaceWithInterval,
         rules: TrialRules,
+        budget: TrialBudget | None = None,
         *,
         allocation: str = "global",
         per_flop: bool = False,
@@ -43,13 +45,15 @@ class Gradual(Policy):
         """Decide by these settings.
 
         Args:
+            budget: of the trials; None: no limit.
             allocation: how removals spread over layers, see :func:`select`.
             per_flop: rank by score per FLOP saved.
             whole_neurons: try whole neurons before single blocks.
             regrow: fraction of an event's removed blocks that may return, cosine-annealed to 0 at step
                 ``regrow_until``.
         """
-        self.pace, self.trials = pace, Trials(rules)
+        self.pace = pace
+        self.trials = Trials(rules, budget=budget or TrialBudget())
         self.interval, self.grows = pace.interval, regrow > 0
         self._allocation, self._per_flop, self._whole_neurons = allocation, per_flop, whole_neurons
         self._regrow, self._regrow_until = regrow, regrow_until
@@ -89,6 +93,8 @@ class Gradual(Policy):
             return [Release(selection.first(found), UNTESTED)], found
         losses, trials = view.losses, self.trials
         assert trials is not None
+        if not trials.budget.allows_event(view.step):
+            return self._untested(view, trials, wish, live)
         event = trials.run(view.step, found, BySize(losses, lambda n: selection.first(n) if n else {}))
         accepted, releases = event.accepted_size or 0, []
         if accepted:
@@ -105,6 +111,18 @@ class Gradual(Policy):
             releases.append(Release(remaining.first(forced), FORCED))
         trials.record(view.step, wish, accepted, forced, event)
         return releases, accepted + forced
+
+    def _untested(
+        self, view: View, trials: Trials, wish: int, live: Mapping[str, Tensor]
+    ) -> tuple[list[Release], int]:
+        """No trial can be paid yet: the wish waits, except for what the pace removes all the same where the
+        next event cannot be paid either."""
+        forced = min(self.pace.forced(view.step, view.units, view.live_units, wish), wish)
+        if trials.budget.allows_event(view.step + self.interval):
+            forced = 0
+        selection = self._selection(view, forced, live)
+        trials.budget.wait(view.step, len(selection))
+        return ([Release(selection.first(forced), UNTESTED)] if len(selection) else []), len(selection)
 
     def _selection(
         self, view: View, count: int, live: Mapping[str, Tensor], *, whole_neurons: bool = False

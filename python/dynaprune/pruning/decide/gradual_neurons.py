@@ -10,6 +10,7 @@ from dynaprune.pruning.decide.by_size import BySize
 from dynaprune.pruning.decide.neuron_choice import Choice, Unit, choose, in_order
 from dynaprune.pruning.decide.pace import PaceWithInterval
 from dynaprune.pruning.decide.policy import Policy, View, WholeNeurons
+from dynaprune.pruning.decide.trial_budget import TrialBudget
 from dynaprune.pruning.decide.trial_rules import TrialRules
 from dynaprune.pruning.decide.trials import NEURONS, Trials
 from dynaprune.pruning.edit.edits import FORCED, PASSED, UNTESTED, Cut
@@ -28,6 +29,7 @@ class GradualNeurons(Policy):
         self,
         pace: PaceWithInterval,
         rules: TrialRules,
+        budget: TrialBudget | None = None,
         *,
         allocation: str = "global",
         share: float = 1.0,
@@ -35,10 +37,12 @@ class GradualNeurons(Policy):
         """Decide by these settings.
 
         Args:
+            budget: of the trials; None: no limit.
             allocation: as for :func:`in_order`.
             share: of what the pace wishes for; the rest is somebody else's.
         """
-        self.pace, self.trials = pace, Trials(rules)
+        self.pace = pace
+        self.trials = Trials(rules, budget=budget or TrialBudget())
         self.interval, self._allocation, self._share = pace.interval, allocation, share
 
     def due(self, step: int) -> bool:
@@ -83,6 +87,8 @@ class GradualNeurons(Policy):
     def _tested(self, view: View, whole: WholeNeurons, chosen: Choice, wish: int) -> list[Cut]:
         losses, trials, count = whole.losses, self.trials, len(chosen.units)
         assert losses is not None and trials is not None
+        if not trials.budget.allows_event(view.step):
+            return self._untested(view, whole, chosen, wish)
         event = trials.run(view.step, count, BySize(losses, lambda n: chosen.units[:n]), NEURONS)
         accepted = event.accepted_size or 0
         passed = math.floor(chosen.weights(accepted))
@@ -93,6 +99,18 @@ class GradualNeurons(Policy):
         going = chosen.reaching(passed + forced) if forced else accepted
         trials.record(view.step, count, accepted, going - accepted, event)
         return _cut(whole, chosen.units[:going], [PASSED] * accepted + [FORCED] * (going - accepted))
+
+    def _untested(self, view: View, whole: WholeNeurons, chosen: Choice, wish: int) -> list[Cut]:
+        """No trial can be paid yet: the wish waits, except for what the pace removes all the same where the
+        next event cannot be paid either."""
+        assert self.trials is not None
+        budget = self.trials.budget
+        forced = self.pace.forced(view.step, view.weights, view.live_weights, wish)
+        if budget.allows_event(view.step + self.interval):
+            forced = 0
+        going = chosen.reaching(forced) if forced else 0
+        budget.wait(view.step, going)
+        return _cut(whole, chosen.units[:going], [UNTESTED] * going)
 
 
 def _cut(whole: WholeNeurons, units: Sequence[Unit], why: Sequence[str]) -> list[Cut]:

@@ -124,6 +124,7 @@ def run_event(
     evaluate: Callable[[int | None], Losses],
     state: TrialState,
     rules: TrialRules | None = None,
+    allows: Callable[[int], bool] = lambda samples: True,
 ) -> TrialEvent:
     """Try nested candidate sets, largest first, and charge the state for the one that passes.
 
@@ -136,6 +137,8 @@ def run_event(
             losses of the parts from `first` up to but not including `last`.
         state: carried from event to event; updated in place.
         rules: thresholds and tolerances; default `TrialRules()`.
+        allows: `allows(samples)`, whether so many samples more may be evaluated: asked before every candidate
+            set but the first.
 
     Returns:
         The event. Samples without a finite loss as the model stands are left out, up to `MAX_LEFT_OUT` of
@@ -155,6 +158,8 @@ def run_event(
     if state.scale is None and rules.classes is None:
         samples.extend(None)  # the scale is taken from all of them
     for size in sizes:
+        if draft.rungs and not allows(samples.total + samples.unknown):
+            return draft.finish(started, f"{draft.rungs[-1].reason}; the budget allows no further set")
         if said := draft.test(size, rules.threshold / len(sizes)):
             return draft.finish(started, said)
         if draft.accepted is not None:

@@ -24,6 +24,8 @@ class TrialRules:
             labels; where the evaluation returns no labels, the first event's mean loss stands in for ln C (an
             untrained classifier's loss is ln C).
         rungs: candidate sets per event: wish, wish/2, wish/4, ...
+        trial_budget: share of the planned training's FLOPs that trials may cost; an event waits until it is
+            earned. None: no limit.
     """
 
     threshold: float = 0.01
@@ -32,6 +34,7 @@ class TrialRules:
     allowance: float = 0.05
     classes: int | None = None
     rungs: int = 3
+    trial_budget: float | None = 0.05
 
     def __post_init__(self) -> None:
         fraction("threshold", self.threshold)
@@ -39,6 +42,8 @@ class TrialRules:
             at_least_zero(name, getattr(self, name))
         count("classes", self.classes, optional=True, least=2)
         count("rungs", self.rungs)
+        if self.trial_budget is not None:
+            fraction("trial_budget", self.trial_budget, one=True)
 
 
 @dataclass

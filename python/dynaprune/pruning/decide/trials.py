@@ -9,6 +9,7 @@ from typing import Any
 
 from dynaprune.pruning.decide.ladder import Ladder
 from dynaprune.pruning.decide.trial import Losses
+from dynaprune.pruning.decide.trial_budget import TrialBudget
 from dynaprune.pruning.decide.trial_event import TrialEvent, candidate_sizes, run_event
 from dynaprune.pruning.decide.trial_rules import TrialRules, TrialState
 
@@ -23,12 +24,14 @@ class Trials:
     Attributes:
         events: of every event its figures, plain values.
         ladder: where candidate sets begin.
+        budget: what trials may cost.
     """
 
     rules: TrialRules
     state: TrialState = field(default_factory=TrialState)
     events: list[dict[str, Any]] = field(default_factory=list)
     ladder: Ladder = field(default_factory=Ladder)
+    budget: TrialBudget = field(default_factory=TrialBudget)
 
     def run(
         self, step: int, wish: int, losses: Callable[[int | None], Losses], kind: str = BLOCKS
@@ -43,8 +46,12 @@ class Trials:
             RuntimeError: the third event in a row without usable losses; the first warns.
         """
         sizes = candidate_sizes(self.ladder.first(kind, wish), self.rules.rungs)
-        event = run_event(sizes, losses, self.state, self.rules)
+        cost: Callable[[], float] = getattr(losses, "cost", lambda: 0.0)
+        event = run_event(
+            sizes, losses, self.state, self.rules, lambda more: self.budget.allows(step, more, cost())
+        )
         self.ladder.note(kind, event)
+        self.budget.pay(event.samples, event.evaluated, cost())
         if not event.usable:
             said = (
                 f"the trial at step {step} says nothing: {event.reason}. Nothing is removed on its account. "
@@ -71,6 +78,7 @@ class Trials:
             "trial_state": self.state.state_dict(),
             "events": list(self.events),
             "ladder": self.ladder.state_dict(),
+            "budget": self.budget.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -78,3 +86,4 @@ class Trials:
         self.state.load_state_dict(state["trial_state"])
         self.events = list(state["events"])
         self.ladder.load_state_dict(state.get("ladder", {}))
+        self.budget.load_state_dict(state.get("budget", {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ class Structure:
         pretrained: where the values of blocks are that have not lived yet; None: they are zeros.
         tokens: tokens (for a convolution output positions) that linear layers and convolutions, block-sparse
             or plain, see in a step; empty until they are counted.
+        step_flops: FLOPs of these layers in a step, forward and backward, before anything went; 0 until the
+            tokens are counted.
         units: blocks of all layers at attach.
         version: grows with every structural change.
         compactions: layers whose capacity was walked down.
@@ -43,6 +46,7 @@ class Structure:
     groups: GroupScores = field(default_factory=GroupScores)
     pretrained: PretrainedBlocks | None = None
     tokens: dict[str, int] = field(default_factory=dict)
+    step_flops: float = 0.0
     units: int = field(init=False)
     version: int = 0
     compactions: int = 0
@@ -126,6 +130,23 @@ class Structure:
         """FLOPs of a training step that one block of the layer costs."""
         _, inputs, outputs = state.layer.values.shape
         return 6.0 * inputs * outputs * max(self.tokens.get(state.name, 0), 1)
+
+    def weights_of(self, names: Iterable[str], *, first: bool) -> dict[str, int]:
+        """Weights of linear layers and convolutions: at ``first``, or those that live, as last measured."""
+        found = {}
+        for name in names:
+            state, layer = self.layers.get(name), self.model.get_submodule(name)
+            if state is not None:
+                found[name] = state.weights if first else state.live_weights
+            else:
+                weight: Any = layer.values if isinstance(layer, BlockSparseLayer) else layer.weight
+                found[name] = weight.numel()
+        return found
+
+    def note_step_flops(self) -> None:
+        """Know what a step costs from the tokens of its layers."""
+        weights = self.weights_of(self.tokens, first=True)
+        self.step_flops = sum(6.0 * weights[name] * tokens for name, tokens in self.tokens.items())
 
     def drop(self, names: Iterable[str]) -> None:
         """Prune the layers named no longer."""

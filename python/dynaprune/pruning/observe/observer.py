@@ -111,6 +111,7 @@ class Observer:
         structure = self._structure
         if self._counter is not None:
             structure.tokens = dict(self._counter.tokens)
+            structure.note_step_flops()
             self.stop_counting()
         if self.every == NOT_KNOWN_YET:
             read = structure.groups.read(structure.model).values()

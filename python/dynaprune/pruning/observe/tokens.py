@@ -25,16 +25,17 @@ _STEP_BYTES, _OBSERVE_BYTES = 10 * 4, 2 * 4
 
 class TokenCounter:
     """Counts the tokens (for a convolution output positions) that each linear layer and convolution of
-    ``model`` sees, block-sparse or plain, until :meth:`stop`.
+    ``model`` sees, block-sparse or plain, until :meth:`stop`: in training, or with ``of_trials`` wherever it
+    runs.
 
     Under ``torch.compile`` nothing is counted.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, of_trials: bool = False) -> None:
         self.tokens: dict[str, int] = {}
         shapes = ((name, layer, layer_shape(layer)) for name, layer in model.named_modules())
         self._handles = [
-            layer.register_forward_hook(_Count(self.tokens, name, shape.out))
+            layer.register_forward_hook(_Count(self.tokens, name, shape.out, of_trials))
             for name, layer, shape in shapes
             if shape is not None and shape.in_
         ]
@@ -53,11 +54,12 @@ class _Count:
     tokens: dict[str, int]
     name: str
     width: int
+    of_trials: bool
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if torch.compiler.is_compiling() or calibrating():
+        if torch.compiler.is_compiling():
             return
-        if module.training and torch.is_grad_enabled():
+        if self.of_trials or (module.training and torch.is_grad_enabled() and not calibrating()):
             self.tokens[self.name] = self.tokens.get(self.name, 0) + output.numel() // self.width
 
 
