@@ -76,7 +76,7 @@ def figures(cell: Cell, out: Path) -> dict[str, object] | None:
     path = out / cell.folder / "arm.json"
     if not path.exists():
         return None
-    arm = json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(path.read_text(encoding="utf-8"))["result"]
     with path.with_name("history.csv").open(newline="", encoding="utf-8") as file:
         losses = [float(epoch["validation_loss"]) for epoch in csv.DictReader(file)]
     return {
@@ -84,8 +84,8 @@ def figures(cell: Cell, out: Path) -> dict[str, object] | None:
         "density": cell.density,
         "multiplier": cell.multiplier,
         "validation_loss": min(losses),
-        "flops": arm["flops_total"],
-        "seconds": round(arm["train_seconds"], 1),
+        "flops": result["flops_total"],
+        "seconds": round(result["train_seconds"], 1),
     }
 
 

@@ -17,7 +17,8 @@ from dynaprune.cli import app
 
 def _finish(folder: Path, losses: list[float]) -> None:
     folder.mkdir(parents=True)
-    (folder / "arm.json").write_text(json.dumps({"flops_total": 7, "train_seconds": 1.25}), encoding="utf-8")
+    arm = {"arm": "pruned", "result": {"flops_total": 7, "train_seconds": 1.25}}
+    (folder / "arm.json").write_text(json.dumps(arm), encoding="utf-8")
     with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["epoch", "validation_loss"], *enumerate(losses, 1)])
 
