@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import TensorDataset
+from typer.testing import CliRunner, Result
 
+from dynaprune.cli import app
 from dynaprune.experiment import compare as comparison
 from dynaprune.experiment import pilot as pilots
 from dynaprune.experiment.arm_settings import ArmSettings
@@ -325,6 +327,78 @@ def test_a_comparison_takes_controls_finished_arms_and_the_rates_of_pilots(
     other = {**rates, "short": {**rates["short"], "lr": 0.3}}
     with pytest.raises(ValueError, match=r"short holds a run with other settings \(lr\)"):
         comparison.compare(digits(), out, controls=["short"], rates=other, pictures=False)
+
+
+def test_the_report_says_how_far_planned_and_counted_flops_differ() -> None:
+    plan = {"flops_planned": 40.0, "flops_planned_of_pruned": 50.0, "ratio_planned": 0.8}
+    pruned = {"test_accuracy": 0.5, "test_f1": 0.5, "flops_total": 100, "train_seconds": 1.0}
+    control = {**pruned, "flops_total": 44, "plan": plan, "settings": {"lr": 0.01, "sparse_rate": "4"}}
+    report = {"task": "digits", "baseline": None, "pruned": pruned, "controls": {"short": control}}
+    found = {line.split(" | ")[0]: line.split(" | ") for line in controls_table(report) if "|" in line}
+    assert found["| pruned"][3:7] == ["100 FLOP", "1.000", "1.000", "2.000"]
+    assert found["| short"][3:7] == ["44 FLOP", "0.440", "0.800", "1.100"]
+    assert "0.01, sparse layers x4" in found["| short"] and found["| baseline"][1] == "-"
+
+
+def test_the_command_line_pilots_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "run_in_process", in_this_process)
+    monkeypatch.setattr(pilots, "run_in_process", in_this_process)
+    given = ["digits", "--steps", "12", "--initial-sparsity", "0.5", "--target-sparsity", "0.5", "--quiet"]
+    given += ["--device", "cpu", "--out", str(tmp_path / "out")]
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(app, list(arguments))
+
+    for arm in ("baseline", "short"):
+        done = invoke("train", *given, "--arm", arm, "--pilot", "--pilot-rates", "0.1,1,10000")
+        assert done.exit_code == 0, done.output
+    told = invoke("compare", *given, "--controls", "short", "--seeds", "0,1")
+    assert told.exit_code == 2 and "no learning rate of pruned: pilot them too" in _words(told)
+    assert (
+        invoke("train", *given, "--arm", "pruned", "--pilot", "--pilot-rates", "0.1,1,10000").exit_code == 0
+    )
+    done = invoke("compare", *given, "--controls", "short", "--seeds", "0,1")
+    assert done.exit_code == 0 and "over test rows" in done.output, done.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["controls"]["short"]["runs"] == summary["runs"] == 2
+    chosen = json.loads((tmp_path / "out" / "pilot.json").read_text())["arms"]["short"]["lr"]
+    report = json.loads((tmp_path / "out" / "seed-1" / "report.json").read_text())
+    assert report["controls"]["short"]["settings"]["lr"] == chosen
+    rates = [
+        "--rates",
+        str(tmp_path / "out" / "pilot.json"),
+        "--arm",
+        "short",
+        "--out",
+        str(tmp_path / "one"),
+    ]
+    assert invoke("train", *given, "--seed", "5", *rates).exit_code == 0
+    alone = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert (alone["lr"], alone["seed"]) == (chosen, 5)
+    assert "seed 100 chose" in _words(invoke("train", *given, "--seed", "100", *rates))
+
+
+def _words(result: Result) -> str:
+    return " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--controls", "small,larger"), "--controls takes different names of small"),
+        (("--controls", "small-time"), "expected small-time=VALUE, got 'small-time'"),
+        (("--pilot-rates", "1"), "go with --pilot"),
+        (("--pilot", "--pilot-rates", "1,x"), "--pilot-rates takes numbers with commas"),
+        (("--pilot", "--pilot-rates", "-1"), "expected pilot rates above 0"),
+        (("--rates", "/no/such/file"), "/no/such/file cannot be read"),
+        (("--steps", "0"), "steps must be a whole number of at least 1, got 0"),
+        (("--calibration-samples", "-1"), "calibration_samples must be a whole number of at least 0"),
+    ],
+)
+def test_wrong_input_is_told(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["compare", "digits", "--out", str(tmp_path / "out"), *arguments])
+    assert told.exit_code == 2 and said in _words(told)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_without_controls_has_no_word_of_them() -> None:

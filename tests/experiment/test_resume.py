@@ -118,6 +118,21 @@ def test_other_kinds_of_pruning_go_on(given: dict[str, Any], regrow: float, tmp_
     assert differences_when_killed(config, "pruned", tmp_path / "whole", out, kills=(11, 16, 30)) == []
 
 
+@pytest.mark.parametrize(
+    ("arm", "steps", "kills"), [("short", 35, (21, 9, 7)), ("stretch=1.3", 104, (21, 62, 22))]
+)
+def test_controls_that_end_within_a_pass_go_on(
+    arm: str, steps: int, kills: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Also where the process is killed in its last steps."""
+    config = small_digits(initial_sparsity=0.6)
+    config = replace(config, pruning={**config.pruning, "regrow": 0.0})
+    result = run(config, arm, tmp_path / "whole")
+    assert result is not None and result["steps"] == steps
+    out = tmp_path / "cut"
+    assert differences_when_killed(config, arm, tmp_path / "whole", out, kills=kills) == []
+
+
 @pytest.mark.parametrize("where", ["before_evaluation", "write", "end_of_training"])
 def test_an_arm_killed_outside_of_its_steps_goes_on(
     where: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,7 @@ def controls_table(report: dict[str, Any]) -> list[str]:
             if arm is None
             else [
                 *(shown(arm.get(metric.key), metric.unit) for metric in metrics),
-                *_costs(arm, pruned),
+                *_costs(arm, pruned, _plan_of_pruned(report) if name == "pruned" else arm.get("plan", {})),
                 _rate(arm),
                 _told(arm),
             ]
@@ -48,9 +48,14 @@ _NOTES = (
 )
 
 
-def _costs(arm: dict[str, Any], pruned: dict[str, Any]) -> list[str]:
-    counted, plan = arm["flops_total"], arm.get("plan", {})
-    whole, planned = pruned.get("flops_total"), plan.get("flops_planned")
+def _plan_of_pruned(report: dict[str, Any]) -> dict[str, Any]:
+    plans = [arm["plan"] for arm in report["controls"].values() if arm and "plan" in arm]
+    return {"flops_planned": plans[0]["flops_planned_of_pruned"], "ratio_planned": 1.0} if plans else {}
+
+
+def _costs(arm: dict[str, Any], pruned: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    counted, whole = arm["flops_total"], pruned.get("flops_total")
+    planned = plan.get("flops_planned")
     return [
         shown(counted, "flops"),
         shown(counted / whole, "ratio") if whole else "-",
