@@ -82,15 +82,38 @@ def dense_to_blocks(weight: Tensor, block: tuple[int, int], conv: ConvGeometry |
         weight: ``[out, in]``, or ``[out, in / groups, kh, kw]`` with ``conv``.
     """
     bo, bi = block
+    blocks = _cut(weight, block, conv)
+    return blocks.permute(0, 2, 3, 4, 1).reshape(-1, bi, bo).contiguous()
+
+
+def chosen_blocks(
+    weight: Tensor, block: tuple[int, int], conv: ConvGeometry | None, numbers: Tensor
+) -> Tensor:
+    """Those of :func:`dense_to_blocks` with the ``numbers`` (int64 ``[count]``): ``[count, bi, bo]``.
+
+    No other block is copied where no edge is ragged and a convolution's memory is channels-last.
+    """
+    blocks = _cut(weight, block, conv)
+    taps, channel_blocks = blocks.shape[2:4]
+    row, rest = numbers // (taps * channel_blocks), numbers % (taps * channel_blocks)
+    found = blocks[row, :, rest // channel_blocks, rest % channel_blocks]
+    return found.transpose(1, 2).contiguous()
+
+
+def _cut(weight: Tensor, block: tuple[int, int], conv: ConvGeometry | None) -> Tensor:
+    """A dense weight as ``[rows, bo, taps, channel blocks, bi]``, ragged edges padded with zeros.
+
+    A view where nothing is padded and a convolution's memory is channels-last.
+    """
+    bo, bi = block
     if conv is not None:
         weight = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], conv.taps, -1)
     else:
         weight = weight.unsqueeze(1)
     out, taps, inputs = weight.shape
-    weight = F.pad(weight, (0, -inputs % bi, 0, 0, 0, -out % bo))
-    rows, channel_blocks = weight.shape[0] // bo, weight.shape[2] // bi
-    blocks = weight.reshape(rows, bo, taps, channel_blocks, bi).permute(0, 2, 3, 4, 1)
-    return blocks.reshape(rows * taps * channel_blocks, bi, bo).contiguous()
+    if inputs % bi or out % bo:
+        weight = F.pad(weight, (0, -inputs % bi, 0, 0, 0, -out % bo))
+    return weight.reshape(weight.shape[0] // bo, bo, taps, weight.shape[2] // bi, bi)
 
 
 def blocks_to_dense(

@@ -33,7 +33,8 @@ def test_the_loss_falls_and_the_dense_state_is_that_of_the_network(
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
-    assert float(rows[2]["loss"]) < float(rows[0]["loss"])
+    assert float(rows[0]["held_out_loss_after"]) < float(rows[2]["held_out_loss_before"])
+    assert len({row["loss"] for row in rows}) == 3
     size = large_from_meta.SIZES["tiny"]
     twin = build(llama_config(size, VOCABULARY, 16))
     whole = sum(parameter.numel() for parameter in twin.parameters())

@@ -135,7 +135,7 @@ def test_at_most_one_dense_layer_is_there_at_a_time() -> None:
     dense = 4 * wide * wide
     kept = sum(4 * p.numel() for p in model.parameters())
     assert kept < 0.2 * depth * dense
-    assert dense < held.most < kept + 4 * dense, "a weight, and its copy cut into blocks"
+    assert dense < held.most < kept + 1.5 * dense, "a weight, and which of its values are NaN"
 
 
 class Tower(nn.Module):

@@ -20,7 +20,7 @@ from dynaprune_kernels import BlockLayout
 from dynaprune_kernels.averaged_slots import whole_slots
 from dynaprune_kernels.ops.transforms import refuse_batch
 from dynaprune_kernels.placement import moved
-from dynaprune_kernels.reference import dense_to_blocks, dense_weight
+from dynaprune_kernels.reference import chosen_blocks, dense_to_blocks, dense_weight
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _OWN_ATTRIBUTES = ("tap", "probe", "reads", "copy_watch", "_plain", "pad_before")
@@ -325,7 +325,9 @@ def take_over_weight(weight: nn.Parameter, layout: BlockLayout) -> None:
     def by_slot(dense: Tensor) -> Tensor:
         if layout.conv is not None and dense.dim() == 3:
             dense = dense.unsqueeze(2)
-        return layout.by_slot(dense_to_blocks(dense.detach(), layout.block, layout.conv))
+        numbers = layout.block_of_slot.long()
+        blocks = chosen_blocks(dense.detach(), layout.block, layout.conv, numbers.clamp(min=0))
+        return blocks.masked_fill_((numbers < 0).view(-1, 1, 1), 0)
 
     grad = None if weight.grad is None else by_slot(weight.grad)
     replace_parameter_data_(weight, by_slot(weight), grad)
