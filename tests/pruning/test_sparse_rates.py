@@ -270,6 +270,51 @@ def test_groups_are_whole_after_an_error_and_after_detach() -> None:
     assert len(optimizer.param_groups) == 1 and len(optimizer.param_groups[0]["params"]) == 6
 
 
+def test_a_state_saved_after_an_error_has_the_groups_of_the_user() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    dynaprune.attach(model, optimizer, config())
+    whole = optimizer.state_dict()["param_groups"]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for saves in (True, False):
+        saved = optimizer.state_dict()
+        loss_of(model, 0).backward()
+        handle = optimizer.register_step_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        handle.remove()
+        if not saves:
+            optimizer.load_state_dict(saved)
+        assert optimizer.state_dict()["param_groups"] == whole
+
+
+def test_in_a_closure_the_groups_are_those_of_the_user() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    seen = Seen(optimizer)
+    dynaprune.attach(model, optimizer, config())
+    rates = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, len(rates))
+        loss.backward()
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+        schedule.step()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert [len(each) for each in rates] == [1, 1, 1]
+    assert {round(rate, 6) for rate, _ in seen.ratios(model)} == {4.0}
+
+
 def test_an_optimizer_that_keeps_numbers_in_its_groups_needs_groups() -> None:
     model = mlp()
     optimizer = Own(model.parameters(), {"lr": RATE, "k": 0})

@@ -8,16 +8,17 @@ import torch
 
 from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.learning_rate import MARK, split_group
+from dynaprune.pruning.observe.hooks import after_closure
 
 Group = dict[str, Any]
 
 
 class ScaledSteps:
-    """For the time of a step, ``optimizer.param_groups`` are split by the layers' multipliers.
+    """For the time of an update, ``optimizer.param_groups`` are split by the layers' multipliers.
 
-    Outside of a step they are what the user, the Trainer or a checkpoint made of them: a scheduler, made
-    before or after, sets their rates as ever, and each multiplier is of what it has set. Groups from
-    ``Prepared.parameter_groups`` have their rates already, and stay.
+    Outside of it, in the closure of a ``step(closure)`` too, they are what the user, the Trainer or a
+    checkpoint made of them: a scheduler, made before or after, sets their rates as ever, and each multiplier
+    is of what it has set. Groups from ``Prepared.parameter_groups`` have their rates already, and stay.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -31,6 +32,9 @@ class ScaledSteps:
         for optimizer in structure.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
             self._handles.append(optimizer.register_step_post_hook(self._after))
+            # After an update that an error ended nothing else makes the groups whole.
+            self._handles.append(optimizer.register_state_dict_pre_hook(self._make_whole))
+            self._handles.append(optimizer.register_load_state_dict_pre_hook(self._make_whole))
 
     def remove(self) -> None:
         """Take the hooks off: every layer learns at its group's rate."""
@@ -47,8 +51,13 @@ class ScaledSteps:
             for group in optimizer.param_groups
         ]
 
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._after(optimizer)  # of a step that an error ended, or that is inside another one's
+        return after_closure(
+            optimizer, args, kwargs, lambda: self._split(optimizer), lambda: self._after(optimizer)
+        )
+
+    def _split(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer not in self._checked and _rates_differ(optimizer):
             self._checked.add(optimizer)
         split = self._split_groups(optimizer)
@@ -70,6 +79,9 @@ class ScaledSteps:
                         "(dynaprune.prepare, then prepared.parameter_groups), or set "
                         "PruningConfig(sparse_learning_rate=1.0)"
                     )
+
+    def _make_whole(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._restore(optimizer)
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> list[tuple[Group, float, Group, Group]]:
         """Put the groups back; what they were during the step."""

@@ -45,21 +45,7 @@ class StepHooks:
                 f"{type(optimizer).__name__}.step was called inside backward: pruning changes shapes after "
                 "the step, which must not happen there; step after backward"
             )
-        # `step` is wrapped as a function of the class, so args[0] is the optimizer itself.
-        position = 1 if args and args[0] is optimizer else 0
-        closure = args[position] if len(args) > position else kwargs.get("closure")
-        if closure is None:
-            self._before(optimizer)
-            return None
-
-        def observed() -> Any:
-            loss = closure()
-            self._before(optimizer)
-            return loss
-
-        if len(args) > position:
-            return (*args[:position], observed, *args[position + 1 :]), kwargs
-        return args, {**kwargs, "closure": observed}
+        return after_closure(optimizer, args, kwargs, lambda: self._before(optimizer))
 
     def _post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._completed is None or is_capturing() or inside_own_step(optimizer):
@@ -74,6 +60,41 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def after_closure(
+    optimizer: torch.optim.Optimizer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ready: Callable[[], None],
+    begin: Callable[[], None] | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call ``ready()`` when gradients are there: now, or with ``step(closure)`` after each of its calls.
+
+    Args:
+        args, kwargs: of the step's pre-hook.
+        begin: called before each call of the closure.
+
+    Returns:
+        What the pre-hook has to return.
+    """
+    # `step` is wrapped as a function of the class, so args[0] is the optimizer itself.
+    position = 1 if args and args[0] is optimizer else 0
+    closure = args[position] if len(args) > position else kwargs.get("closure")
+    if closure is None:
+        ready()
+        return None
+
+    def watched() -> Any:
+        if begin is not None:
+            begin()
+        loss = closure()
+        ready()
+        return loss
+
+    if len(args) > position:
+        return (*args[:position], watched, *args[position + 1 :]), kwargs
+    return args, {**kwargs, "closure": watched}
 
 
 def inside_own_step(optimizer: torch.optim.Optimizer) -> bool:
