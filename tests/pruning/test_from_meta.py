@@ -166,6 +166,60 @@ def test_the_initialiser_of_a_module_around_comes_after_the_own() -> None:
     assert torch.equal(model.mask, torch.ones(3, 3).tril().bool())
 
 
+class Pair(nn.Module):
+    """It holds nothing of its own, and draws the weights of its layers in a loop over parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter, gain=3.0)
+            else:
+                nn.init.constant_(parameter, 0.125)
+
+
+class Pairs(nn.Module):
+    """As many write it: the outermost module initialises layers inside by name, at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.last, self.head = Pair(), nn.Linear(32, 64), nn.Linear(64, 4)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        nn.init.normal_(self.last.weight, std=0.02)
+        self.head.bias.data.fill_(0.5)
+
+
+def test_initialisers_of_modules_that_hold_nothing_of_their_own() -> None:
+    torch.manual_seed(0)
+    twin = Pairs()
+    model = on_meta(Pairs)
+    torch.manual_seed(0)
+    prepared = dynaprune.prepare(model, settings())
+    assert prepared.swapped == ("pair.wide", "pair.back", "last")
+    for name in prepared.swapped:
+        layer, dense = model.get_submodule(name), twin.get_submodule(name)
+        kept = layer.weight.detach() != 0
+        rows = (kept.shape[1] / kept.sum(1, keepdim=True)).sqrt()
+        torch.testing.assert_close(layer.weight.detach(), torch.where(kept, dense.weight * rows, 0.0))
+        assert torch.equal(layer.bias, dense.bias)
+        assert list(dict(layer.named_parameters())) == ["values", "bias"]
+    assert torch.equal(model.head.weight, twin.head.weight) and torch.equal(model.head.bias, twin.head.bias)
+
+
+def test_an_initialiser_leaves_alone_what_is_real() -> None:
+    model = on_meta(Pairs)
+    model.pair.wide = nn.Linear(32, 64)
+    weight = model.pair.wide.weight.detach().clone()
+    dynaprune.prepare(model, settings(exclude=["pair.wide"]))
+    assert torch.equal(model.pair.wide.weight, weight)
+
+
 class Extra(nn.Module):
     """A layer beside a tensor of its own."""
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dynaprune.nn.block_sparse import BlockSparseLayer
 
 _OWN = ("reset_parameters", "_reset_parameters")
 _OF_OTHERS = "_init_weights"
@@ -43,8 +46,7 @@ def materialise_(model: nn.Module, path: str, device: torch.device) -> None:
     for name, tensor in fresh.items():
         _give_memory_(tensor, f"{path}.{name}".lstrip("."), device)
     versions = {name: tensor._version for name, tensor in fresh.items()}
-    for initialise in _initialisers(model, path):
-        initialise()
+    initialise_(model, path)
     own = {**module._parameters, **module._buffers}
     left = [name for name, tensor in fresh.items() if _untouched(tensor, own.get(name), versions[name])]
     if left:
@@ -54,6 +56,33 @@ def materialise_(model: nn.Module, path: str, device: torch.device) -> None:
             "build the model with this tensor on a real device (accelerate's init_empty_weights keeps "
             "buffers real); then build it anew"
         )
+
+
+@torch.no_grad()
+def initialise_(model: nn.Module, path: str) -> None:
+    """Call what constructors would have called to give a module, and what is inside of it, its values.
+
+    Of block-sparse layers inside the blocks that live get theirs.
+    """
+    module = model.get_submodule(path)
+    with ExitStack() as stack:
+        for layer in module.modules():
+            if isinstance(layer, BlockSparseLayer):
+                stack.enter_context(_dense_weight_among_parameters(layer))
+        for initialise in _initialisers(model, path):
+            initialise()
+
+
+@contextmanager
+def _dense_weight_among_parameters(layer: BlockSparseLayer) -> Iterator[None]:
+    """Inside, a loop over parameters meets the dense weight, writable, where it would meet the blocks."""
+    parameters = layer._parameters
+    others = {name: tensor for name, tensor in parameters.items() if name != "values"}
+    layer._parameters = {"weight": layer.weight, **others}  # type: ignore[dict-item]
+    try:
+        yield
+    finally:
+        layer._parameters = parameters
 
 
 def _give_memory_(tensor: Tensor, name: str, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dynaprune.families.family import note_families
 from dynaprune.neurons.example_inputs import ExampleInputs
 from dynaprune.nn import BlockSparseLayer
-from dynaprune.nn.materialise import children_first, materialise_, on_meta
+from dynaprune.nn.materialise import children_first, initialise_, materialise_, on_meta
 from dynaprune.nn.swap import SPARSE_TYPES, choose_layers, swap_layer
 from dynaprune.pruning.checks.pretrained import refuse_trained
 from dynaprune.pruning.checks.reachable import refuse_unknown_floors
@@ -45,9 +45,12 @@ def prepare_from_meta(
         refuse_trained(model)
     masks = planned_masks({name: _grid(model, name, config) for name in chosen}, config)
     layers: dict[str, BlockSparseLayer] = {}
+    new = {path for path, module in model.named_modules() if _wholly_on_meta(module)}
     for path, module in children_first(model):
         if on_meta(module):
             materialise_(model, path, device)
+        elif path in new:
+            initialise_(model, path)
         if path in masks:
             layers[path] = swap_layer(model, path, config.block_size, masks.pop(path))
     exempt = {entry.name: entry.reason for entry in entries if not entry.swapped}
@@ -71,6 +74,12 @@ def _refuse_what_nothing_sets(model: nn.Module) -> None:
                     f"cannot materialise {f'{path}.{name}'.lstrip('.')}: it is a tensor on the meta device, "
                     "and neither a parameter nor a buffer"
                 )
+
+
+def _wholly_on_meta(module: nn.Module) -> bool:
+    """Whether it holds Parameters, all of them on the meta device: then it may give them values."""
+    parameters = list(module.parameters())
+    return bool(parameters) and all(each.is_meta for each in parameters)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
