@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,26 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
     index.write_text('{"weight_map": []}')
     with pytest.raises(ValueError, match="expected a weight_map of file names"):
         dynaprune.prepare(trained(), settings(), calibration=calibration, checkpoint=tmp_path)
+
+
+def test_a_layer_that_the_file_does_not_have_is_new_and_comes_back_empty(tmp_path: Path) -> None:
+    model = trained()
+    path = tmp_path / "model.safetensors"
+    save_file({"0.weight": model[0].weight.detach()}, str(path))
+    config = settings(target_sparsity=0.6, regrow=0.9)
+    with pytest.warns(RuntimeWarning, match="as zeros: those of 2, which the checkpoint does not have"):
+        prepared = dynaprune.prepare(model, config, calibration=calibration, checkpoint=path)
+    optimizer = adam(model)
+    pruner = dynaprune.attach(prepared, optimizer)
+    assert prepared.pretrained is not None and set(prepared.pretrained.weights) == {"0"}
+    waiting = {name: state.waiting is not None for name, state in pruner.structure.layers.items()}
+    assert waiting == {"0": True, "2": False}
+    train(model, optimizer)
+    assert pruner.report()["blocks_regrown"] > 0
+    other = trained()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dynaprune.prepare(other, settings(), calibration=calibration, checkpoint=path)
 
 
 def test_another_file_is_refused_and_the_model_is_as_it_was(tmp_path: Path) -> None:

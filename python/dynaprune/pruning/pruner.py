@@ -69,8 +69,8 @@ class Pruner(Standing):
         self.structure = Structure(
             model, optimizers, states, NeuronUnits(dict(plain or {})), pretrained=prepared.pretrained
         )
-        for state in states.values() if prepared.pretrained is not None else ():
-            state.wait()
+        for name in () if prepared.pretrained is None else states.keys() & prepared.pretrained.weights.keys():
+            states[name].wait()
         weights = {name: state.weights for name, state in self.structure.layers.items()}
         self.ledger = Ledger(model_size(model, layers, exempt, weights))
         self.policy = config.policy or built_in_policy(config, trial)

@@ -60,13 +60,8 @@ def start_pretrained(prepared: Prepared, calibration: Calibration, checkpoint: P
         raise ValueError("expected a calibration with a model of plain layers, got block-sparse ones")
     found = checkpoint or local_checkpoint(prepared.model)
     pretrained = None if found is None else PretrainedBlocks.of(layers, found)
-    if pretrained is None and config.regrow:
-        warnings.warn(
-            "blocks that are left out now grow back as zeros: give prepare the checkpoint that the weights "
-            "come from (checkpoint=), and they grow back as they are there",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    if config.regrow or config.rewire:
+        _say_what_returns_empty(layers, pretrained)
     scores = block_fisher(prepared.model, layers, calibration)
     grids = {name: Grid.of(layer.layout) for name, layer in layers.items()}
     orders = {name: scored_order(grid, scores[name]) for name, grid in grids.items()}
@@ -74,6 +69,19 @@ def start_pretrained(prepared: Prepared, calibration: Calibration, checkpoint: P
     for name, layer in layers.items():
         keep_blocks(layer, masks[name])
     return replace(_with_figures(prepared, layers), pretrained=pretrained)
+
+
+def _say_what_returns_empty(layers: Mapping[str, BlockSparseLayer], found: PretrainedBlocks | None) -> None:
+    empty = [name for name in layers if found is None or name not in found.weights]
+    if not empty:
+        return
+    told = "blocks that are left out now grow back as zeros: "
+    if found is None:
+        told += "give prepare the checkpoint that the weights come from (checkpoint=), and they grow back as "
+        told += "they are there"
+    else:
+        told += f"those of {', '.join(empty)}, which the checkpoint does not have"
+    warnings.warn(told, RuntimeWarning, stacklevel=4)
 
 
 def begun_sparse(prepared: Prepared, layers: Mapping[str, BlockSparseLayer]) -> Prepared:

@@ -43,15 +43,20 @@ class PretrainedBlocks:
     def of(cls, layers: Mapping[str, BlockSparseLayer], checkpoint: Path) -> PretrainedBlocks:
         """Find the weights of ``layers``, which have all their blocks, in a file or folder.
 
-        Names may lack, or have in front, the name of a part of the model (``bert.``).
+        Names may lack, or have in front, the name of a part of the model (``bert.``). A layer that is not
+        there is a new one, as a pooler or a head is.
 
         Raises:
-            ValueError: a layer whose weight is not there, or is another one than the layer has.
+            ValueError: no layer is there, or one has another weight than there.
         """
         keys = _keys(checkpoint)
+        matches = {name: _match(f"{name}.weight", keys, checkpoint) for name in layers}
+        if not any(matches.values()):
+            raise ValueError(f"expected {next(iter(layers))}.weight in {checkpoint}, got no such tensor")
         found = {}
         for name, layer in layers.items():
-            key = _match(f"{name}.weight", keys, checkpoint)
+            if (key := matches[name]) is None:
+                continue
             tensor = _open(keys[key]).get_tensor(key)
             mine = layer.to_dense_shape(layer.values).cpu()
             if tensor.shape != mine.shape or not torch.equal(tensor.to(mine.dtype), mine):
@@ -100,15 +105,15 @@ def _keys(checkpoint: Path) -> dict[str, Path]:
     return dict.fromkeys(_open(checkpoint).keys(), checkpoint)
 
 
-def _match(wanted: str, keys: Mapping[str, Path], checkpoint: Path) -> str:
+def _match(wanted: str, keys: Mapping[str, Path], checkpoint: Path) -> str | None:
     if wanted in keys:
         return wanted
     near = [
         key for key in keys if ("." in key and f".{wanted}".endswith(f".{key}")) or key.endswith(f".{wanted}")
     ]
-    if len(near) != 1:
-        raise ValueError(f"expected {wanted} in {checkpoint}, got {near or 'no such tensor'}")
-    return near[0]
+    if len(near) > 1:
+        raise ValueError(f"expected one {wanted} in {checkpoint}, got {near}")
+    return next(iter(near), None)
 
 
 def _open(file: Path) -> Any:
