@@ -57,6 +57,8 @@ def test_an_arm_of_whole_neurons_leaves_plain_layers(undisturbed: tuple[Path, di
     out, result = undisturbed
     assert result["target_reached"] and result["blocks_removed"] == 0
     assert result["neurons_removed"] == result["removed_passed"] + result["removed_forced"] > 50
+    assert result["neurons_passed"] + result["neurons_forced"] == result["neurons_removed"]
+    assert 0.6 < result["forward_flops_gone"] < 1
     assert result["flops_per_step_last"] < 0.35 * result["flops_per_step_first"]
     assert result["parameters_active"] < 0.32 * result["parameters_total"]
     task, config = get_task("digits"), small("neurons")

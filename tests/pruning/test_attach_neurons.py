@@ -86,6 +86,8 @@ def test_the_report_tells_neurons_widths_and_reasons(trained: Any) -> None:
     gone = 128 - sum(outputs for outputs, _ in widths(model)[:2])
     assert report["units"] == "neurons" and report["neurons_removed"] == gone
     assert report["removed_passed"] + report["removed_forced"] == gone and not report["removed_untested"]
+    for why in ("passed", "forced", "untested"):
+        assert report[f"neurons_{why}"] == report[f"removed_{why}"]
     assert report["blocks_total"] == report["blocks_removed"] == 0
     assert report["widths"]["2"] == {
         "outputs": widths(model)[1][0],
@@ -318,6 +320,9 @@ def test_blocks_and_neurons_go_by_turns() -> None:
     assert [type(layer) for layer in model][::2] == [BlockSparseLinear, BlockSparseLinear, nn.Linear]
     assert widths(model)[0] == (4, model[2].out_features) < (4, 64)
     assert report["neurons_removed"] == 128 - model[0].out_features - model[2].out_features > 0
+    assert 0 < report["neurons_untested"] <= report["neurons_removed"]
+    assert report["neurons_untested"] < report["removed_untested"]
+    assert report["neurons_passed"] == report["neurons_forced"] == 0
     expected = model(batch(0)[0])
     plain = pruner.finalize()
     torch.testing.assert_close(plain(batch(0)[0]), expected)

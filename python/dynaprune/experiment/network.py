@@ -20,6 +20,7 @@ from dynaprune.experiment.report import (
     AUDITED,
     EVER_LIVED,
     NEVER_PRESENT,
+    OF_NEURONS,
     REMOVALS,
     SWAPPED,
 )
@@ -242,9 +243,15 @@ class PrunedNetwork(DenseNetwork):
             "target_reached": self.target_reached(),
             **{name: said[name] for name in REMOVALS},
             **{name: said[name] for name in (NEVER_PRESENT,) if said[name]},
+            **self._of_neurons(said),
             **self._rewired(said),
             "density_by_layer": self.pruner.density(),
         }
+
+    def _of_neurons(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        if said["units"] == "blocks":
+            return {}
+        return {name: said[name] for name in OF_NEURONS if said[name] is not None}
 
     def _rewired(self, said: Mapping[str, Any]) -> dict[str, Any]:
         if not self.pruner.config.rewire:

@@ -55,6 +55,8 @@ REMOVALS = (
     "removed_untested",
     "blocks_removed_with_neurons",
 )
+# Of what went, the neurons; only where they are units of their own.
+OF_NEURONS = ("neurons_passed", "neurons_forced", "neurons_untested", "forward_flops_gone")
 PRUNED_METRICS = ("sparsity", "sparsity_of_model", "target_reached", *REMOVALS, "step_seconds_dense")
 
 

@@ -45,6 +45,10 @@ _LABELS = {
     "removed_passed": ("units removed after passing a trial", "count"),
     "removed_forced": ("units removed by force (backlog)", "count"),
     "removed_untested": ("units removed untested", "count"),
+    "neurons_passed": ("of these neurons: after passing a trial", "count"),
+    "neurons_forced": ("of these neurons: by force", "count"),
+    "neurons_untested": ("of these neurons: untested", "count"),
+    "forward_flops_gone": ("forward FLOPs of layers that are gone", "share"),
     "blocks_removed_with_neurons": ("blocks that went with a neuron of theirs", "count"),
 }
 

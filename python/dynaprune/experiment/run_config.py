@@ -79,6 +79,9 @@ class RunConfig:
     units: Annotated[
         str, Option("what goes: blocks, neurons (of plain layers, which get narrower) or both")
     ] = "blocks"
+    target_of: Annotated[
+        str | None, Option("of what the target is a share: weights, or flops with --units neurons")
+    ] = None
     block_size: Annotated[int, Option("edge of a block")] = 32
     threshold: Annotated[
         float, Option("the trial's probability of accepting a harmful removal", literal=True)
@@ -157,7 +160,8 @@ class RunConfig:
             except ValueError:
                 raise ValueError(f"sparse_rate must be 'auto' or a number, got {rate!r}") from None
         given = {"initial_sparsity": self.initial_sparsity, "sparse_learning_rate": rate}
-        names = ("trial_budget", "rewire", "rewire_growth", "rewire_score", "rewire_until", "rewire_audit")
+        rewiring = ("rewire", "rewire_growth", "rewire_score", "rewire_until", "rewire_audit")
+        names = ("target_of", "trial_budget", *rewiring)
         given.update({name: getattr(self, name) for name in names})
         return {name: value for name, value in given.items() if value is not None}
 

@@ -18,6 +18,7 @@ from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.observe.scores import SCORES, make_score
 from dynaprune.pruning.settings import (
     BLOCKS,
+    FLOPS,
     LAYER_TYPES,
     NEURONS,
     Ranking,
@@ -101,6 +102,7 @@ class PruningConfig:
     rewire_until: float = Rewiring.rewire_until
     rewire_audit: int = Rewiring.rewire_audit
     trial_budget: float | None = TrialRules.trial_budget
+    target_of: str = Schedule.target_of
     schedule: ClassVar[Schedule]
     trial_rules: ClassVar[TrialRules]
     rewiring: ClassVar[Rewiring]
@@ -139,6 +141,11 @@ class PruningConfig:
             object.__setattr__(self, f"_{name}", given[name])
         if self.units != BLOCKS:
             _check_whole_neurons(self)
+        if self.target_of == FLOPS and (self.units != NEURONS or self.target_sparsity is None):
+            raise ValueError(
+                f"expected target_of='flops' with units='neurons' and a target_sparsity, got units="
+                f"{self.units!r} and {self.target_sparsity}"
+            )
         self.schedule.check(self.rewiring.latest_end)
         self.sparse_start.check(self.target_sparsity, self.regrow)
 
@@ -215,10 +222,6 @@ def _check_whole_neurons(config: PruningConfig) -> None:
     if config.initial_sparsity and config.units == NEURONS:
         raise ValueError(
             f"expected initial_sparsity=0 {where}, got {config.initial_sparsity}: plain layers begin whole"
-        )
-    if config.initial_sparsity and config.units == NEURONS:
-        raise ValueError(
-            f"expected initial_sparsity=0 {where}, got {config.initial_sparsity}: no block is left out"
         )
     if config.allocation == "erk":
         raise ValueError(f"expected allocation 'global' or 'uniform' {where}, got 'erk'")

@@ -48,7 +48,7 @@ def prune(pruner: Standing, consistency: Consistency, said: set[str]) -> None:
         view = view_of(structure, pruner.score, pruner.trial, pruner.tracer, config, pruner.steps)
         if config.units == NEURONS and "floors" not in said and (whole := view.whole()) is not None:
             said.add("floors")
-            say_what_neurons_keep(whole, view.weights, view.live_weights, config.target_sparsity)
+            say_what_neurons_keep(whole, config)
         edits = policy.decide(view)
         _apply(pruner, edits)
         if any(isinstance(edit, Cut) for edit in edits):

@@ -21,6 +21,9 @@ from dynaprune.pruning.edit.edits import (
 from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.whole_model import ModelSize
 
+# Counts that every saved state has.
+_FROM_THE_FIRST = ("passed", "forced", "untested", "grown", "neurons", "with_neurons")
+
 
 @dataclass
 class Ledger:
@@ -31,6 +34,7 @@ class Ledger:
         passed, forced, untested: blocks that went, by why, and neurons that went as units of their own.
         grown: blocks that returned.
         swapped: blocks that went while as many began elsewhere in the layer: neither removed nor returned.
+        neurons_passed, neurons_forced, neurons_untested: of these the neurons.
         neurons: neurons cut.
         with_neurons: live blocks that only read or made dead neurons and went along with them, which changes
             no output.
@@ -45,6 +49,9 @@ class Ledger:
     untested: int = 0
     grown: int = 0
     swapped: int = 0
+    neurons_passed: int = 0
+    neurons_forced: int = 0
+    neurons_untested: int = 0
     neurons: int = 0
     with_neurons: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -64,7 +71,8 @@ class Ledger:
                     self.swapped += count_blocks(edit.dropped)
                 case Cut(why=why):
                     for reason, count in why.items():
-                        setattr(self, reason, getattr(self, reason) + count)
+                        for name in (reason, f"neurons_{reason}"):
+                            setattr(self, name, getattr(self, name) + count)
                     self.neurons += sum(edit.found.neurons.values())
                     self.with_neurons += edit.found.blocks
 
@@ -87,12 +95,12 @@ class Ledger:
 
     def removals(self) -> dict[str, int]:
         """The counts, by name."""
-        names = ("passed", "forced", "untested", "grown", "swapped", "neurons", "with_neurons")
+        names = (*_FROM_THE_FIRST, "swapped", *(f"neurons_{why}" for why in (PASSED, FORCED, UNTESTED)))
         return {name: getattr(self, name) for name in names}
 
     def resume(self, counts: Mapping[str, int], history: Iterable[Mapping[str, Any]], seconds: float) -> None:
         """Go on from a saved training."""
         for name in self.removals():
-            setattr(self, name, int(counts.get(name, 0) if name == "swapped" else counts[name]))
+            setattr(self, name, int(counts[name] if name in _FROM_THE_FIRST else counts.get(name, 0)))
         self.history = [dict(row) for row in history]
         self.started = time.perf_counter() - seconds

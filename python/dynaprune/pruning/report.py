@@ -23,6 +23,7 @@ def report(pruner: Standing) -> dict[str, Any]:
     return {
         "sparsity": pruner.sparsity,
         "sparsity_of_model": pruner.sparsity_of_model,
+        "forward_flops_gone": structure.neurons.flops_gone,
         "target_sparsity": pruner.config.target_sparsity,
         "target_reached": pruner.target_reached,
         "steps": pruner.steps,
@@ -41,6 +42,9 @@ def report(pruner: Standing) -> dict[str, Any]:
         "removed_passed": ledger.passed,
         "removed_forced": ledger.forced,
         "removed_untested": ledger.untested,
+        "neurons_passed": ledger.neurons_passed,
+        "neurons_forced": ledger.neurons_forced,
+        "neurons_untested": ledger.neurons_untested,
         "layers": report_layers(structure, pruner.exempt, ledger.size),
         "parameters": {
             "total": ledger.size.total,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dynaprune.pruning.observe.gradients import Observed
+from dynaprune.pruning.settings import FLOPS
 from dynaprune.pruning.standing import Standing
 from dynaprune.pruning.whole_model import ModelSize
 
@@ -80,6 +81,8 @@ def check_state(pruner: Standing, state: Mapping[str, Any]) -> None:
             f"expected the state of whole neurons of {sorted(mine) or 'no layer'}, got that of "
             f"{sorted(theirs) or 'none'}: it was saved with other settings (units, include, exclude)"
         )
+    if pruner.config.target_of == FLOPS and not state.get("neurons", {}).get("first_flops"):
+        raise ValueError("expected a state with the forward FLOPs at first, for target_of='flops', got none")
     found = state["score"].get("name")
     if found != pruner.score.name:
         raise ValueError(f"expected the state of the score {pruner.score.name!r}, got that of {found!r}")

@@ -18,6 +18,7 @@ from dynaprune.pruning.observe.scores import SCORES, make_score
 from dynaprune_kernels.geometry import check_block
 
 COSTS = ("parameters", "flops")
+WEIGHTS, FLOPS = TARGETS = ("weights", "flops")
 BLOCKS, NEURONS, BOTH = UNITS = ("blocks", "neurons", "both")
 DROP_SCORES = ("magnitude", "random")
 LAYER_TYPES = {"linear": nn.Linear, "conv2d": nn.Conv2d, "conv1d": nn.Conv1d}
@@ -30,6 +31,8 @@ class Schedule:
     Args:
         target_sparsity: share of the prunable weights to remove, in (0, 1). None: self-paced, the trial alone
             decides.
+        target_of: what that is a share of. "weights": the prunable ones. "flops": the multiplications and
+            additions of all linear layers and convolutions in a forward pass, with ``units="neurons"`` only.
         total_steps: optimizer steps of the whole training; needed with a target. ``attach`` wants them here;
             the callbacks for the Trainer and for Lightning ask their trainer.
         start, end: the schedule's span as fractions of ``total_steps``, ``0 <= start < end <= 0.6``; later
@@ -48,10 +51,12 @@ class Schedule:
     interval: int | None = None
     self_paced_share: float = 0.1
     batch_size: int | None = None
+    target_of: str = WEIGHTS
 
     def __post_init__(self) -> None:
         if self.target_sparsity is not None:
             fraction("target_sparsity", self.target_sparsity)
+        one_of("target_of", self.target_of, TARGETS)
         for name in ("total_steps", "interval", "batch_size"):
             count(name, getattr(self, name), optional=True)
         fraction("start", self.start, zero=True)

@@ -19,6 +19,7 @@ from dynaprune.pruning.ledger import Ledger
 from dynaprune.pruning.observe.observer import Observer
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.prepared import Prepared
+from dynaprune.pruning.settings import FLOPS
 
 
 class Standing:
@@ -97,12 +98,17 @@ class Standing:
         return self.structure.live_parameters
 
     @property
+    def gone(self) -> float:
+        """Share that is gone of what the target is a share of: weights or forward FLOPs."""
+        return (self.structure.neurons.flops_gone or 0.0) if self.config.target_of == FLOPS else self.sparsity
+
+    @property
     def target_reached(self) -> bool:
-        """Whether the sparsity is at least the target; never without one."""
+        """Whether as much is gone as the target asks for; never without one."""
         target, config = self.config.target_sparsity, self.config
         if config.stands_still and config.rewire:
             return True  # swaps keep the number of blocks, and those at an edge hold fewer weights
-        return target is not None and self.sparsity >= target - 1e-9
+        return target is not None and self.gone >= target - 1e-9
 
     @property
     def structure_final(self) -> bool:
@@ -156,7 +162,8 @@ def say_what_is_missing(standing: Standing, others: Mapping[str, int]) -> None:
     Args:
         others: steps that optimizers took which are not watched, by type.
     """
-    target, total = standing.config.target_sparsity, standing.config.total_steps
+    config = standing.config
+    target, total = config.target_sparsity, config.total_steps
     if target is None or standing.target_reached or not standing.structure.weights:
         return
     missing = ""
@@ -165,9 +172,10 @@ def say_what_is_missing(standing: Standing, others: Mapping[str, int]) -> None:
         missing = f"; it saw none of the steps of other optimizers ({told})"
     elif standing.steps < (total or 0):
         missing = ": were there fewer steps than total_steps (accumulation, an early end)?"
+    of = f" and with {standing.gone:.1%} of the forward FLOPs gone" if config.target_of == FLOPS else ""
     warnings.warn(
         f"pruning ends at a sparsity of {standing.sparsity:.1%} ({standing.sparsity_of_model:.1%} of all "
-        f"parameters), short of the target's {target:.1%}, after "
+        f"parameters){of}, short of the target's {target:.1%}, after "
         f"{standing.steps} of {total} optimizer steps{missing}",
         RuntimeWarning,
         stacklevel=4,

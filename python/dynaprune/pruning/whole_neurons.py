@@ -22,7 +22,9 @@ from dynaprune.pruning.decide.trial import Trial
 from dynaprune.pruning.edit.edits import Cut
 from dynaprune.pruning.edit.structure import Structure
 from dynaprune.pruning.event_losses import EventLosses
+from dynaprune.pruning.observe.layer_flops import layer_flops
 from dynaprune.pruning.observe.score import Score
+from dynaprune.pruning.settings import FLOPS
 
 
 def know_neurons(structure: Structure, tracer: NeuronTracer) -> NeuronMap | None:
@@ -38,6 +40,8 @@ def know_neurons(structure: Structure, tracer: NeuronTracer) -> NeuronMap | None
         if tracer.example is not None:
             units.refused.update(find_silent_cut(model, _one_of_each(groups), tracer.example).refused)
         units.know(model, [group for group in groups if units.may_go(model, group)])
+        if not structure.layers and tracer.example is not None:
+            units.note_flops(layer_flops(model, tracer.example))
     unseen = {neuron_map.groups[number].name: reason for number, reason in closed.items()}
     tracer.refused = {**neuron_map.refused, **unseen, **units.refused}
     return neuron_map
@@ -94,7 +98,15 @@ def whole_neurons(
         None if trial is None else _losses_without(structure, trial, groups),
         cannot_go,
         cut,
+        *_counted(structure, config),
     )
+
+
+def _counted(structure: Structure, config: PruningConfig) -> tuple[int, int]:
+    """How much there was at first, and how much is left, of what the target is a share of."""
+    if config.target_of != FLOPS:
+        return structure.weights, structure.live_weights
+    return structure.neurons.first_flops, sum(structure.neurons.flops.values())
 
 
 def _unit(weighty: Container[str], number: int, group: NeuronGroup, score: float) -> Unit:
@@ -118,11 +130,14 @@ def _widths(structure: Structure, units: Sequence[Unit], config: PruningConfig) 
         first, _ = original_widths(layer) or (shape.out, shape.in_)
         pairs = shape.out * (shape.in_ // shape.groups)
         held = layer.live_values() if isinstance(layer, BlockSparseLayer) else layer.weight.numel()
+        tokens = max(structure.tokens.get(name, 1), 1)
+        if config.target_of == FLOPS:
+            held, tokens = structure.neurons.flops.get(name, 0), 1
         found[name] = Width(
             shape.out,
             shape.in_ // shape.groups,
             held / pairs,
-            max(structure.tokens.get(name, 1), 1),
+            tokens,
             max(1, math.ceil(config.floor_of(name) * first - 1e-9)),
             first,
         )

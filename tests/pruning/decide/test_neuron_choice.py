@@ -120,14 +120,16 @@ class Network:
         return 1 + 0.01 * noise + self.harm * len(silent)
 
     def view(self, step: int, *, tested: bool = True) -> View:
+        everything = weights_without([])
         whole = WholeNeurons(
             units(),
             widths(),
             self.losses if tested else None,
             lambda chosen: {unit.number for unit in chosen} & self.stay,
             lambda chosen, why: (list(chosen), list(why)),  # type: ignore[arg-type, return-value]
+            everything,
+            everything,
         )
-        everything = weights_without([])
         return View(step, {}, 0, 0, everything, everything, None, lambda: None, lambda: whole)
 
 

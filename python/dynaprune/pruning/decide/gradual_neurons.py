@@ -19,7 +19,7 @@ _TRIES = 4
 
 
 class GradualNeurons(Policy):
-    """Removes whole neurons until as many weights are gone as the pace wishes for.
+    """Removes whole neurons until as many weights (or forward FLOPs) are gone as the pace wishes for.
 
     What passes the trial goes; the pace says what goes all the same. Without a trial everything goes
     untested.
@@ -60,9 +60,10 @@ class GradualNeurons(Policy):
         self.trials.load_state_dict(state)
 
     def decide(self, view: View) -> list[Cut]:
-        wish = math.ceil(self._share * self.pace.wish(view.step, view.weights, view.live_weights))
-        whole = view.whole() if wish else None
-        if whole is None:
+        whole = view.whole()
+        wish = 0 if whole is None else self.pace.wish(view.step, whole.total, whole.left)
+        wish = math.ceil(self._share * wish)
+        if whole is None or not wish:
             return []
         chosen = self._cuttable(whole, wish)
         if not chosen.units:
@@ -92,8 +93,8 @@ class GradualNeurons(Policy):
         event = trials.run(view.step, count, BySize(losses, lambda n: chosen.units[:n]), NEURONS)
         accepted = event.accepted_size or 0
         passed = math.floor(chosen.weights(accepted))
-        left = max(0, view.live_weights - passed)
-        forced = self.pace.forced(view.step, view.weights, left, max(0, wish - passed))
+        left = max(0, whole.left - passed)
+        forced = self.pace.forced(view.step, whole.total, left, max(0, wish - passed))
         if not event.usable:
             forced = 0  # a trial that says nothing is no reason to remove anything
         going = chosen.reaching(passed + forced) if forced else accepted
@@ -105,7 +106,7 @@ class GradualNeurons(Policy):
         next event cannot be paid either."""
         assert self.trials is not None
         budget = self.trials.budget
-        forced = self.pace.forced(view.step, view.weights, view.live_weights, wish)
+        forced = self.pace.forced(view.step, whole.total, whole.left, wish)
         if budget.allows_event(view.step + self.interval):
             forced = 0
         going = chosen.reaching(forced) if forced else 0

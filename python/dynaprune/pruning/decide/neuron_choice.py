@@ -32,7 +32,8 @@ class Width:
 
     Attributes:
         inputs: 1 for a layer that works channel by channel.
-        each: weights per output and input that live (the taps of a convolution).
+        each: weights per output and input that live (the taps of a convolution); where the target is a share
+            of FLOPs, FLOPs per output and input, and ``tokens`` is 1.
         tokens: that the layer sees in a step.
         least: outputs that have to stay, at least one.
         first: outputs before anything was cut; 0: as many as now.

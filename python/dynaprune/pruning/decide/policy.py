@@ -63,6 +63,8 @@ class WholeNeurons:
             example inputs. They are left out of later events.
         cut: ``cut(units, why)``, the cut of them, each with the reason for which it goes (see ``Release``);
             None where nothing can go.
+        total, left: what the target is a share of, at first and now: weights, or forward FLOPs. Widths count
+            the same.
     """
 
     units: Sequence[Unit]
@@ -70,6 +72,8 @@ class WholeNeurons:
     losses: Callable[[Sequence[Unit]], Losses] | None
     cannot_go: Callable[[Sequence[Unit]], set[int]]
     cut: Callable[[Sequence[Unit], Sequence[str]], Cut | None]
+    total: int
+    left: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from dynaprune.pruning.edit.compaction import compact_layer
 from dynaprune.pruning.edit.edits import Cut, Edit, Grow, Release, Resize, Rewire
 from dynaprune.pruning.edit.layer_state import LayerState
 from dynaprune.pruning.edit.structure import Structure
+from dynaprune.pruning.observe.layer_flops import layer_flops
 
 
 @torch.no_grad()
@@ -97,6 +98,8 @@ def _cut(structure: Structure, edit: Cut) -> None:
     assert plan is not None
     carry_out(structure.model, plan, structure.optimizers)
     structure.groups.cut(plan)
+    if structure.neurons.first_flops:
+        structure.neurons.note_flops(layer_flops(structure.model, edit.example))
     for name, kept in edit.found.kept.items():
         if name in structure.layers:
             structure.layers[name].keep(kept)

@@ -30,6 +30,9 @@ class NeuronUnits:
         live_weights: of these, those that are left, as last measured.
         refused: layers whose neurons turned out to stay, with the reason.
         known: whether it was counted what the neurons hold.
+        flops: of a forward pass of the example inputs, of every linear layer and convolution by name, as last
+            measured; empty where blocks go too.
+        first_flops: of all of them, at first.
     """
 
     makers: dict[str, nn.Module] = field(default_factory=dict)
@@ -38,6 +41,18 @@ class NeuronUnits:
     live_weights: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     known: bool = False
+    flops: dict[str, int] = field(default_factory=dict)
+    first_flops: int = 0
+
+    @property
+    def flops_gone(self) -> float | None:
+        """Share of the first forward FLOPs that is gone; None where they are not measured."""
+        return 1 - sum(self.flops.values()) / self.first_flops if self.first_flops else None
+
+    def note_flops(self, flops: Mapping[str, int]) -> None:
+        """Take what was measured; the first time it is what shares are of."""
+        self.flops = dict(flops)
+        self.first_flops = self.first_flops or sum(flops.values())
 
     def may_go(self, model: nn.Module, group: NeuronGroup) -> bool:
         """Whether all that make ``group`` are layers whose neurons may go, plain or block-sparse."""
@@ -88,6 +103,8 @@ class NeuronUnits:
             "live_weights": self.live_weights,
             "refused": dict(self.refused),
             "known": self.known,
+            "flops": dict(self.flops),
+            "first_flops": self.first_flops,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,6 +112,8 @@ class NeuronUnits:
         self.sizes = {name: int(size) for name, size in state.get("sizes", {}).items()}
         self.weights, self.live_weights = (int(state.get(key, 0)) for key in ("weights", "live_weights"))
         self.refused, self.known = dict(state.get("refused", {})), bool(state.get("known", False))
+        self.flops = {name: int(flops) for name, flops in state.get("flops", {}).items()}
+        self.first_flops = int(state.get("first_flops", 0))
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
