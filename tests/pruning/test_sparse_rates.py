@@ -96,6 +96,17 @@ def test_groups_of_the_users_own_are_split() -> None:
         prepared.parameter_groups()
 
 
+def test_groups_may_hold_names_or_a_single_parameter() -> None:
+    model = mlp()
+    prepared = dynaprune.prepare(model, config())
+    named = prepared.parameter_groups([{"params": model.named_parameters()}], lr=RATE)
+    optimizer = torch.optim.SGD(named)
+    names = {group["lr"]: group["param_names"] for group in optimizer.param_groups}
+    assert names[4 * RATE] == [name for name, _ in model.named_parameters() if name.endswith("values")]
+    (alone,) = prepared.parameter_groups([{"params": model[0].values}], lr=RATE)
+    assert alone["params"] == [model[0].values] and alone["lr"] == 4 * RATE
+
+
 def test_what_begins_dense_or_is_turned_off_has_one_group() -> None:
     for changed in ({"initial_sparsity": 0.0}, {"sparse_learning_rate": 1.0}):
         model = mlp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 LARGEST = 8.0
 MARK = "sparse_multiplier"
@@ -42,9 +42,10 @@ def split_group(group: dict[str, Any], multipliers: Mapping[int, float]) -> dict
     Raises:
         ValueError: a group without a learning rate to multiply.
     """
-    params: dict[float, list[nn.Parameter]] = {}
-    for parameter in group["params"]:
-        params.setdefault(multipliers.get(id(parameter), 1.0), []).append(parameter)
+    params: dict[float, list[Any]] = {}
+    for given in group["params"]:  # torch takes pairs of a name and a Parameter as well
+        parameter = given[1] if isinstance(given, tuple) else given
+        params.setdefault(multipliers.get(id(parameter), 1.0), []).append(given)
     if set(params) <= {1.0}:
         return {1.0: group}
     refuse_without_rate(group)
@@ -60,7 +61,7 @@ def refuse_without_rate(group: Mapping[str, Any]) -> None:
         )
 
 
-def _scaled(group: Mapping[str, Any], params: list[nn.Parameter], multiplier: float) -> dict[str, Any]:
+def _scaled(group: Mapping[str, Any], params: list[Any], multiplier: float) -> dict[str, Any]:
     part = {**group, "params": params}
     if multiplier != 1:
         part["lr"] = group["lr"] * multiplier
@@ -75,7 +76,8 @@ def marked_groups(
     """Every group split; the parts of one that has something to multiply say by what, under ``MARK``."""
     found: list[dict[str, Any]] = []
     for group in groups:
-        whole = {**group, "params": list(group["params"])}
+        params = group["params"]
+        whole = {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
         parts = split_group(whole, multipliers)
         marked = set(parts) != {1.0}
         found += [{**part, MARK: multiplier} if marked else part for multiplier, part in parts.items()]
