@@ -385,6 +385,10 @@ def test_what_cannot_be_pruned_is_refused_with_the_reason() -> None:
         ({"neurons": False}, "expected neurons=True with units='neurons', got False"),
         ({"regrow": 0.1}, "expected regrow=0 with units='neurons', got 0.1"),
         ({"initial_sparsity": 0.2}, "expected initial_sparsity=0 with units='neurons', got 0.2"),
+        (
+            {"units": "both", "initial_sparsity": 0.5},
+            r"expected a target_sparsity above the initial_sparsity \(0.5\) with units='both'",
+        ),
         ({"allocation": "erk"}, "expected allocation 'global' or 'uniform' with units='neurons', got 'erk'"),
     ],
 )

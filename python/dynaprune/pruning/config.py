@@ -223,6 +223,11 @@ def _check_whole_neurons(config: PruningConfig) -> None:
         raise ValueError(
             f"expected initial_sparsity=0 {where}, got {config.initial_sparsity}: plain layers begin whole"
         )
+    if config.stands_still:
+        raise ValueError(
+            f"expected a target_sparsity above the initial_sparsity ({config.initial_sparsity}) {where}: it "
+            "counts the weights of plain layers too, which begin whole"
+        )
     if config.allocation == "erk":
         raise ValueError(f"expected allocation 'global' or 'uniform' {where}, got 'erk'")
 
