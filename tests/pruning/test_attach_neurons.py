@@ -397,6 +397,28 @@ def test_settings_without_use_are_refused(changes: dict[str, Any], said: str) ->
         settings(**changes)
 
 
+@pytest.mark.parametrize("units", ["blocks", "neurons"])
+def test_an_optimizer_that_was_not_given_goes_on_with_its_biases(units: str) -> None:
+    """The twin's pruner is given both."""
+    trained = []
+    for given in (1, 2):
+        model = mlp()
+        weights = torch.optim.Adam([p for p in model.parameters() if p.dim() > 1], lr=1e-2)
+        biases = torch.optim.Adam([p for p in model.parameters() if p.dim() == 1], lr=1e-2)
+        config = settings(units=units, block_size=8, target_sparsity=0.7)
+        dynaprune.attach(model, [weights, biases][:given], config, example_inputs=batch(0)[0])
+        for step in range(STEPS):
+            for each in (weights, biases):
+                each.zero_grad()
+            loss_of(model, step).backward()
+            for each in (weights, biases):
+                each.step()
+        assert model[0].bias.shape[0] < 64
+        assert biases.state[model[0].bias]["exp_avg"].shape == model[0].bias.shape
+        trained.append(model)
+    assert widths(trained[0]) == widths(trained[1])
+
+
 def test_hooks_and_schedulers_go_on() -> None:
     model = mlp()
     optimizer = adam(model)

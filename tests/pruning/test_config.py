@@ -75,6 +75,7 @@ def test_the_keys_of_the_json_stay() -> None:
         "mask_pretrained", "sparse_learning_rate", "rewire", "rewire_growth", "rewire_score", "rewire_until",
         "rewire_audit",
         "trial_budget",
+        "target_of",
     ]  # fmt: skip
 
 

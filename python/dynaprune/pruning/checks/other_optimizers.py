@@ -1,4 +1,4 @@
-"""Optimizers that train pruned weights and are not watched: what they do takes no part in the pruning."""
+"""Optimizers that train the model and are not watched: what they do takes no part in the pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ LASTING = 8
 
 
 class OtherOptimizers:
-    """Counts the steps that other optimizers take with pruned weights, and warns once they last.
+    """Counts the steps that other optimizers take with pruned weights, and warns once they last. Those that
+    train anything of the model are noted, for cuts.
 
     One hook on the steps of all optimizers serves every pruner, while there is one that is attached.
 
@@ -57,8 +58,11 @@ class OtherOptimizers:
         if any(optimizer is each for each in watched):
             self._in_a_row = 0
             return
+        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in params for p in self._structure.model.parameters()):
+            self._structure.bystanders.add(optimizer)
         values = {id(weight) for _, weight in self._structure.trained}
-        held = sum(id(p) in values for group in optimizer.param_groups for p in group["params"])
+        held = len(values & params)
         if not held:
             return
         self.steps[type(optimizer).__name__] += 1

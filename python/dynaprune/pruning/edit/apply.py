@@ -96,7 +96,7 @@ def _cut(structure: Structure, edit: Cut) -> None:
     """Cut neurons out of the model and its copies, and slice what is known of the layers."""
     plan = edit.found.plan
     assert plan is not None
-    carry_out(structure.model, plan, structure.optimizers)
+    carry_out(structure.model, plan, [*structure.optimizers, *structure.bystanders])
     structure.groups.cut(plan)
     if structure.neurons.first_flops:
         structure.neurons.note_flops(layer_flops(structure.model, edit.example))

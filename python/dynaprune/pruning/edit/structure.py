@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ class Structure:
 
     Attributes:
         optimizers: that train it; their state is cut along.
+        bystanders: optimizers that the pruner was not given and that were seen to train parameters of the
+            model, such as its norms; their state is cut along too.
         layers: the block-sparse layers that are pruned, by name.
         neurons: whole neurons that may go, where they are units of their own.
         followers: copies of the model that are kept in step.
@@ -50,6 +53,7 @@ class Structure:
     units: int = field(init=False)
     version: int = 0
     compactions: int = 0
+    bystanders: WeakSet[torch.optim.Optimizer] = field(default_factory=WeakSet)
     _held: dict[torch.optim.Optimizer, frozenset[int]] = field(init=False)
 
     def __post_init__(self) -> None:
