@@ -1,7 +1,7 @@
 """Measure what the trial promises: how often it accepts a removal that harms by exactly the tolerance, and
 how often one that is harmless. Prints the tables of docs/trial.md; `--write` puts them there.
 
-    python benchmarks/trial_level.py --write docs/trial.md
+    python -m benchmarks.trial_level --write docs/trial.md
 """
 
 from __future__ import annotations

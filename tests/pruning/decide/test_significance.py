@@ -20,7 +20,7 @@ def rise(n=200, seed=0, mean=0.0):
 
 @pytest.mark.parametrize(("name", "noise"), PROMISED)
 def test_harm_at_the_tolerance_is_accepted_in_at_most_2_percent_of_the_events(name, noise):
-    found = acceptance(SHAPES[name][0], 5000, 1024, noise, 1.0, seed=17)
+    found = acceptance(SHAPES[name][0], 3000, 1024, noise, 1.0, seed=17)
     assert found.single <= 0.02
     assert found.whole <= 0.02
     assert found.event <= 0.02
