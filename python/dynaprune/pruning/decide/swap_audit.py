@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dynaprune.pruning.decide.allocation import Selection
+from dynaprune.pruning.decide.by_size import BySize
 from dynaprune.pruning.decide.trial import Losses
 from dynaprune.pruning.decide.trial_event import candidate_sizes, run_event
 from dynaprune.pruning.decide.trial_rules import TrialRules, TrialState
@@ -44,7 +45,7 @@ class SwapAudit:
         self._state.spent = 0.0
         event = run_event(
             candidate_sizes(len(drops), self._rules.rungs),
-            lambda count: losses({} if count is None else drops.first(count)),
+            BySize(losses, lambda count: drops.first(count) if count else {}),
             self._state,
             self._rules,
         )
