@@ -19,6 +19,7 @@ from dynaprune.pruning.ledger import Ledger
 from dynaprune.pruning.observe.observer import Observer
 from dynaprune.pruning.observe.score import Score
 from dynaprune.pruning.prepared import Prepared
+from dynaprune.pruning.removals import Removals
 from dynaprune.pruning.settings import FLOPS
 
 
@@ -96,6 +97,21 @@ class Standing:
     def live_parameters(self) -> int:
         """Values that live: of block-sparse weights those of live blocks, of everything else all."""
         return self.structure.live_parameters
+
+    @property
+    def removals(self) -> Removals:
+        """What has gone so far, by why it went."""
+        ledger, trials = self.ledger, self.policy.trials
+        return Removals(
+            passed=ledger.passed,
+            forced=ledger.forced,
+            untested=ledger.untested,
+            grown=ledger.grown,
+            neurons=ledger.neurons,
+            with_neurons=ledger.with_neurons,
+            neurons_refused=dict(self.tracer.refused),
+            events=[] if trials is None else list(trials.events),
+        )
 
     @property
     def gone(self) -> float:
