@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from dynaprune.pruning.decide.trial_event import candidate_sizes, measured_level, minimum_interval, run_event
+from dynaprune.pruning.decide.trial_event import (
+    MEASURED_LEVELS,
+    candidate_sizes,
+    measured_level,
+    minimum_interval,
+    run_event,
+)
 from dynaprune.pruning.decide.trial_rules import TrialRules, TrialState
 
 N = 256
@@ -185,7 +191,8 @@ def test_report_holds_every_figure_in_plain_values():
 
 
 def test_measured_level_is_that_of_the_next_smaller_tabled_n():
-    assert measured_level(1437) == measured_level(1024) < measured_level(1023) == measured_level(512)
+    assert measured_level(1437) == measured_level(1024) == MEASURED_LEVELS[1024]
+    assert measured_level(1023) == measured_level(512) == MEASURED_LEVELS[512]
     assert measured_level(8) is None
 
 
