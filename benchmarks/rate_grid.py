@@ -4,8 +4,9 @@
     python -m benchmarks.rate_grid batchnorm --data DIR --out runs/A0
 
 Each cell is one arm of `dynaprune train` in a process of its own, one thread, seed 100: a density of the
-blocks from the first step, and a multiplier. The same command goes on where it was cut short and leaves
-finished cells alone. The table is written after each cell: the lowest loss on the validation part, in nats.
+blocks from the first step, and a multiplier. Its row of the table has the lowest loss on the validation part,
+in nats. The same command goes on where it was cut short, and leaves cells alone that the table has, on
+whatever machine they ran.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,11 @@ NETWORKS = {
         *("--optimizer", "adamw"),
     ),
 }
-_COLUMNS = ("network", "density", "multiplier", "validation_loss", "flops", "seconds")
+TABLE = Path(__file__).parent / "results" / "rate_grid.csv"
+_COLUMNS = (
+    *("network", "density", "multiplier", "validation_loss", "flops", "seconds", "steps"),
+    *("commit", "cpu", "cpu_kernels", "threads"),
+)
 
 
 class Cell(NamedTuple):
@@ -45,6 +50,11 @@ class Cell(NamedTuple):
     @property
     def folder(self) -> str:
         return f"{self.network}-{self.density:g}-x{self.multiplier}"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """How the table names it."""
+        return self.network, f"{self.density:g}", str(self.multiplier)
 
     def command(self, data: str, out: Path, checkpoints: Path) -> list[str]:
         task, *settings = NETWORKS[self.network]
@@ -71,40 +81,43 @@ def cells(network: str) -> Iterator[Cell]:
     yield from (Cell(network, *of) for of in itertools.product(DENSITIES, MULTIPLIERS))
 
 
-def figures(cell: Cell, out: Path) -> dict[str, object] | None:
-    """What a finished cell showed, None of one that is not finished."""
-    path = out / cell.folder / "arm.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))["result"]
-    with path.with_name("history.csv").open(newline="", encoding="utf-8") as file:
+def row_of(cell: Cell, folder: Path) -> dict[str, str]:
+    """The row of a finished cell, from what its arm wrote into ``folder``."""
+    arm = json.loads((folder / "arm.json").read_text(encoding="utf-8"))
+    with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
         losses = [float(epoch["validation_loss"]) for epoch in csv.DictReader(file)]
-    return {
-        "network": cell.network,
-        "density": cell.density,
-        "multiplier": cell.multiplier,
-        "validation_loss": min(losses),
-        "flops": result["flops_total"],
-        "seconds": round(result["train_seconds"], 1),
-    }
+    result, environment = arm["result"], arm["environment"]
+    said = {"validation_loss": f"{min(losses):.4f}", "seconds": f"{result['train_seconds']:.0f}"}
+    said |= {"flops": f"{result['flops_total']:.4g}", "steps": str(result["steps"])}
+    said |= {name: str(environment[name]) for name in ("commit", "cpu", "cpu_kernels", "threads")}
+    return dict(zip(_COLUMNS, cell.key, strict=False)) | said
 
 
-def write_table(network: str, out: Path) -> Path:
-    """``<network>.csv`` in ``out``, of the cells that are finished."""
-    path = out / f"{network}.csv"
-    rows = [row for cell in cells(network) if (row := figures(cell, out)) is not None]
-    with path.open("w", newline="", encoding="utf-8") as file:
+def read_table(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
+    """The rows of a table by network, density and multiplier; none where there is no table."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {(row["network"], row["density"], row["multiplier"]): row for row in csv.DictReader(file)}
+
+
+def write_table(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """The table of ``rows``, aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    with aside.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, _COLUMNS)
         table.writeheader()
         table.writerows(rows)
-    return path
+    aside.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--data", required=True, help="folder of the data sets")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="folder of the arms")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the CSV file of what is finished")
     parser.add_argument("--checkpoints", type=Path, help="folder of the checkpoints, beside --out by default")
     options = parser.parse_args(arguments)
     out: Path = options.out
@@ -112,14 +125,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkpoints = options.checkpoints or out.with_name(out.name + "-checkpoints")
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     for cell in cells(options.network):
-        if figures(cell, out) is None:
-            print(cell.folder, flush=True)
-            failed = subprocess.run(cell.command(options.data, out, checkpoints), env=one_thread).returncode
-            if failed:
-                print(f"{cell.folder} ended with {failed}", file=sys.stderr)
-                return failed
-        path = write_table(options.network, out)
-    print(path.read_text(encoding="utf-8"))
+        rows = read_table(options.table)
+        if cell.key in rows:
+            continue
+        print(cell.folder, flush=True)
+        failed = subprocess.run(cell.command(options.data, out, checkpoints), env=one_thread).returncode
+        if failed:
+            print(f"{cell.folder} ended with {failed}", file=sys.stderr)
+            return failed
+        rows[cell.key] = row_of(cell, out / cell.folder)
+        write_table(options.table, rows.values())
     return 0
 
 

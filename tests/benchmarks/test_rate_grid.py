@@ -17,7 +17,9 @@ from dynaprune.cli import app
 
 def _finish(folder: Path, losses: list[float]) -> None:
     folder.mkdir(parents=True)
-    arm = {"arm": "pruned", "result": {"flops_total": 7, "train_seconds": 1.25}}
+    environment = {"commit": "abc", "cpu": "one", "cpu_kernels": "avx2", "threads": 1}
+    result = {"flops_total": 7, "train_seconds": 1.25, "steps": 3}
+    arm = {"arm": "pruned", "environment": environment, "result": result}
     (folder / "arm.json").write_text(json.dumps(arm), encoding="utf-8")
     with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["epoch", "validation_loss"], *enumerate(losses, 1)])
@@ -48,8 +50,12 @@ def test_its_commands_are_what_the_command_line_takes(network: str, tmp_path: Pa
 def test_finished_cells_stay_and_the_table_has_the_lowest_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = list(rate_grid.cells("batchnorm"))
-    _finish(tmp_path / cells[0].folder, [2.0, 1.5, 1.75])
+    cells, table = list(rate_grid.cells("batchnorm")), tmp_path / "results" / "table.csv"
+    other = rate_grid.Cell("transformer", 1, 1)
+    for cell in (other, cells[0]):
+        _finish(tmp_path / cell.folder, [2.0, 1.5, 1.75])
+    done = [rate_grid.row_of(cell, tmp_path / cell.folder) for cell in (other, cells[0])]
+    rate_grid.write_table(table, done)
     ran = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -62,15 +68,15 @@ def test_finished_cells_stay_and_the_table_has_the_lowest_loss(
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    arguments = ["batchnorm", "--data", "data", "--out", str(tmp_path)]
+    arguments = ["batchnorm", "--data", "data", "--out", str(tmp_path), "--table", str(table)]
     assert rate_grid.main(arguments) == 9
     assert ran == [cell.folder for cell in cells[1:4]]
     assert rate_grid.main(arguments) == 0
     assert ran[3:] == [cell.folder for cell in cells[3:]]
-    with (tmp_path / "batchnorm.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 13
-    assert rows[0] == {
-        "network": "batchnorm", "density": "1", "multiplier": "1", "validation_loss": "1.5", "flops": "7",
-        "seconds": "1.2",
+    rows = rate_grid.read_table(table)
+    assert list(rows) == [other.key, *(cell.key for cell in cells)]
+    assert rows[cells[0].key] == {
+        "network": "batchnorm", "density": "1", "multiplier": "1", "validation_loss": "1.5000", "flops": "7",
+        "seconds": "1", "steps": "3", "commit": "abc", "cpu": "one", "cpu_kernels": "avx2", "threads": "1",
     }  # fmt: skip
+    assert rows[cells[5].key]["validation_loss"] == "1.0000"
