@@ -16,6 +16,8 @@ if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true"
 _ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.gpu_offline
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kernels_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton/interpret"]
