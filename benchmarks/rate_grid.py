@@ -18,9 +18,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from dynaprune.experiment.write import write_csv
 
 DENSITIES = (0.5, 0.25, 0.1)
 MULTIPLIERS = (1, 2, 4, 8)
@@ -90,7 +92,8 @@ def row_of(cell: Cell, folder: Path) -> dict[str, str]:
     said = {"validation_loss": f"{min(losses):.4f}", "seconds": f"{result['train_seconds']:.0f}"}
     said |= {"flops": f"{result['flops_total']:.4g}", "steps": str(result["steps"])}
     said |= {name: str(environment[name]) for name in ("commit", "cpu", "cpu_kernels", "threads")}
-    return dict(zip(_COLUMNS, cell.key, strict=False)) | said
+    row = dict(zip(_COLUMNS, cell.key, strict=False)) | said
+    return {name: row[name] for name in _COLUMNS}
 
 
 def read_table(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
@@ -99,17 +102,6 @@ def read_table(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         return {(row["network"], row["density"], row["multiplier"]): row for row in csv.DictReader(file)}
-
-
-def write_table(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """The table of ``rows``, aside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".new")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, _COLUMNS)
-        table.writeheader()
-        table.writerows(rows)
-    aside.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{cell.folder} ended with {failed}", file=sys.stderr)
             return failed
         rows[cell.key] = row_of(cell, out / cell.folder)
-        write_table(options.table, rows.values())
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(options.table, list(rows.values()))
     return 0
 
 

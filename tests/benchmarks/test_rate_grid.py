@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from benchmarks import rate_grid
 from dynaprune.cli import app
+from dynaprune.experiment.write import write_csv
 
 
 def _finish(folder: Path, losses: list[float]) -> None:
@@ -55,7 +56,8 @@ def test_finished_cells_stay_and_the_table_has_the_lowest_loss(
     for cell in (other, cells[0]):
         _finish(tmp_path / cell.folder, [2.0, 1.5, 1.75])
     done = [rate_grid.row_of(cell, tmp_path / cell.folder) for cell in (other, cells[0])]
-    rate_grid.write_table(table, done)
+    table.parent.mkdir()
+    write_csv(table, done)
     ran = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:

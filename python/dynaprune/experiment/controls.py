@@ -22,6 +22,7 @@ from dynaprune.experiment.planned_flops import (
 )
 from dynaprune.experiment.run_config import RunConfig
 from dynaprune.experiment.tasks import Task, TaskData
+from dynaprune.pruning.budget import most_steps
 
 __all__ = ["ARMS", "CONTROLS", "arm_name", "arm_settings", "check_controls"]
 
@@ -144,7 +145,10 @@ def stretch(asked: Asked) -> ArmSettings:
     usual = total_steps(config, rows)
     steps = max(1, round(number * usual))
     if value.endswith("%"):
-        steps = _most_steps(planned, number / 100 * flops_of_dense(config, asked.task, asked.data))
+        budget = number / 100 * flops_of_dense(config, asked.task, asked.data)
+        steps = most_steps(planned, budget)
+        if steps == 0:
+            raise ValueError(f"expected a budget of at least one step, got {budget:.4g} FLOPs")
     config = replace(with_steps(config, steps, rows), dropout=0.0)
     plan = {"steps": steps, **_planned(planned(steps), planned(usual))}
     return ArmSettings("stretch", config, pruned=True, plan=plan)
@@ -158,18 +162,6 @@ def _positive(text: str, expected: str) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"expected {expected}")
     return number
-
-
-def _most_steps(flops: Callable[[int], float], budget: float) -> int:
-    few, many = 0, 1
-    while flops(many) <= budget:
-        few, many = many, 2 * many
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (middle, many) if flops(middle) <= budget else (few, middle)
-    if few == 0:
-        raise ValueError(f"expected a budget of at least one step, got {budget:.4g} FLOPs")
-    return few
 
 
 CONTROLS: dict[str, Callable[[Asked], ArmSettings]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -60,19 +61,25 @@ def steps_for_budget(
     planned_flops(replace(config, total_steps=steps), FlopsOfSample(0.0, 0.0), int)  # whether it can be
     inner, example = refusals.unwrap_model(model), ExampleInputs.of(example_inputs)
     of_step, dense = _counted(inner, config, example)
-    found = _most_steps(config, of_step, steps * flops * dense)
+    found = most_steps(
+        lambda count: planned_flops(replace(config, total_steps=count), of_step, int), steps * flops * dense
+    )
     if found == 0:
         raise ValueError(f"expected a budget of at least one sparse step, got {flops} of {steps} dense steps")
     planned_flops(replace(config, total_steps=found), of_step, int)
     return found
 
 
-def _most_steps(config: PruningConfig, of_step: FlopsOfSample, budget: float) -> int:
-    """The most steps whose planned FLOPs are within ``budget``."""
+def most_steps(flops: Callable[[int], float], budget: float) -> int:
+    """The most steps whose ``flops(steps)``, which grow with them, are within ``budget``; 0 if one is not.
+
+    Raises:
+        ValueError: a budget of 2^30 steps or more.
+    """
 
     def within(count: int) -> bool:
         try:
-            return planned_flops(replace(config, total_steps=count), of_step, int) <= budget
+            return flops(count) <= budget
         except ValueError:  # fewer steps than the schedule's interval
             return True
 
