@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 
 from benchmarks import rate_grid
+from dynaprune import PruningConfig, attach
 from dynaprune.cli import app
+from dynaprune.experiment.tasks.llama import build, llama_config, size_of
 from dynaprune.experiment.write import write_csv
 
 
@@ -28,11 +33,41 @@ def _finish(folder: Path, losses: list[float]) -> None:
 
 def test_a_grid_is_the_dense_network_and_every_density_with_every_multiplier() -> None:
     cells = list(rate_grid.cells("transformer"))
-    assert cells[0].density == 1
-    assert {(cell.density, cell.multiplier) for cell in cells[1:]} == {
+    assert cells.count(rate_grid.Cell("transformer", 1, 1)) == 1
+    assert {(cell.density, cell.multiplier) for cell in cells if cell.density < 1} == {
         (density, multiplier) for density in (0.5, 0.25, 0.1) for multiplier in (1, 2, 4, 8)
     }
     assert len({cell.folder for cell in cells}) == len(cells) == 13
+
+
+def test_what_the_rules_compare_comes_first() -> None:
+    rules: list[Callable[[float], float]] = [
+        lambda density: 1,
+        lambda density: 1 / density,
+        lambda density: min(1 / density, 4),
+        lambda density: math.exp(1.969 * (1 - density) ** 2 + 0.29 * (1 - density)),
+    ]
+    wanted = {
+        (density, min(rate_grid.MULTIPLIERS, key=lambda each: abs(math.log(each / rule(density)))))
+        for density in rate_grid.DENSITIES
+        for rule in rules
+    }
+    first = list(rate_grid.cells("batchnorm"))[: len(wanted)]
+    assert {(cell.density, cell.multiplier) for cell in first} == wanted
+
+
+@pytest.mark.parametrize("density", rate_grid.DENSITIES)
+def test_blocks_are_small_enough_for_the_language_model_to_begin_that_sparse(density: float) -> None:
+    model = build(llama_config(size_of("small"), entries=64, context=16, dropout=0.0))
+    sparsity = 1 - density
+    config = PruningConfig(
+        block_size=rate_grid.BLOCK_SIZES[density],
+        initial_sparsity=sparsity,
+        target_sparsity=sparsity,
+        total_steps=4,
+    )
+    pruner = attach(model, torch.optim.AdamW(model.parameters()), config)
+    assert pruner.sparsity >= sparsity - 1e-6
 
 
 @pytest.mark.parametrize("network", rate_grid.NETWORKS)
@@ -78,7 +113,8 @@ def test_finished_cells_stay_and_the_table_has_the_lowest_loss(
     rows = rate_grid.read_table(table)
     assert list(rows) == [other.key, *(cell.key for cell in cells)]
     assert rows[cells[0].key] == {
-        "network": "batchnorm", "density": "1", "multiplier": "1", "validation_loss": "1.5000", "flops": "7",
-        "seconds": "1", "steps": "3", "commit": "abc", "cpu": "one", "cpu_kernels": "avx2", "threads": "1",
+        "network": "batchnorm", "density": "0.5", "multiplier": "1", "validation_loss": "1.5000",
+        "flops": "7", "seconds": "1", "steps": "3",
+        "commit": "abc", "cpu": "one", "cpu_kernels": "avx2", "threads": "1",
     }  # fmt: skip
     assert rows[cells[5].key]["validation_loss"] == "1.0000"
