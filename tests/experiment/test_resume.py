@@ -362,10 +362,10 @@ def test_a_finished_arm_is_not_trained_again(
     out = shutil.copytree(undisturbed / "baseline", tmp_path / "arm")
     monkeypatch.setattr(train, "run_arm", None)
     given = ["train", "digits", "--arm", "baseline", "--out", str(out)]
-    monkeypatch.setattr("dynaprune.cli.resolve", lambda task, **_: small_digits(lr=0.01))
+    monkeypatch.setattr("dynaprune.cli.options.resolve", lambda task, **_: small_digits(lr=0.01))
     other = CliRunner().invoke(app, given)
     assert other.exit_code == 2 and "other settings (lr)" in other.stderr, other.stderr
-    monkeypatch.setattr("dynaprune.cli.resolve", lambda task, **_: CONFIG)
+    monkeypatch.setattr("dynaprune.cli.options.resolve", lambda task, **_: CONFIG)
     same = CliRunner().invoke(app, given)
     assert same.exit_code == 0 and "has finished" in same.stdout
     wrong = CliRunner().invoke(app, [*given, "--checkpoint-minutes", "-1"])
