@@ -1,4 +1,4 @@
-"""The ``dynaprune`` command: ``compare``, ``train``, ``table`` and ``info``."""
+"""The ``dynaprune`` command: ``compare``, ``train``, ``table``, ``time`` and ``info``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import typer
 
 from dynaprune.cli.compare import compare_command
-from dynaprune.cli.results import table_command
+from dynaprune.cli.results import table_command, time_command
 from dynaprune.cli.train import train_command
 
 __all__ = ["app"]
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("compare")(compare_command)
 app.command("train")(train_command)
 app.command("table")(table_command)
+app.command("time")(time_command)
 
 
 @app.command("info")

@@ -1,4 +1,4 @@
-"""``dynaprune table``: what it tells of finished runs."""
+"""``dynaprune table`` and ``dynaprune time``: what they tell of finished runs."""
 
 from __future__ import annotations
 
@@ -54,3 +54,20 @@ def table_command(
     for written in (out, chart):
         if written is not None:
             typer.echo(f"wrote {written}", err=out is None)
+
+
+def time_command(
+    run: Annotated[Path, typer.Argument(help="the folder of a comparison", metavar="RUN")],
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+) -> None:
+    """Measure the step times of the finished arms in RUN, each structure in turn with the baseline's network,
+    on a machine that does nothing else; writes times.json, which table and its chart then show."""
+    from dynaprune.experiment.time_arms import write_times
+
+    try:
+        typer.echo(f"wrote {write_times(run, quiet=quiet)}")
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
+        typer.echo(f"error: {cannot_write(error)}", err=True)
+        raise typer.Exit(1) from None

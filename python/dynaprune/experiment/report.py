@@ -73,13 +73,13 @@ def figures_of(task: str) -> tuple[str, ...]:
 def ratios(
     baseline: dict[str, Any] | None, pruned: dict[str, Any] | None, figures: Sequence[str] = COSTS
 ) -> dict[str, float]:
-    """pruned / baseline for every one of ``figures`` and of `MEMORY` that both have, and
-    ``step_seconds_last_to_dense``."""
+    """pruned / baseline for every one of ``figures``, of `MEMORY` and of the times measured alone that both
+    have, and ``step_seconds_last_to_dense``."""
     if not baseline or not pruned:
         return {}
     found = {
         name: pruned[name] / baseline[name]
-        for name in (*figures, *MEMORY)
+        for name in (*figures, *MEMORY, "seconds_alone")
         if isinstance(pruned.get(name), (int, float))
         and isinstance(baseline.get(name), (int, float))
         and baseline[name]

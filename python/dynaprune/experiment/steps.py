@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "now",
+    "steps_in_turn",
     "time_in_turn",
 ]
 
@@ -220,19 +222,23 @@ def time_in_turn(
     state: TrainState, data: TaskData, source: Iterator[tuple[Any, torch.Tensor]]
 ) -> dict[str, Any]:
     """Medians of 40 steps of the pruned model and 40 of the same network dense, without dropout, five of each
-    in turn.
-
-    Same batches, same optimizer implementation; a first round of both is not counted."""
+    in turn; the optimizer implementation is the same."""
     twin = state.task.build_model(data, 0.0).to(state.device).train()
     dense = TrainState(state.config, state.task, twin, make_optimizer(twin, state.config)[0], state.device)
-    for round_number in range(_ROUNDS + 1):
+    ours, theirs = steps_in_turn(state, dense, source, rounds=_ROUNDS)
+    return {"step_seconds_dense": theirs, "step_seconds_last": ours}
+
+
+def steps_in_turn(
+    first: TrainState, second: TrainState, source: Iterator[tuple[Any, torch.Tensor]], *, rounds: int
+) -> tuple[float, float]:
+    """Medians of the seconds of a step of each: ``rounds`` of five steps in turn on the same batches, after
+    a round that is not counted."""
+    for round_number in range(rounds + 1):
         taken = [next(source) for _ in range(_STEPS_PER_ROUND)]
-        for each in (dense, state):
+        for each in (second, first):
             for inputs, targets in taken:
                 each.step(inputs, targets)
         if round_number == 0:
-            dense.step_seconds, state.step_seconds = [], []
-    return {
-        "step_seconds_dense": metrics.median_seconds(dense.step_seconds),
-        "step_seconds_last": metrics.median_seconds(state.step_seconds),
-    }
+            first.step_seconds, second.step_seconds = [], []
+    return statistics.median(first.step_seconds), statistics.median(second.step_seconds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynaprune.experiment.arm_times import add_times
 from dynaprune.experiment.figure_text import difference_kind, shown
 from dynaprune.experiment.memory_figures import KINDS
 from dynaprune.experiment.paired import of_rows, of_runs, resampled
@@ -22,11 +23,12 @@ __all__ = ["Figure", "Run", "TaskResults", "read_results"]
 
 _RUN_FOLDER = re.compile(r"seed-\d+(-fold-\d+)?")
 _SCORE = re.compile(r"test_[a-z0-9_]{1,40}")
-_OF_CONTROLS = ("train_seconds", "memory_bytes_tensors", "flops_total", "step_seconds_last")
+_OF_CONTROLS = ("train_seconds", "seconds_alone", "memory_bytes_tensors", "flops_total", "step_seconds_last")
 _OF_BOTH = ("weights", "gradients", "optimizer", "activations", "temporaries")
 # key, label, kind, how the pruned arm is set beside the baseline (None: it has no counterpart there)
 _FIGURES = (
     ("train_seconds", "training time", "seconds", "ratio"),
+    ("seconds_alone", "training time, steps measured alone", "seconds", "ratio"),
     ("peak_memory_bytes", "peak memory of the process", "bytes", "ratio"),
     ("memory_bytes_last", "peak memory in the last 20 steps", "bytes", "ratio"),
     ("memory_bytes_process", "peak memory of the process beyond what it held before", "bytes", "ratio"),
@@ -248,6 +250,7 @@ def read_results(folders: Sequence[Path]) -> list[TaskResults]:
         for path in _runs_of(Path(folder)):
             report = read_json(path / "report.json")
             check_report(path / "report.json", report, ("train_seconds", "parameters_active"))
+            add_times(report, path)
             run = Run(path, report)
             runs = found.setdefault(report["task"], {})
             if runs:

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_costs", "write_costs"]
 
-_COSTS = (
-    ("flops_total", "FLOPs of the whole training, relative to the baseline of the same run"),
-    ("train_seconds", "training time, relative to the baseline of the same run"),
-)
+_FLOPS = ("flops_total", "FLOPs of the whole training, relative to the baseline of the same run")
+_CLOCK = ("train_seconds", "training time by the clock, relative to the baseline of the same run")
+_ALONE = ("seconds_alone", "training time, steps measured alone, relative to the baseline")
 
 
 def write_costs(path: Path, results: Sequence[TaskResults]) -> None:
@@ -36,13 +35,15 @@ def write_costs(path: Path, results: Sequence[TaskResults]) -> None:
 
 
 def draw_costs(results: Sequence[TaskResults]) -> Figure:
-    """A row for each task, one panel over FLOPs and one over time; the mean of an arm is the larger dot."""
+    """A row for each task, one panel over FLOPs and one over time (by ``times.json`` where all runs have it);
+    the mean of an arm is the larger dot."""
     size = (10.5, 3.7 * len(results))
     figure, panels = plt.subplots(len(results), 2, figsize=size, layout="constrained", squeeze=False)
     for row, each in zip(panels, results, strict=True):
         metric = get_task(each.task).metrics[0]
         colours = {**COLOURS, **dict(zip(each.controls, COLOURS_OF_CONTROLS, strict=False))}
-        for axes, (cost, label) in zip(row, _COSTS, strict=True):
+        time = _ALONE if all("seconds_alone" in run.report["baseline"] for run in each.runs) else _CLOCK
+        for axes, (cost, label) in zip(row, (_FLOPS, time), strict=True):
             _points(axes, each, metric, cost, colours)
             axes.set_title(f"{each.task}: test {metric.label}" + (" (%)" if metric.unit == "share" else ""))
             axes.set_xlabel(label)
