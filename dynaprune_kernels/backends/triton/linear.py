@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaprune_kernels.backends.alignment import aligned_rows
+from dynaprune_kernels.backends.alignment import aligned_blocks, aligned_rows
 from dynaprune_kernels.backends.problem import Problem
 from dynaprune_kernels.backends.triton import config
 from dynaprune_kernels.backends.triton.arguments import (
@@ -94,7 +94,7 @@ def _product(
     rows, lists = check_grid(op, out_features, in_features, capacity, Block(bo, bi))
     check_int32("tokens", tokens)
     check_index(op, index, a, rows, lists, lists, capacity)
-    a, values = aligned_rows(a), values.contiguous()
+    a, values = aligned_rows(a), aligned_blocks(values)
     bias = bias if bias is None else bias.contiguous()
     tile = config.tile(
         Problem(op, a.dtype, Block(bo, bi), tokens, out_features, in_features, capacity), device_of(a)

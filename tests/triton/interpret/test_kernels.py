@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from dynaprune_kernels import BlockLayout, ConvGeometry
 from dynaprune_kernels.backends import triton as kernels
@@ -87,6 +88,27 @@ def test_descriptors_of_rows_that_do_not_align(use_tile: Callable[..., None]) ->
     check_products(Case(70, 33, (32, 32), "random", 21), "cpu")
     check_gradients(Case(70, 33, (32, 32), "random", 21), "cpu")
     check_gradients(Case(72, 36, (32, 32), "random", 21), "cpu")
+
+
+def test_descriptors_of_operands_that_begin_anywhere(use_tile: Callable[..., None]) -> None:
+    """Views into flat buffers: what a descriptor reads begins at a multiple of 16 bytes, or is copied."""
+
+    def shifted(tensor: Tensor) -> Tensor:
+        memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+        return memory.view(tensor.shape).copy_(tensor)
+
+    use_tile(Tile(tokens=16, depth=32, warps=4, stages=3, tma=True))
+    layout, x, values, _, bias, dy = operands(Case(64, 64, (32, 32), "random", 21), "cpu")
+    moved = [shifted(each) for each in (x, values, bias, dy)]
+    assert all(each.data_ptr() % 16 for each in moved)
+    x2, values2, bias2, dy2 = moved
+    index, sizes = layout.index, (64,)
+    forward, dgrad = kernels.linear_forward, kernels.linear_dgrad
+    assert torch.equal(forward(x2, values2, bias2, index, *sizes), forward(x, values, bias, index, *sizes))
+    assert torch.equal(dgrad(dy2, values2, index, *sizes), dgrad(dy, values, index, *sizes))
+    wgrad = kernels.linear_wgrad_saliency
+    for ours, theirs in zip(wgrad(dy2, x2, values2, index), wgrad(dy, x, values, index), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("splits", [2, 5])
