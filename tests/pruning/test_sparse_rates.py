@@ -60,7 +60,7 @@ class Own(torch.optim.Optimizer):
 
 def test_the_rule() -> None:
     given = [1.0, 0.9, 0.5, 0.25, 0.2002, 0.1999, 0.1, 0.05, 0.001]
-    assert [rate_multiplier(d) for d in given] == [1.0, 1.1, 2.0, 4.0, 5.0, 5.0, 8.0, 8.0, 8.0]
+    assert [rate_multiplier(d) for d in given] == [1.0, 1.1, 2.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
     assert rate_multiplier(0.5, 3.0) == 3.0 and rate_multiplier(1.0, 3.0) == 1.0
     for wrong, match in ((0.0, "above 0"), ("fast", "'auto' or a number, got 'fast'"), (math.nan, "finite")):
         with pytest.raises(ValueError, match=match):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-LARGEST = 8.0
+LARGEST = 4.0
 MARK = "sparse_multiplier"
 
 
@@ -16,8 +16,8 @@ def rate_multiplier(density: float, setting: str | float = "auto") -> float:
 
     A step of Adam changes each weight by about the learning rate. An output with a share ``density`` of its
     inputs then moves by that share of what it would: 1 / density makes up for it (Dey et al. 2024,
-    "Sparse maximal update parameterization", arXiv:2405.15743). At most 8: best rates level off at high
-    sparsity (exp(1.969 s^2 + 0.29 s) for sparsity s: 2 at 0.5, 4.5 at 0.8, 8 at 0.95; arXiv:2108.06277).
+    "Sparse maximal update parameterization", arXiv:2405.15743). At most 4, which had the lowest mean loss of
+    four rules on a language model and a network with batch norms (docs/matrix.md, A0).
 
     Args:
         setting: "auto" for this rule, rounded to two digits so that layers of nearly one density share a
