@@ -14,6 +14,7 @@
 #define DYN_LAUNCH_BOUNDS(threads, blocks)
 #define DYN_GRID_CONSTANT
 #define DYN_UNROLL
+#define DYN_UNROLL_BY(times)
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -24,6 +25,8 @@
 #define DYN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define DYN_GRID_CONSTANT __grid_constant__
 #define DYN_UNROLL _Pragma("unroll")
+#define DYN_PRAGMA(words) _Pragma(#words)
+#define DYN_UNROLL_BY(times) DYN_PRAGMA(unroll times)
 #endif
 
 namespace dynaprune::cuda {

@@ -1,11 +1,21 @@
-// float16 and bfloat16 by their bits, with CUDA's rounding: to nearest, ties to even, NaN to 0x7fff.
+// float16 and bfloat16 by their bits, with CUDA's rounding: to nearest, ties to even, NaN to 0x7fff. And the tensor
+// core's rounding of sums.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 namespace dynaprune::cuda::emulation {
+
+// A sum as a tensor core leaves it in a float: cut off, not rounded to nearest (Fasi, Higham, Mikaitis and Pranesh
+// 2021, "Numerical behavior of NVIDIA tensor cores", section 4). Chained sums lose up to a bit each, always inwards.
+inline float toward_zero(double sum) {
+  const float nearest = float(sum);
+  const bool outwards = std::isfinite(nearest) && std::fabs(double(nearest)) > std::fabs(sum);
+  return outwards ? std::nextafter(nearest, 0.0f) : nearest;
+}
 
 struct Half {
   uint16_t bits;

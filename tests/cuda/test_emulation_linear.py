@@ -128,6 +128,15 @@ def test_sum_over_tokens_in_parts(emulated: Emulated, monkeypatch: pytest.Monkey
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_long_sums_are_as_exact_as_their_type(emulated: Emulated, kind: str) -> None:
+    """Chained in a tensor core, which cuts sums off, those of float32 would be off by ten times as much."""
+    module = emulated("linear")
+    check_products(module, drawn(Case(48, 40, 1030, (32, 32), "live"), kind), processors=1)
+    check_products(module, drawn(Case(48, 1030, 40, (16, 16), "live"), kind), processors=1)
+    check_wgrad(module, drawn(Case(1030, 40, 48, (16, 16), "live"), kind), processors=1)
+
+
 def test_no_slots(emulated: Emulated) -> None:
     o = operands(Case(5, 40, 50, (32, 32), "dead"))
     nothing = packed_index(o.mask, np.full(o.mask.shape, -1), 0)

@@ -66,7 +66,9 @@ DYN_DEVICE void multiply(float (&sums)[M][N][4], const unsigned char* left, cons
                          int first_n) {
   using T = typename Left::Element;
   constexpr bool kSplit = sizeof(T) == 4, kRest = PRODUCTS == 3;
-  DYN_UNROLL
+  // Several steps at once would keep so many sums of single steps that registers spill.
+  constexpr int kUnrolled = kRest ? 1 : STEPS;
+  DYN_UNROLL_BY(kUnrolled)
   for (int step = 0; step < STEPS; ++step) {
     uint32_t b[N / 2][4], b_rest[N / 2][4];
     DYN_UNROLL
@@ -82,12 +84,19 @@ DYN_DEVICE void multiply(float (&sums)[M][N][4], const unsigned char* left, cons
       DYN_UNROLL
       for (int j = 0; j < N; ++j) {
         const uint32_t* f = &b[j / 2][j % 2 * 2];
-        if constexpr (kRest) {  // the small products first
+        if constexpr (kRest) {
+          // A tensor core cuts sums off, ever in the same direction: sums of its own only for one step, the small
+          // products first; the long ones are added outside, rounded to nearest.
           const uint32_t* rest = &b_rest[j / 2][j % 2 * 2];
-          mma<T>(sums[i][j], a_rest, f[0], f[1]);
-          mma<T>(sums[i][j], a, rest[0], rest[1]);
+          float of_step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          mma<T>(of_step, a_rest, f[0], f[1]);
+          mma<T>(of_step, a, rest[0], rest[1]);
+          mma<T>(of_step, a, f[0], f[1]);
+          DYN_UNROLL
+          for (int e = 0; e < 4; ++e) sums[i][j][e] += of_step[e];
+        } else {
+          mma<T>(sums[i][j], a, f[0], f[1]);
         }
-        mma<T>(sums[i][j], a, f[0], f[1]);
       }
     }
   }

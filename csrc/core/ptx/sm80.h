@@ -114,7 +114,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
       const uint32_t halves[2] = {left.a[row / 8], left.a[row / 8 + 2]};
       sum += double(element<T>(halves, k)) * element<T>(all[column * 4 + from].b, k);
     }
-    d[i] = float(sum);
+    d[i] = emulation::toward_zero(sum);
   }
 }
 

@@ -70,11 +70,15 @@ DYN_DEVICE void wgmma(float (&sums)[N / 2], uint64_t a_descriptor, uint64_t b_de
     for (int h = 0; h < 2; ++h)
       for (int k = 0; k < 16; ++k) a[h][k] = shared_element<T>(operand_address(a_descriptor, A, row + 8 * h, k));
     for (int j = 0; j < N / 8; ++j)
-      for (int e = 0; e < 2; ++e)
+      for (int e = 0; e < 2; ++e) {
+        float* at = d + 4 * j + e;
+        double sums[2] = {at[0], at[2]};
         for (int k = 0; k < 16; ++k) {
           const float b = shared_element<T>(operand_address(b_descriptor, B, 8 * j + lane() % 4 * 2 + e, k));
-          for (int h = 0; h < 2; ++h) d[4 * j + 2 * h + e] += a[h][k] * b;
+          for (int h = 0; h < 2; ++h) sums[h] += double(a[h][k]) * b;
         }
+        for (int h = 0; h < 2; ++h) at[2 * h] = emulation::toward_zero(sums[h]);
+      }
   });
 }
 DYN_DEVICE void wgmma_fence() {}
