@@ -85,7 +85,8 @@ class SparseStart:
             FLOPs, or, with a calibration, "global": the best blocks of all layers together.
         mask_pretrained: leave out random blocks although the weights look trained.
         sparse_learning_rate: by how much block values of layers that begin sparse learn faster than all else:
-            "auto", about 1 / density and at most 4 (see ``learning_rate.rate_multiplier``), or a number; 1 turns it off.
+            "auto", about 1 / density and at most 4 (see ``learning_rate.rate_multiplier``), or a number; 1
+            turns it off.
     """
 
     initial_sparsity: float = 0.0
