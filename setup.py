@@ -175,6 +175,8 @@ def nvcc_flags(source: str, architectures: list[str]) -> list[str]:
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=--warn-on-spills"]
     if any(entry.startswith("9.0a") for entry in architectures):
         flags.append("-DDYNAPRUNE_SM90A")
+    if wanted("DYNAPRUNE_WATCHDOG"):  # core/ptx/watchdog_sm90.h
+        flags.append("-DDYNAPRUNE_WATCHDOG")
     for entry in architectures:
         number = entry.removesuffix("+PTX").replace(".", "")
         if number == "90a" or not source.endswith("_sm90.cu"):

@@ -34,6 +34,9 @@ cudaError_t launch_product(const Target& target, DType dtype, const Blocks& bloc
                            const void* values, const Product<T>& product, const Fill& fill) {
   using Mainloop = Pipeline<T, OUTER, WIDTH, ProductItem>;
   constexpr int kBoxRows = Rows::kDgrad ? OUTER : kDepth;
+#ifdef DYNAPRUNE_WATCHDOG
+  if (const cudaError_t unarmed = arm_watchdog(); unarmed != cudaSuccess) return unarmed;
+#endif
   Rows rows{};
   cudaError_t error = fill(rows, Mainloop::kColumns);
   if (error != cudaSuccess) return error;
@@ -77,6 +80,9 @@ inline GradientPlan plan_wgrad(const Target& target, const Blocks& blocks, int64
 template <int OUTER, class T, class Inputs>
 cudaError_t launch_wgrad(const Target& target, const Inputs& x, const TensorMap& dy, const Gradient<T>& gradient) {
   using Mainloop = Pipeline<T, OUTER, kWide, GradientItem>;
+#ifdef DYNAPRUNE_WATCHDOG
+  if (const cudaError_t unarmed = arm_watchdog(); unarmed != cudaSuccess) return unarmed;
+#endif
   return launch(wgrad_sm90_kernel<T, Inputs, OUTER>,
                 {unsigned(persistent_grid(target, int64_t(gradient.programs) * gradient.splits))}, kThreads,
                 Mainloop::kSharedBytes, target.stream, x, dy, gradient);

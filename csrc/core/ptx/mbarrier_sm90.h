@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "core/device.h"
+#include "core/ptx/watchdog_sm90.h"
 
 #ifdef DYN_EMULATION
 #include "emulation/barriers.h"
@@ -62,6 +62,9 @@ DYN_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
 
 DYN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t ended;
+#ifdef DYNAPRUNE_WATCHDOG
+  const long long began = clock64();
+#endif
   do {  // try_wait sleeps for a while before it answers no
     asm volatile(
         "{\n"
@@ -72,6 +75,9 @@ DYN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
         : "=r"(ended)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
+#ifdef DYNAPRUNE_WATCHDOG
+    if (ended == 0 && clock64() - began > kPatience) bite(shared_address(barrier), parity);
+#endif
   } while (ended == 0);
 }
 
