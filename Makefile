@@ -26,7 +26,7 @@ extra = $$($(BIN)/python -c 'import importlib.metadata as m; \
 SPREAD = -n $(WORKERS) --dist loadfile
 SIDE_BY_SIDE = OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-gpu-offline test-oldest test-newest sanitize fuzz fuzz-files fuzz-kernels gpu check bench families ext clean
+.PHONY: help demo test test-gpu-offline test-oldest test-newest sanitize fuzz fuzz-files fuzz-kernels gpu gpu-parity gpu-speed gpu-sanitizers watchdog check bench families ext clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -77,8 +77,22 @@ test-newest: $(VENV)/.installed .venv-newest/.installed  ## the same with the ne
 	@.venv-newest/bin/python -m pip install "$(NEWEST_TORCH)" $$(sed -n 's/==.*//p' requirements/oldest.txt) $(QUIETLY)
 	@touch $@
 
-gpu:  ## tests and kernel benchmarks on an NVIDIA GPU, CSV files in benchmarks/results (needs torch with CUDA)
-	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/run
+GPU_PYTHON = PYTHONPATH=python:. PYTHONUNBUFFERED=1 $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu: gpu-parity gpu-speed gpu-sanitizers  ## on an NVIDIA GPU, whose torch has CUDA: the next three (docs/gpu.md)
+
+gpu-parity:  ## every kernel against float64, 6 minutes
+	$(GPU_PYTHON) -m tests.gpu parity
+
+gpu-speed:  ## kernel benchmarks beside their peers, 9 minutes
+	$(GPU_PYTHON) -m tests.gpu speed
+
+gpu-sanitizers:  ## memory errors and races by compute-sanitizer, 8 minutes
+	$(GPU_PYTHON) -m tests.gpu sanitizers
+
+watchdog: $(VENV)/.installed  ## a build of Hopper's kernels that ends one that hangs, for gpu-parity (needs nvcc)
+	FORCE_CUDA=1 DYNAPRUNE_WATCHDOG=1 TORCH_CUDA_ARCH_LIST=9.0a $(BIN)/python setup.py --quiet build_ext \
+		--build-lib build/watchdog --build-temp build/watchdog/objects
 
 check: $(VENV)/.checkers  ## lint, format and types
 	$(BIN)/ruff check .

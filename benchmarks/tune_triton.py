@@ -1,6 +1,7 @@
 """Measures Triton configurations and writes this GPU's table: ``python -m benchmarks.tune_triton [--quick]``.
 
-For every problem each candidate is checked against the dense result, then timed; so are the cuda backend,
+All kernels are compiled first, in as many processes as there are cores. For every problem each candidate is
+checked against the dense result, then timed; so are the cuda backend,
 where it can run, and the dense one, so that ``auto`` can choose between them. The table
 (``dynaprune_kernels/backends/triton/configs/<device>.json``) keeps what it had and replaces the buckets that
 are measured anew. It is written after every problem: an interrupted run loses one.
@@ -9,11 +10,15 @@ are measured anew. It is written after every problem: an interrupted run loses o
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +160,22 @@ def write(path: Path, device: str, entry: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def compile_ahead(cases: Sequence[Case], quick: bool, processes: int) -> None:
+    """Fill Triton's cache with every candidate of ``cases``; what fails fails again when it is tried."""
+    kinds = {(case.op, case.tokens, case.out, case.inputs, case.block, case.dtype): case for case in cases}
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        list(pool.map(_run_candidates, kinds.values(), itertools.repeat(quick)))
+
+
+def _run_candidates(case: Case, quick: bool) -> None:
+    operands = kernel_cases.build(case, "cuda")
+    run = kernel_cases.call(case, operands, kernels)
+    for tile in candidates(kernel_cases.problem_of(case, operands), device_of(operands.x), quick):
+        with config.forced(tile), contextlib.suppress(Exception):
+            run()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--density", nargs="+", type=float, default=[0.1, 0.25, 0.5])
     parser.add_argument("--out", type=Path, help="another file than the package's own table")
+    parser.add_argument("--seconds", type=float, help="start no case after so many seconds")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tuning needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
@@ -175,7 +197,13 @@ def main(arguments: list[str] | None = None) -> int:
     def median(call: Call) -> float:
         return do_bench(call, warmup=5, rep=30, return_mode="median")
 
-    for case in cases(options.quick, options.dtype, options.block, options.density):
+    started = time.monotonic()
+    wanted = list(cases(options.quick, options.dtype, options.block, options.density))
+    compile_ahead(wanted, options.quick, min(os.cpu_count() or 1, 16))
+    for case in wanted:
+        if options.seconds is not None and time.monotonic() - started > options.seconds:
+            print(f"no case is started after {options.seconds:g} s", file=sys.stderr)
+            break
         entry = tune(case, "cuda", median, options.quick)
         print(
             f"{case.op} {case.shape} {case.block} {case.density}: {entry['milliseconds']} ms with "

@@ -1,7 +1,11 @@
-"""A few small calls of every kernel, for compute-sanitizer: ``python -m tests.gpu.small_set triton``."""
+"""A few small calls of every kernel, for compute-sanitizer: ``python -m tests.gpu.small_set triton``.
+
+``--dtype bfloat16`` takes the cases of one type.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from types import ModuleType
 
@@ -24,6 +28,8 @@ CASES = [
 
 def against(backend: str) -> str | None:
     """Why the backend cannot run on the current GPU; None where it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
     _, capability = dispatch.device_facts(torch.device("cuda", torch.cuda.current_device()))
     problem = Problem("linear_forward", torch.float32, (64, 64))
     return dispatch.why_not(backend, problem, "cuda", capability)
@@ -38,18 +44,25 @@ def check(case: Case, kernels: ModuleType) -> None:
     check_layout(case, "cuda", kernels)
 
 
-def main(backend: str) -> int:
-    """Run and check every case on the backend ``triton`` or ``cuda``; nothing where it cannot run."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run and check every case on the backend ``triton`` or ``cuda``; 2 where it cannot run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("backend", choices=["triton", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="all by default")
+    options = parser.parse_args(arguments)
+    backend = options.backend
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     reason = against(backend)
     if reason is not None:
         print(f"not run: {reason}")
-        return 0
+        return 2
     for case in CASES:
+        if options.dtype is not None and case.dtype != getattr(torch, options.dtype):
+            continue
         check(case, dispatch.BACKENDS[backend])
         print(case, flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())
