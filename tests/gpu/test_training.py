@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -100,6 +102,37 @@ def test_a_captured_step_follows_the_mask() -> None:
         layout.update_(torch.zeros_like(layout.mask))
     graph.replay()
     assert torch.equal(captured[0], network.second.bias.detach().expand(8, 128))
+
+
+@pytest.mark.parametrize("op", ["linear_forward", "linear_dgrad", "linear_wgrad", "conv2d_forward"])
+def test_the_first_launch_may_be_inside_of_a_capture(op: str, able: str) -> None:
+    """In a process of its own, whose CUDA has loaded none of the kernels yet: it loads them when they are
+    first launched. Triton compiles there, too."""
+    code = f"""
+import torch
+from dynaprune_kernels import ConvGeometry
+from dynaprune_kernels.backends import dispatch
+from tests.triton.parity import Case, operands
+conv = ConvGeometry(3, 3, 1, 1, 1, 1) if {op!r}.startswith("conv") else None
+case = Case(128, 128, (64, 64), "random", 40 if conv is None else 2, torch.bfloat16, conv, (9, 8))
+layout, x, values, _, bias, dy = operands(case, "cuda")
+kernels = dispatch.BACKENDS[{able!r}]
+run = {{
+    "linear_forward": lambda: kernels.linear_forward(x, values, bias, layout.index, 128),
+    "linear_dgrad": lambda: kernels.linear_dgrad(dy, values, layout.index, 128),
+    "linear_wgrad": lambda: kernels.linear_wgrad(dy, x, layout.index, layout.capacity, layout.block),
+    "conv2d_forward": lambda: kernels.conv2d_forward(x, values, bias, layout.index, 128, conv),
+}}[{op!r}]
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = run()
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(captured, run())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.usefixtures("backend")

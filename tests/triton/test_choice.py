@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,13 +130,32 @@ def test_what_was_measured_and_is_not_built_is_no_candidate(
     assert dispatch.choose(PROBLEM, "cuda", "H100", 90).backend == "triton"
 
 
-def test_without_a_measurement_triton_comes_first(
-    fresh: Path, triton_installed: None, cuda_built: None
+@pytest.mark.parametrize(
+    ("change", "capability", "first"),
+    [
+        ({}, 90, "cuda"),
+        ({"op": "conv2d_dgrad", "dtype": torch.float16, "block": (128, 64), "capacity": 300}, 90, "cuda"),
+        ({}, 80, "triton"),
+        ({}, None, "triton"),
+        ({"dtype": torch.float32}, 90, "triton"),
+        ({"block": (32, 128), "capacity": 300}, 90, "triton"),
+        ({"op": "layout_update", "dtype": torch.int32, "block": None}, 90, "triton"),
+    ],
+    ids=str,
+)
+def test_without_a_measurement_an_estimate_decides_which_comes_first(
+    change: dict[str, Any],
+    capability: int | None,
+    first: str,
+    fresh: Path,
+    triton_installed: None,
+    cuda_built: None,
 ) -> None:
-    for problem in (PROBLEM, PROBLEM._replace(op="linear_probe"), Problem("layout_update", torch.int32)):
-        choice = dispatch.choose(problem, "cuda", "some GPU", 90)
-        assert choice.backend == "triton"
-        assert choice.reason.endswith("; triton comes before cuda unmeasured")
+    choice = dispatch.choose(PROBLEM._replace(**change), "cuda", "some GPU", capability)
+    other = {"cuda": "triton", "triton": "cuda"}[first] if capability else None
+    assert choice.backend == first
+    if other is not None:
+        assert choice.reason.endswith(f"; {first} comes before {other} unmeasured")
 
 
 def test_cuda_takes_what_triton_cannot(
@@ -204,7 +224,7 @@ def test_without_a_measurement_the_density_decides(fresh: Path, triton_installed
     sparse = dispatch.choose(PROBLEM, "cuda", "some GPU")
     full = dispatch.choose(PROBLEM._replace(capacity=4096), "cuda", "some GPU")
     assert (sparse.backend, full.backend) == ("triton", "dense")
-    assert "no measurement" in sparse.reason and "capacity 1.00 is above 0.7" in full.reason
+    assert "no measurement" in sparse.reason and "capacity 1.00 is above 0.4" in full.reason
 
 
 def test_the_probe_never_computes_a_dense_gradient(fresh: Path, triton_installed: None) -> None:
