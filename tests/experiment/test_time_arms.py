@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dynaprune.cli import app
 from dynaprune.experiment.arm_times import add_times
 from dynaprune.experiment.run_config import resolve
-from dynaprune.experiment.time_arms import Structure, structures_of
+from dynaprune.experiment.time_arms import Structure, measure_arm, structures_of
 from dynaprune.experiment.train import run_arm
 from dynaprune.experiment.write import write_json
 
@@ -95,6 +95,20 @@ def test_without_the_file_nothing_is_added_and_a_damaged_one_is_named(tmp_path: 
             ValueError, match=r"times.json: expected the ratio of each arm \(baseline, pruned, small\)"
         ):
             add_times(report, tmp_path)
+
+
+def test_plain_layers_that_get_narrower_are_refused(tmp_path: Path) -> None:
+    config = resolve("digits", units="neurons").to_json()
+    with pytest.raises(ValueError, match="pruned in blocks, got units='neurons'"):
+        measure_arm({**_result(), "settings": config}, resolve("digits"), tmp_path)
+
+
+@pytest.mark.parametrize("said", [{}, {"result": None}, {"result": {"settings": {"task": "chess"}}}], ids=str)
+def test_a_damaged_arm_is_named(said: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "baseline").mkdir()
+    write_json(tmp_path / "baseline" / "arm.json", said)
+    done = CliRunner().invoke(app, ["time", str(tmp_path)])
+    assert done.exit_code == 2 and "expected the settings of an arm" in " ".join(done.stderr.split())
 
 
 def test_unfinished_arms_are_not_measured(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dynaprune.experiment.arm_times import TIMES
 from dynaprune.experiment.run_config import RunConfig, check
 from dynaprune.experiment.saved_results import read_arm, read_json
 from dynaprune.experiment.steps import TrainState, full_batches, make_optimizer, now, steps_in_turn
-from dynaprune.experiment.tasks import TaskData, get_task
+from dynaprune.experiment.tasks import TaskData, get_task, task_names
 from dynaprune.experiment.write import write_json
 from dynaprune.nn.swap import SPARSE_TYPES, swap_layer
 
@@ -73,10 +73,14 @@ def write_times(run: Path, *, quiet: bool = False) -> Path:
     The machine should do nothing else meanwhile. A repeated comparison gives its first run for all.
 
     Raises:
-        ValueError: no finished arm of this version in ``run``, or a damaged file.
+        ValueError: no finished arm of this version in ``run``, a damaged file, or an arm that lost whole
+            neurons of plain layers, whose structures its report does not have.
     """
     folder = next(iter(sorted(run.glob("seed-*"))), run)
-    task = read_json(folder / BASELINE / "arm.json")["result"]["settings"]["task"]
+    path = folder / BASELINE / "arm.json"
+    task = ((read_json(path).get("result") or {}).get("settings") or {}).get("task")
+    if task not in task_names():
+        raise ValueError(f"{path}: expected the settings of an arm, got the task {task!r}")
     names = sorted(path.parent.name for path in folder.glob("*/arm.json"))
     arms = {name: read_arm(folder / name, name, task) for name in [BASELINE, *names]}
     unfinished = [name for name, arm in arms.items() if arm is None]
@@ -112,6 +116,8 @@ def measure_arm(result: Mapping[str, Any], base: RunConfig, folder: Path) -> dic
         ``ratio``; ``steps``, ``events``, ``event_seconds`` of one, and the measured ``structures``.
     """
     config = _config(result)
+    if "pruner" in result and config.units != "blocks":
+        raise ValueError(f"expected arms that are pruned in blocks, got units={config.units!r}")
     data, base_data = _data(config, folder), _data(base, folder)
     structures = structures_of(result)
     measured = [
