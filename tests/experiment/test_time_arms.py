@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dynaprune.cli import app
 from dynaprune.experiment.arm_times import add_times
 from dynaprune.experiment.run_config import resolve
-from dynaprune.experiment.time_arms import Structure, measure_arm, structures_of
+from dynaprune.experiment.time_arms import Structure, _told, measure_arm, structures_of
 from dynaprune.experiment.train import run_arm
 from dynaprune.experiment.write import write_json
 
@@ -30,6 +30,12 @@ def test_structures_are_what_lies_between_changes() -> None:
     assert structures_of(_result((0, half), (3, half), (5, dict(half)))) == [Structure(10, half)]
     assert structures_of(_result((0, half), (10, less))) == [Structure(10, half)]
     assert structures_of(_result((0, half), (0, less))) == [Structure(10, less)]
+
+
+def test_events_that_come_too_late_to_be_measured_are_told() -> None:
+    time = {"seconds": 10.0, "ratio": 0.5, "events": 4, "event_seconds": None}
+    assert _told(time).endswith("4 events left out: none within 120 steps")
+    assert _told({**time, "event_seconds": 0.25}).endswith("4 events of 0.25 s")
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,8 @@ def measure_arm(result: Mapping[str, Any], base: RunConfig, folder: Path) -> dic
 
     At most six structures are measured, the others lie on the line between their neighbours by mean density.
     Where neurons were cut, the density of their blocks stands for them. An event's cost is what the first
-    three events of the arm, trained anew, take beyond ordinary steps; its trials are among that.
+    three events of the arm, trained anew, take beyond ordinary steps; its trials are among that. Where none
+    comes within 120 steps they are left out, and ``event_seconds`` is None.
 
     Args:
         result: of its ``arm.json``.
@@ -127,7 +128,7 @@ def measure_arm(result: Mapping[str, Any], base: RunConfig, folder: Path) -> dic
     dense_step = sum(dense for _, _, dense in measured) / len(measured)
     events, of_event = _events(config, data, result["steps"]) if "pruner" in result else (0, 0.0)
     of_steps = sum(each.steps * _on_line(each.mean_density, ratios) for each in structures) * dense_step
-    seconds, seconds_dense = of_steps + events * of_event, result["steps"] * dense_step
+    seconds, seconds_dense = of_steps + events * (of_event or 0.0), result["steps"] * dense_step
     return {
         "seconds": seconds,
         "seconds_dense": seconds_dense,
@@ -203,14 +204,16 @@ def _make_sparse(model: nn.Module, density: Mapping[str, float], block: int) -> 
         swap_layer(model, name, block, mask.view(grid.rows, grid.columns))
 
 
-def _events(config: RunConfig, data: TaskData, steps: int) -> tuple[int, float]:
+def _events(config: RunConfig, data: TaskData, steps: int) -> tuple[int, float | None]:
     """How many events the training has, and what one takes beyond an ordinary step: its dense gradients, its
-    trial and the change itself, by the first three."""
+    trial and the change itself, by the first three; None where none came."""
     from dynaprune.experiment.network import PrunedNetwork
 
     state = _state(config, data, dropout=0.0)
     network = PrunedNetwork(state, data)
     number = sum(network.pruner.policy.due(step) for step in range(1, steps + 1))
+    if not number:
+        return 0, 0.0
     source = full_batches(data, config, state.device, torch.Generator().manual_seed(0))
     plain: list[float] = []
     special: list[float] = []
@@ -227,13 +230,15 @@ def _events(config: RunConfig, data: TaskData, steps: int) -> tuple[int, float]:
         if seen == _EVENTS:
             break
     if not seen or not plain:
-        return number, 0.0
+        return number, None
     beyond = sum(special) - len(special) * statistics.median(plain)
     return number, max(beyond, 0.0) / seen
 
 
 def _told(time: Mapping[str, Any]) -> str:
+    of_event = time["event_seconds"]
+    cost = f"of {of_event:.2f} s" if of_event is not None else f"left out: none within {_MOST_STEPS} steps"
     return (
         f"{time['seconds']:,.0f} s of steps measured alone, {time['ratio']:.3f} of as many dense ones; "
-        f"{time['events']} events of {time['event_seconds']:.2f} s"
+        f"{time['events']} events {cost}"
     )
